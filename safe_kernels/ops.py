@@ -1,0 +1,420 @@
+"""The public functions: arguments are checked, a backend is chosen, the work is its.
+
+Shapes: `...` is any leading shape, V the vocabulary, H the hidden width. Statistics are in nats, float32 (float64 for
+float64 inputs), with the leading shape. A token that `mask` (torch.bool, True where a token counts) leaves out has results
+of exactly 0 and gradients of exactly 0, and what its row holds, NaN included, spreads nowhere.
+
+Every function takes `backend`: "torch", "reference", or None, which is the environment variable SAFE_KERNELS_BACKEND or
+else the best one for the device. Wrong arguments raise ValueError or TypeError at the call. SAFE_KERNELS_DEBUG=1 also
+checks what needs a synchronisation with the device: ids, NaN, the values of tensors.
+"""
+
+import importlib
+import os
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
+
+_BACKENDS = {
+    "reference": "safe_kernels.reference",
+    "torch": "safe_kernels.torch_backend",
+}
+
+
+def token_stats(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    ref_logits: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> TokenStats:
+    """Log-prob of each token, entropy, and exact KL to a reference, from logits. Equivalent to
+
+        logp, logq = log_softmax(logits / temperature), log_softmax(ref_logits / temperature)
+        logprob, ref_logprob = logp[tokens], logq[tokens]
+        entropy, kl = -(logp.exp() * logp).sum(-1), (logp.exp() * (logp - logq)).sum(-1)
+
+    Args:
+        logits: [..., V], any floating dtype and strides.
+        tokens: [...] int64 or int32. An id outside 0..V-1 that is not masked has NaN log-probs.
+        ref_logits: [..., V]; never receives a gradient. A reference of -inf where the policy is not has kl = inf.
+        temperature: > 0, a number or [...]; divides the logits of both.
+        mask: [...] bool.
+        inplace_backward: write the gradient over `logits`. A second backward, or another operation that needs the
+            logits afterwards, raises.
+
+    Returns:
+        TokenStats; `ref_logprob` and `kl` are None without `ref_logits`.
+    """
+    checks.is_floating("logits", logits)
+    _check_logits(logits, tokens, ref_logits, mask)
+    if inplace_backward:
+        checks.does_not_overlap("logits", logits)
+    temperature = checks.is_temperature(temperature, tokens, mask)
+    with _full_precision(logits):
+        return _implementation(backend).token_stats(
+            logits,
+            tokens,
+            ref_logits=ref_logits,
+            temperature=temperature,
+            mask=mask,
+            inplace_backward=inplace_backward,
+        )
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,
+    batch_invariant: bool = False,
+    backend: str | None = None,
+) -> TokenStats:
+    """The same from hidden states and the head's weight; the logits are never stored. Equivalent to
+
+        logits = logit_scale * (hidden.float() @ weight.float().T + bias)
+        logits = softcap * tanh(logits / softcap)
+        token_stats(logits, tokens, ref_logits=the same of the reference, temperature=temperature, mask=mask)
+
+    Args:
+        hidden: [..., H], any floating dtype.
+        weight: [V, H], the whole of it: a shard raises.
+        bias: [V].
+        ref_hidden: [..., H'] of the reference; None is no reference.
+        ref_weight: [V, H']; None shares `weight`, and `bias` unless `ref_bias` is given.
+        softcap: > 0, or None for none.
+        batch_invariant: a row's results and hidden gradient have the same bits whatever the other rows are. On the torch
+            backend that is one row at a time, and slow.
+
+    The other arguments and the results are those of `token_stats`. Gradients go to hidden, weight and bias, as far as they
+    require them.
+    """
+    head = _checked_head(
+        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
+    )
+    with _full_precision(hidden):
+        return _implementation(backend).linear_token_stats(
+            hidden, weight, tokens, mask=mask, batch_invariant=batch_invariant, **head
+        )
+
+
+def safe_terms(
+    logits: Tensor,
+    tokens: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    rewards: Tensor,
+    *,
+    ref_logits: Tensor,
+    kl_threshold: float | Tensor,
+    alpha: float,
+    gamma: float = 1.0,
+    target_v1: Tensor | None = None,
+    target_v2: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> SafeTerms:
+    """Everything SAFE needs of a token in one call: `token_stats`, and
+
+        kl_penalty   = relu(kl - kl_threshold)**2
+        value        = soft_min(v1, v2, alpha)
+        value_target = rewards + gamma * soft_min(target_v1, target_v2, alpha) at the next live token, 0 past the last
+
+    Args:
+        v1, v2: [...] values of the two critics.
+        rewards: [...].
+        kl_threshold: a number or a 0-dim tensor, in nats.
+        alpha: > 0, in the unit of the values.
+        target_v1, target_v2: [...] values of the target critics; None takes `v1`, `v2`. Without gradient.
+        cu_seqlens: int32 [B + 1], bounds of the sequences packed in one axis. None: the last axis is time.
+
+    The other arguments are those of `token_stats`.
+    """
+    checks.is_floating("logits", logits)
+    checks.is_floating("ref_logits", ref_logits)
+    _check_logits(logits, tokens, ref_logits, mask)
+    if inplace_backward:
+        checks.does_not_overlap("logits", logits)
+    values = _checked_values(tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens)
+    temperature = checks.is_temperature(temperature, tokens, mask)
+    with _full_precision(logits):
+        return _implementation(backend).safe_terms(
+            logits,
+            tokens,
+            v1,
+            v2,
+            rewards,
+            ref_logits=ref_logits,
+            temperature=temperature,
+            mask=mask,
+            inplace_backward=inplace_backward,
+            **values,
+        )
+
+
+def linear_safe_terms(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    rewards: Tensor,
+    *,
+    ref_hidden: Tensor,
+    kl_threshold: float | Tensor,
+    alpha: float,
+    gamma: float = 1.0,
+    target_v1: Tensor | None = None,
+    target_v2: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,
+    batch_invariant: bool = False,
+    backend: str | None = None,
+) -> SafeTerms:
+    """`safe_terms` from hidden states: arguments of `linear_token_stats` and of `safe_terms`."""
+    checks.is_floating("ref_hidden", ref_hidden)
+    head = _checked_head(
+        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
+    )
+    values = _checked_values(tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens)
+    with _full_precision(hidden):
+        return _implementation(backend).linear_safe_terms(
+            hidden, weight, tokens, v1, v2, rewards, mask=mask, batch_invariant=batch_invariant, **head, **values
+        )
+
+
+def soft_min(v1: Tensor, v2: Tensor, alpha: float, *, backend: str | None = None) -> Tensor:
+    """A smooth minimum of two values, between their minimum (alpha -> 0) and their mean (alpha -> inf). Equivalent to
+
+        -alpha * log(0.5 * (exp(-v1 / alpha) + exp(-v2 / alpha)))
+
+    in float32 at least, with the gradient softmax(-v / alpha). v1, v2: [...] floating; alpha > 0, in their unit.
+    """
+    checks.per_token(checks.is_floating("v1", v1), v2=v2)
+    alpha = checks.is_positive("alpha", alpha)
+    with _full_precision(v1):
+        return _implementation(backend).soft_min(v1, v2, alpha)
+
+
+def soft_min_gae(
+    v1: Tensor,
+    v2: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    alpha: float = 0.3,
+    cu_seqlens: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    backend: str | None = None,
+) -> ValueTargets:
+    """Generalised advantage estimates with the soft-min of two critics as the value. Backwards over live tokens,
+
+        value        = soft_min(v1, v2, alpha)
+        delta_t      = rewards_t + gamma * value_{t+1} - value_t
+        advantage_t  = delta_t + gamma * lam * advantage_{t+1}
+        returns      = advantage + value
+
+    where t + 1 is the next token of the sequence that is not masked, and past the last one value is `bootstrap`, advantage 0.
+
+    Args:
+        v1, v2, rewards: [..., T], or [N] packed with `cu_seqlens`.
+        mask: the same shape, bool; None counts every token.
+        gamma, lam: in [0, 1].
+        alpha: > 0, in the unit of the values.
+        cu_seqlens: int32 [B + 1], from 0 to N.
+        bootstrap: [...] or [B], the value after the last token; default 0.
+
+    Returns:
+        ValueTargets, without gradient; the estimates are those of Schulman et al., arXiv 1506.02438.
+    """
+    checks.per_token(checks.is_floating("v1", v1), v2=v2, rewards=rewards)
+    checks.is_mask(mask, v1)
+    checks.is_time(v1, cu_seqlens, bootstrap)
+    gamma, lam = checks.is_number("gamma", gamma, 0, 1), checks.is_number("lam", lam, 0, 1)
+    alpha = checks.is_positive("alpha", alpha)
+    with _full_precision(v1):
+        return _implementation(backend).soft_min_gae(
+            v1, v2, rewards, mask, gamma=gamma, lam=lam, alpha=alpha, cu_seqlens=cu_seqlens, bootstrap=bootstrap
+        )
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    *,
+    loss_weight: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    entropy_coef: float | Tensor = 0.0,
+    kl_coef: float | Tensor = 0.0,
+    kl_penalty_coef: float | Tensor = 0.0,
+    kl_threshold: float | Tensor = 0.0,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,
+    batch_invariant: bool = False,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """The clipped policy loss with entropy bonus and KL terms, its gradient taken in the forward. Equivalent to
+
+        stats = linear_token_stats(hidden, weight, tokens, ...)
+        ratio = exp(stats.logprob - old_logprob)
+        l = -min(ratio * advantage, clip(ratio, 1 - clip_low, 1 + clip_high) * advantage) - entropy_coef * stats.entropy
+        l = l + kl_coef * stats.kl + kl_penalty_coef * relu(stats.kl - kl_threshold)**2
+        loss = (loss_weight * l).sum()
+
+    with one sweep over the vocabulary instead of a forward and a recomputing backward. `logprob`, `entropy` and `kl` have the
+    bits of `linear_token_stats` on the same backend and inputs, in and out of torch.no_grad. On the torch backend the
+    gradient is handed over in the first backward, and a second one raises.
+
+    Args:
+        old_logprob, advantage: [...]; without gradient.
+        loss_weight: [...]; it carries the reduction. Default: 1 / number of live tokens, the token mean.
+        clip_low, clip_high: >= 0.
+        entropy_coef, kl_coef, kl_penalty_coef, kl_threshold: numbers or 0-dim tensors. A number 0 switches its term off.
+
+    The other arguments are those of `linear_token_stats`.
+
+    Returns:
+        PolicyLoss; only `loss` carries a gradient, to hidden, weight and bias as far as they require it.
+    """
+    head = _checked_head(
+        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
+    )
+    checks.per_token(tokens, old_logprob=old_logprob, advantage=advantage, loss_weight=loss_weight)
+    coefficients = {
+        name: checks.is_coefficient(name, x)
+        for name, x in (
+            ("entropy_coef", entropy_coef),
+            ("kl_coef", kl_coef),
+            ("kl_penalty_coef", kl_penalty_coef),
+            ("kl_threshold", kl_threshold),
+        )
+    }
+    for name in ("kl_coef", "kl_penalty_coef"):
+        if ref_hidden is None and (isinstance(coefficients[name], Tensor) or coefficients[name] != 0):
+            raise ValueError(f"{name} is {coefficients[name]} without ref_hidden; it must be 0, or ref_hidden given")
+    with _full_precision(hidden):
+        return _implementation(backend).linear_policy_loss(
+            hidden,
+            weight,
+            tokens,
+            old_logprob,
+            advantage,
+            loss_weight=loss_weight,
+            clip_low=checks.is_number("clip_low", clip_low, 0),
+            clip_high=checks.is_number("clip_high", clip_high, 0),
+            mask=mask,
+            batch_invariant=batch_invariant,
+            **coefficients,
+            **head,
+        )
+
+
+def _implementation(backend: str | None):
+    name = backend or os.environ.get("SAFE_KERNELS_BACKEND") or "torch"
+    if name not in _BACKENDS:
+        origin = "backend" if backend else "the environment variable SAFE_KERNELS_BACKEND"
+        raise ValueError(f"{origin} is {name!r}; it must be one of {', '.join(map(repr, _BACKENDS))}")
+    return importlib.import_module(_BACKENDS[name])
+
+
+def _full_precision(like: Tensor):
+    """Autocast would round logits to a low precision on their way to the exponent."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _check_logits(logits, tokens, ref_logits, mask):
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (..., V) with V >= 1")
+    checks.are_tokens(tokens, logits.shape[:-1], logits.device, "logits")
+    checks.is_mask(mask, tokens)
+    if ref_logits is not None:
+        checks.has_shape("ref_logits", checks.is_floating("ref_logits", ref_logits), logits.shape, "that of logits")
+        checks.is_on("ref_logits", ref_logits, logits.device)
+    checks.debug_values(tokens, logits.shape[-1], mask, logits=logits, ref_logits=ref_logits)
+
+
+def _checked_head(
+    hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
+) -> dict:
+    """The keyword arguments of every `linear_*` function that say how hidden states become logits."""
+    if checks.is_floating("hidden", hidden).dim() == 0:
+        raise ValueError("hidden has no axes; it must be (..., H)")
+    checks.is_head(hidden, weight, bias)
+    checks.are_tokens(tokens, hidden.shape[:-1], hidden.device, "hidden")
+    checks.is_mask(mask, tokens)
+    if ref_hidden is None:
+        for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if x is not None:
+                raise ValueError(f"{name} is given without ref_hidden; it must be None, or ref_hidden given")
+    else:
+        checks.has_shape(
+            "ref_hidden",
+            checks.is_floating("ref_hidden", ref_hidden),
+            (*tokens.shape, *ref_hidden.shape[-1:]),
+            "with the leading shape of hidden",
+        )
+        checks.is_on("ref_hidden", ref_hidden, hidden.device)
+        shared = ref_weight is None
+        checks.is_head(ref_hidden, weight if shared else ref_weight, ref_bias, "" if shared else "ref_")
+        if not shared:
+            checks.has_shape(
+                "ref_weight", ref_weight, (weight.shape[0], ref_hidden.shape[-1]), "the vocabulary of weight"
+            )
+    checks.debug_values(tokens, weight.shape[0], mask, hidden=hidden, ref_hidden=ref_hidden)
+    return {
+        "bias": bias,
+        "ref_hidden": ref_hidden,
+        "ref_weight": ref_weight,
+        "ref_bias": ref_bias,
+        "temperature": checks.is_temperature(temperature, tokens, mask),
+        "softcap": None if softcap is None else checks.is_positive("softcap", softcap),
+        "logit_scale": checks.is_number("logit_scale", logit_scale),
+    }
+
+
+def _checked_values(tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens) -> dict:
+    checks.per_token(tokens, v1=v1, v2=v2, rewards=rewards, target_v1=target_v1, target_v2=target_v2)
+    checks.is_time(tokens, cu_seqlens)
+    return {
+        "kl_threshold": checks.is_coefficient("kl_threshold", kl_threshold),
+        "alpha": checks.is_positive("alpha", alpha),
+        "gamma": checks.is_number("gamma", gamma, 0, 1),
+        "target_v1": target_v1,
+        "target_v2": target_v2,
+        "cu_seqlens": cu_seqlens,
+    }

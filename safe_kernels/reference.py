@@ -1,0 +1,207 @@
+"""Every public function in plain PyTorch: the definition, the oracle of the tests and the eager baseline.
+
+The signatures are those of `safe_kernels`, less `backend`. Autograd does every gradient, nothing is chunked, any
+floating dtype works: float64 inputs are computed in float64, all others in float32.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
+
+
+def token_stats(logits, tokens, *, ref_logits=None, temperature=1.0, mask=None, inplace_backward=False) -> TokenStats:
+    """`inplace_backward` is a permission that the reference does not use."""
+    logp = _log_softmax(logits, temperature, mask)
+    p = logp.exp()
+    # A probability of 0 contributes 0, whatever it is multiplied with.
+    entropy = -(p * logp.masked_fill(p == 0, 0)).sum(-1)
+    logprob = _at_token(logp, tokens)
+    if ref_logits is None:
+        return TokenStats(_live(logprob, mask), _live(entropy, mask), None, None)
+    logq = _log_softmax(ref_logits.detach(), temperature, mask)
+    kl = (p * (logp - logq).masked_fill(p == 0, 0)).sum(-1)
+    return TokenStats(*(_live(x, mask) for x in (logprob, entropy, _at_token(logq, tokens), kl)))
+
+
+def linear_token_stats(
+    hidden,
+    weight,
+    tokens,
+    *,
+    bias=None,
+    ref_hidden=None,
+    ref_weight=None,
+    ref_bias=None,
+    temperature=1.0,
+    softcap=None,
+    logit_scale=1.0,
+    mask=None,
+    batch_invariant=False,
+) -> TokenStats:
+    if batch_invariant:
+        raise ValueError(
+            "batch_invariant=True is not offered by backend='reference', whose matmul sees the whole batch"
+        )
+
+    def logits(hidden, weight, bias):
+        hidden = _compute(hidden if mask is None else hidden.where(mask[..., None], 0))
+        u = hidden @ weight.to(hidden.dtype).T
+        u = (u if bias is None else u + bias.to(hidden.dtype)) * logit_scale
+        return u if softcap is None else softcap * torch.tanh(u / softcap)
+
+    ref_logits = None
+    if ref_hidden is not None:
+        shared = ref_weight is None
+        ref_bias = bias if shared and ref_bias is None else ref_bias
+        with torch.no_grad():
+            ref_logits = logits(ref_hidden, weight if shared else ref_weight, ref_bias)
+    return token_stats(logits(hidden, weight, bias), tokens, ref_logits=ref_logits, temperature=temperature, mask=mask)
+
+
+def safe_terms(
+    logits,
+    tokens,
+    v1,
+    v2,
+    rewards,
+    *,
+    kl_threshold,
+    alpha,
+    gamma=1.0,
+    target_v1=None,
+    target_v2=None,
+    cu_seqlens=None,
+    mask=None,
+    **options,
+) -> SafeTerms:
+    stats = token_stats(logits, tokens, mask=mask, **options)
+    return _with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask)
+
+
+def linear_safe_terms(
+    hidden,
+    weight,
+    tokens,
+    v1,
+    v2,
+    rewards,
+    *,
+    kl_threshold,
+    alpha,
+    gamma=1.0,
+    target_v1=None,
+    target_v2=None,
+    cu_seqlens=None,
+    mask=None,
+    **options,
+) -> SafeTerms:
+    stats = linear_token_stats(hidden, weight, tokens, mask=mask, **options)
+    return _with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask)
+
+
+def soft_min(v1, v2, alpha) -> Tensor:
+    v1, v2 = _compute(v1), _compute(v2)
+    return -alpha * (torch.logaddexp(-v1 / alpha, -v2 / alpha) - math.log(2))
+
+
+@torch.no_grad()
+def soft_min_gae(
+    v1, v2, rewards, mask, *, gamma=1.0, lam=0.95, alpha=0.3, cu_seqlens=None, bootstrap=None
+) -> ValueTargets:
+    value, reward = soft_min(v1, v2, alpha), _compute(rewards)
+    advantage = torch.zeros_like(value)
+    for sequence, steps in enumerate(_sequences(value, mask, cu_seqlens)):
+        next_value = 0.0 if bootstrap is None else bootstrap.flatten()[sequence]
+        next_advantage = 0.0
+        for t in reversed(steps):
+            delta = reward[t] + gamma * next_value - value[t]
+            advantage[t] = next_advantage = delta + gamma * lam * next_advantage
+            next_value = value[t]
+    return ValueTargets(*(_live(x, mask) for x in (value, advantage, advantage + value)))
+
+
+def linear_policy_loss(
+    hidden,
+    weight,
+    tokens,
+    old_logprob,
+    advantage,
+    *,
+    loss_weight=None,
+    clip_low=0.2,
+    clip_high=0.2,
+    entropy_coef=0.0,
+    kl_coef=0.0,
+    kl_penalty_coef=0.0,
+    kl_threshold=0.0,
+    mask=None,
+    **head,
+) -> PolicyLoss:
+    stats = linear_token_stats(hidden, weight, tokens, mask=mask, **head)
+    old_logprob, advantage = (_live(_compute(x.detach()), mask) for x in (old_logprob, advantage))
+    live = torch.ones_like(old_logprob) if mask is None else mask.to(old_logprob.dtype)
+    share = live / live.sum().clamp(min=1)
+
+    ratio = (stats.logprob - old_logprob).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
+    token_loss = -torch.minimum(ratio * advantage, clipped) - entropy_coef * stats.entropy
+    if not _is_zero(kl_coef):
+        token_loss = token_loss + kl_coef * stats.kl
+    if not _is_zero(kl_penalty_coef):
+        token_loss = token_loss + kl_penalty_coef * (stats.kl - kl_threshold).relu() ** 2
+    weights = share if loss_weight is None else _live(_compute(loss_weight.detach()), mask)
+    loss = (weights * _live(token_loss, mask)).sum()
+    clip_fraction = (share * (clipped < ratio * advantage)).sum()
+    return PolicyLoss(loss, *(None if x is None else x.detach() for x in (*stats, clip_fraction)))
+
+
+def _compute(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _is_zero(coefficient) -> bool:
+    """Without asking a tensor: a term that is switched off stays out of the loss even where it is infinite."""
+    return not isinstance(coefficient, Tensor) and coefficient == 0
+
+
+def _live(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x.where(mask, 0)
+
+
+def _log_softmax(logits, temperature, mask):
+    if isinstance(temperature, Tensor):
+        temperature = _compute(temperature if mask is None else temperature.where(mask, 1))[..., None]
+    logits = logits if mask is None else logits.where(mask[..., None], 0)
+    return torch.log_softmax(_compute(logits) / temperature, dim=-1)
+
+
+def _at_token(logp, tokens):
+    """log p of the token; NaN, and a NaN gradient, for an id outside the vocabulary."""
+    index = tokens.long().clamp(0, logp.shape[-1] - 1)
+    known = torch.where(index == tokens, 1.0, math.nan).to(logp)
+    return logp.gather(-1, index[..., None]).squeeze(-1) * known
+
+
+def _with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask):
+    penalty = (stats.kl - kl_threshold).relu() ** 2
+    value = soft_min(_live(v1, mask), _live(v2, mask), alpha)
+    with torch.no_grad():
+        target = soft_min(v1 if target_v1 is None else target_v1, v2 if target_v2 is None else target_v2, alpha)
+        value_target = torch.zeros_like(target) + _compute(rewards)
+        for steps in _sequences(target, mask, cu_seqlens):
+            for t, after in zip(steps, steps[1:], strict=False):
+                value_target[t] += gamma * target[after]
+    return SafeTerms(*stats, *(_live(x, mask) for x in (penalty, value, value_target)))
+
+
+def _sequences(x, mask, cu_seqlens) -> list[list[tuple[int, ...]]]:
+    """Indices of the live tokens of each sequence, in time order."""
+    live = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        return [[(t,) for t in range(a, b) if live[t]] for a, b in zip(bounds, bounds[1:], strict=False)]
+    rows = [tuple(row) for row in torch.ones(x.shape[:-1]).nonzero().tolist()]
+    return [[(*row, t) for t in range(x.shape[-1]) if live[(*row, t)]] for row in rows]

@@ -1,0 +1,45 @@
+"""What the public functions return. Every field has the leading shape of `tokens` unless it says otherwise."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics of a policy, in nats; float32, or float64 for float64 inputs."""
+
+    logprob: Tensor  # log pi(token), differentiable
+    entropy: Tensor  # H(pi), differentiable
+    ref_logprob: Tensor | None  # log pi_ref(token), no gradient; None without a reference
+    kl: Tensor | None  # KL(pi || pi_ref) over the whole vocabulary, differentiable in the policy
+
+
+class SafeTerms(NamedTuple):
+    """Everything SAFE needs of a token, from one pass."""
+
+    logprob: Tensor  # differentiable
+    entropy: Tensor  # differentiable
+    ref_logprob: Tensor  # no gradient
+    kl: Tensor  # differentiable in the policy
+    kl_penalty: Tensor  # relu(kl - kl_threshold)**2, differentiable in the policy
+    value: Tensor  # soft_min(v1, v2, alpha), differentiable in v1 and v2
+    value_target: Tensor  # reward + gamma * soft_min of the target heads at the next live token, no gradient
+
+
+class ValueTargets(NamedTuple):
+    """Soft-min values and their generalised advantage estimates; constants, without gradient."""
+
+    value: Tensor  # soft_min(v1, v2, alpha)
+    advantage: Tensor  # A_t = delta_t + gamma lam A_{t+1}
+    returns: Tensor  # advantage + value
+
+
+class PolicyLoss(NamedTuple):
+    """A policy loss and the statistics it was made from; only `loss` carries a gradient."""
+
+    loss: Tensor  # 0-dim
+    logprob: Tensor
+    entropy: Tensor
+    ref_logprob: Tensor | None
+    kl: Tensor | None
+    clip_fraction: Tensor  # 0-dim: share of live tokens where the clip took the gradient away

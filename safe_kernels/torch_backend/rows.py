@@ -1,0 +1,214 @@
+"""Statistics of full rows of logits, and the gradient back to them: each written once, for every entrance.
+
+A tile holds R full rows in the compute dtype (float32, or float64 for float64 inputs), in buffers that are reused:
+
+    load             x = a, the logits after scale, bias and softcap;  y = a_ref, the same of the reference
+    row_statistics   x = (a - peak) / T;  e = exp(x);  y = x - (a_ref - ref_peak) / T
+    logit_gradient   e = d loss / d a
+
+Maxima are kept on `a` and 1/T acts on differences, so that a large common offset costs no precision; `peak` and `total`
+are kept apart because their sum, the usual log-sum-exp, would.
+
+Shapes: N tokens, R rows of a tile, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+TILE_BYTES = 64 << 20  # one buffer of a tile, which has three, or four with a reference
+FLOOR = -1e4  # exp is 0 from here down in every dtype: the exponent no longer matters, if only it is finite
+
+Fields = TypeVar("Fields", bound=tuple[Any, ...])
+
+
+def take(fields: Fields, rows: slice) -> Fields:
+    """The same named tuple for some of its rows; what has no rows stays."""
+    return type(fields)(*(x[rows] if isinstance(x, Tensor) and x.dim() > 0 else x for x in fields))
+
+
+class Tokens(NamedTuple):
+    """What is asked of the rows."""
+
+    index_N: Tensor  # int64, inside the vocabulary
+    known_N: Tensor  # 1, or NaN where the id was outside the vocabulary
+    temperature_N1: float | Tensor
+    mask_N: Tensor | None
+
+    @classmethod
+    def of(
+        cls, tokens_N: Tensor, vocabulary: int, temperature: float | Tensor, mask_N: Tensor | None, dtype: torch.dtype
+    ) -> "Tokens":
+        """`dtype` is that of the inputs: float64 is computed in float64, all others in float32."""
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        index = tokens_N.long().clamp(0, vocabulary - 1)
+        known = torch.where(index == tokens_N, 1.0, math.nan).to(dtype)
+        if isinstance(temperature, Tensor):
+            temperature = (temperature if mask_N is None else temperature.where(mask_N, 1)).to(dtype)[:, None]
+        return cls(index, known, temperature, mask_N)
+
+    def live(self, x_N: Tensor) -> Tensor:
+        return x_N if self.mask_N is None else x_N.where(self.mask_N, 0)
+
+    def known(self, x_N: Tensor) -> Tensor:
+        return self.live(x_N * self.known_N)
+
+
+class RowStats(NamedTuple):
+    """The results of a row, and the maxima and sums from which its probabilities come back."""
+
+    logprob: Tensor
+    entropy: Tensor
+    peak: Tensor  # max a
+    total: Tensor  # sum of exp(x)
+    ref_logprob: Tensor | None = None
+    kl: Tensor | None = None
+    ref_peak: Tensor | None = None
+    ref_total: Tensor | None = None
+
+    @classmethod
+    def empty(cls, tokens: Tokens, with_reference: bool) -> "RowStats":
+        return cls._make([*(torch.empty_like(tokens.known_N) for _ in range(4)), *(
+            torch.empty_like(tokens.known_N) if with_reference else None for _ in range(4)
+        )])
+
+    def write(self, rows: slice, stats: "RowStats") -> None:
+        for whole, part in zip(self, stats, strict=True):
+            if whole is not None and part is not None:
+                whole[rows] = part
+
+    def results(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(logprob, entropy, ref_logprob, kl): 0 where masked, NaN log-probs of an id outside the vocabulary."""
+        logprob, entropy = tokens.known(self.logprob), tokens.live(self.entropy)
+        if self.ref_logprob is None or self.kl is None:
+            return logprob, entropy, None, None
+        return logprob, entropy, tokens.known(self.ref_logprob), tokens.live(self.kl)
+
+
+class Gradients(NamedTuple):
+    """d loss / d (logprob, entropy, kl) of each token; None where nobody asks."""
+
+    logprob: Tensor | None
+    entropy: Tensor | None
+    kl: Tensor | None
+
+    @classmethod
+    def of(cls, tokens: Tokens, *grads: Tensor | None) -> "Gradients":
+        """In the compute dtype, 0 where masked, NaN where the id is outside the vocabulary."""
+        logprob, entropy, kl = (None if x is None else x.to(tokens.known_N.dtype) for x in grads)
+        return cls(
+            None if logprob is None else tokens.known(logprob),
+            None if entropy is None else tokens.live(entropy),
+            None if kl is None else tokens.live(kl),
+        )
+
+
+class Tile(NamedTuple):
+    x: Tensor
+    e: Tensor
+    scratch: Tensor
+    y: Tensor | None
+
+    @classmethod
+    def empty(cls, rows: int, vocabulary: int, with_reference: bool, like: Tensor) -> "Tile":
+        x, e, scratch = (like.new_empty(rows, vocabulary) for _ in range(3))
+        return cls(x, e, scratch, like.new_empty(rows, vocabulary) if with_reference else None)
+
+
+def tiles(
+    tokens: Tokens, vocabulary: int, with_reference: bool, one_row: bool = False
+) -> Iterator[tuple[slice, Tokens, Tile]]:
+    """Yield (rows, their tokens, a tile to load). All tiles share one memory.
+
+    The number of rows depends on V alone: functions that are given the same rows see them in the same tiles.
+    """
+    count, like = len(tokens.index_N), tokens.known_N
+    height = 1 if one_row else max(1, TILE_BYTES // (vocabulary * like.dtype.itemsize))
+    whole = Tile.empty(min(height, count), vocabulary, with_reference, like)
+    for start in range(0, count, height):
+        rows = slice(start, min(start + height, count))
+        yield rows, take(tokens, rows), take(whole, slice(0, rows.stop - rows.start))
+
+
+def row_statistics(tile: Tile, tokens: Tokens) -> RowStats:
+    """Statistics of a loaded tile, which is left centred.
+
+    With s = sum e^x:  logprob = x_token - log s,  entropy = log s - sum(e^x x) / s,
+    kl = sum(e^x y) / s - log s + log r,  where y = x - x_ref and r = sum e^x_ref.
+    """
+    index_R1, temperature = tokens.index_N[:, None], tokens.temperature_N1
+    a_token_R1, peak_R1 = tile.x.gather(1, index_R1), tile.x.amax(1, keepdim=True)
+    _centre_policy(tile, peak_R1, temperature)
+    total = _row_sum(tile.e)
+    log_total = total.log()
+    logprob = ((a_token_R1 - peak_R1) / temperature).squeeze(1) - log_total
+    entropy = log_total - _row_sum(torch.mul(tile.e, tile.x, out=tile.scratch)) / total
+    if tile.y is None:
+        return RowStats(logprob, entropy, peak_R1.squeeze(1), total)
+
+    a_token_R1, ref_peak_R1 = tile.y.gather(1, index_R1), tile.y.amax(1, keepdim=True)
+    _centre(tile.y, ref_peak_R1, temperature)
+    ref_total = _row_sum(torch.exp(tile.y, out=tile.scratch))
+    ref_log_total = ref_total.log()
+    ref_logprob = ((a_token_R1 - ref_peak_R1) / temperature).squeeze(1) - ref_log_total
+    _log_ratio(tile.x, tile.y, tile.e)
+    kl = _row_sum(torch.mul(tile.e, tile.y, out=tile.scratch)) / total - log_total + ref_log_total
+    policy = (logprob, entropy, peak_R1.squeeze(1), total)
+    return RowStats(*policy, ref_logprob, kl, ref_peak_R1.squeeze(1), ref_total)
+
+
+def restore(tile: Tile, tokens: Tokens, stats: RowStats) -> None:
+    """Centre a loaded tile again, as `row_statistics` left it, from the statistics that it returned."""
+    _centre_policy(tile, stats.peak[:, None], tokens.temperature_N1)
+    if tile.y is not None and stats.ref_peak is not None:
+        _centre(tile.y, stats.ref_peak[:, None], tokens.temperature_N1)
+        _log_ratio(tile.x, tile.y, tile.e)
+
+
+def logit_gradient(tile: Tile, tokens: Tokens, stats: RowStats, grads: Gradients) -> Tensor:
+    """Turn a centred tile into d loss / d a, in tile.e.
+
+    g_l (onehot - p) - g_H p (log p + H) + g_K p (log p - log q - KL), over T, as e^x (c - g_H x + g_K y) with one
+    constant c a row, and g_l added at the token. An infinite KL has a NaN gradient.
+    """
+    per_temperature = 1 / tokens.temperature_N1
+    per_total_R1 = per_temperature / stats.total[:, None]
+    constant = torch.zeros_like(stats.total)
+    if grads.logprob is not None:
+        constant = constant - grads.logprob
+    if grads.entropy is not None:
+        constant = constant + grads.entropy * (stats.total.log() - stats.entropy)
+    if grads.kl is not None and stats.kl is not None and stats.ref_total is not None:
+        finite_kl = stats.kl.masked_fill(stats.kl == math.inf, math.nan)
+        constant = constant + grads.kl * (stats.ref_total.log() - stats.total.log() - finite_kl)
+    factor = constant[:, None] * per_total_R1
+    if grads.entropy is not None:
+        factor = torch.addcmul(factor, tile.x, grads.entropy[:, None] * per_total_R1, value=-1, out=tile.scratch)
+    if grads.kl is not None and tile.y is not None:
+        factor = torch.addcmul(factor, tile.y, grads.kl[:, None] * per_total_R1, out=tile.scratch)
+    tile.e.mul_(factor)
+    if grads.logprob is not None:
+        tile.e.scatter_add_(1, tokens.index_N[:, None], grads.logprob[:, None] * per_temperature)
+    return tile.e
+
+
+def _centre(a_RV: Tensor, peak_R1: Tensor, temperature: float | Tensor) -> Tensor:
+    a_RV.sub_(peak_R1)
+    return a_RV if isinstance(temperature, float) and temperature == 1.0 else a_RV.div_(temperature)
+
+
+def _centre_policy(tile: Tile, peak_R1: Tensor, temperature: float | Tensor) -> None:
+    torch.exp(_centre(tile.x, peak_R1, temperature).clamp_(min=FLOOR), out=tile.e)
+
+
+def _log_ratio(x_RV: Tensor, y_RV: Tensor, e_RV: Tensor) -> None:
+    """y = x - y, but 0 where the policy's term is 0; inf where the reference alone is -inf."""
+    torch.sub(x_RV, y_RV, out=y_RV).masked_fill_(e_RV == 0, 0)
+
+
+def _row_sum(x_RV: Tensor) -> Tensor:
+    """Row sums in an order that does not depend on R: a lone row would be split over the threads, two are not."""
+    return x_RV.sum(1) if len(x_RV) > 1 else x_RV.expand(2, -1).sum(1)[:1]

@@ -1,0 +1,137 @@
+"""The command `safe-train`: run, demo, eval, report, config."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from time import perf_counter
+
+from safe_train.config import HINTS, ConfigError, SafeConfig
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        arguments.command(arguments)
+    except ConfigError as error:
+        print(f"safe-train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("safe-train: interrupted; continue with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="safe-train", description="Train language models with SAFE, PPO or GRPO.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="train", description="Train with settings from a file and key=value pairs.")
+    run.add_argument("--config", help="YAML file, or the name of a shipped one")
+    run.add_argument("--resume", nargs="?", const=True, metavar="CHECKPOINT", help="continue the run in output_dir")
+    run.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
+    run.add_argument("overrides", nargs="*", metavar="key=value")
+    run.set_defaults(command=command_run)
+
+    demo = commands.add_parser("demo", help="train a small model on this computer, in minutes")
+    demo.add_argument("--model", help="a Hub model instead of the one that is installed with the demo")
+    demo.add_argument("--control", action="store_true", help="the control experiment: shuffled advantages")
+    demo.add_argument("overrides", nargs="*", metavar="key=value")
+    demo.set_defaults(command=command_demo)
+
+    evaluation = commands.add_parser("eval", help="evaluate a run's newest checkpoint on held-out prompts")
+    evaluation.add_argument("run", type=Path)
+    evaluation.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluation.set_defaults(command=command_eval)
+
+    report = commands.add_parser("report", help="draw one run, or several overlaid")
+    report.add_argument("runs", type=Path, nargs="+")
+    report.add_argument("--output", type=Path, help="picture to write (default: report.png in the first run)")
+    report.set_defaults(command=command_report)
+
+    config = commands.add_parser("config", help="print every setting, its default and its meaning")
+    config.set_defaults(command=command_config)
+    return top
+
+
+def command_run(arguments: argparse.Namespace) -> None:
+    from safe_train.trainer import SafeTrainer
+
+    args = SafeConfig.load(arguments.config, arguments.overrides)
+    if arguments.overwrite and not arguments.resume:
+        remove_run(Path(args.output_dir))
+    SafeTrainer(args=args).train(resume_from_checkpoint=arguments.resume)
+    print(f"report: {Path(args.output_dir) / 'report.png'}")
+
+
+def command_demo(arguments: argparse.Namespace) -> None:
+    from safe_train.evaluation import comparison
+    from safe_train.trainer import SafeTrainer
+
+    chosen = [f"model={arguments.model}"] if arguments.model else []
+    control = ["shuffle_advantages=true", "output_dir=runs/demo-control"] if arguments.control else []
+    args = SafeConfig.load("demo.yaml", [*chosen, *control, *arguments.overrides])
+    remove_run(Path(args.output_dir))
+    started = perf_counter()
+    trainer = SafeTrainer(args=args)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    print(f"\n{comparison(before, after)}\n")
+    for prompt, text in list(zip(after.rollout.prompts, after.rollout.texts, strict=True))[:4]:
+        print(f"  {prompt.text!r} ->{text!r}")
+    print(f"\n{perf_counter() - started:.0f} s; report: {Path(args.output_dir) / 'report.png'}")
+
+
+def command_eval(arguments: argparse.Namespace) -> None:
+    from safe_train.checkpoint import Checkpoints
+    from safe_train.evaluation import comparison
+    from safe_train.trainer import SafeTrainer
+
+    config = arguments.run / "config.yaml"
+    if not config.is_file():
+        raise ConfigError(f"{arguments.run} is not a run folder: it has no config.yaml")
+    args = SafeConfig.load(config, [f"output_dir={arguments.run}", *arguments.overrides])
+    checkpoints = Checkpoints(args.output_dir, args.keep_checkpoints)
+    if not checkpoints.complete():
+        raise ConfigError(f"{arguments.run} has no complete checkpoint")
+    trainer = SafeTrainer(args=args)
+    before = trainer.evaluate()
+    checkpoints.load(trainer)
+    after = trainer.evaluate()
+    print(comparison(before, after))
+    result = {"step": trainer.step, "before": before.numbers(), "after": after.numbers()}
+    (arguments.run / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def command_report(arguments: argparse.Namespace) -> None:
+    from safe_train.report import write_report
+
+    target = arguments.output or arguments.runs[0] / "report.png"
+    write_report(arguments.runs, target)
+    print(target)
+
+
+def command_config(arguments: argparse.Namespace) -> None:
+    defaults = SafeConfig()
+    for field in dataclasses.fields(SafeConfig):
+        default = getattr(defaults, field.name)
+        if field.default is not dataclasses.MISSING:
+            default = field.default
+        kind = HINTS[field.name]
+        print(f"{field.name}: {json.dumps(default)}  # {field.metadata['help']} [{getattr(kind, '__name__', kind)}]")
+
+
+def remove_run(folder: Path) -> None:
+    """Deletes a run folder, and refuses to delete anything else."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder} is not a run folder (it has no config.yaml); not overwriting it")
+    shutil.rmtree(folder)

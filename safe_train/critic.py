@@ -1,0 +1,58 @@
+"""The value function: heads over detached hidden states, in float32, with lagged target copies.
+
+Shape legend: L response tokens, H hidden width.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class Head(nn.Sequential):
+    def __init__(self, hidden_size: int):
+        width = max(1, hidden_size // 4)
+        super().__init__(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, 1))
+
+
+class Critic(nn.Module):
+    """`heads` value heads and their Polyak-averaged targets.
+
+    How two heads are read is `reading`: "soft_min" leaves both to the soft-min, "mean" replaces each by their mean, and
+    "single" is one head read twice; soft_min(v, v) = v, so the same value code serves all three.
+    """
+
+    def __init__(self, hidden_size: int, reading: str):
+        super().__init__()
+        self.reading = reading
+        self.heads = nn.ModuleList(Head(hidden_size) for _ in range(1 if reading == "single" else 2))
+        self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
+
+    def forward(self, hidden_LH: Tensor) -> Tensor:
+        """Values [heads, L] of the online heads. No gradient reaches the policy."""
+        return read(self.heads, hidden_LH)
+
+    @torch.no_grad()
+    def target(self, hidden_LH: Tensor) -> Tensor:
+        """Values [heads, L] of the target heads."""
+        return read(self.target_heads, hidden_LH)
+
+    def pair(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The two values that the soft-min reads, from values [heads, L]."""
+        if self.reading == "soft_min":
+            return values[0], values[1]
+        mean = values.mean(0)
+        return mean, mean
+
+    @torch.no_grad()
+    def polyak(self, rate: float) -> None:
+        """target <- target + rate (online - target)."""
+        for target, online in zip(self.target_heads.parameters(), self.heads.parameters(), strict=True):
+            target.lerp_(online, rate)
+
+
+def read(heads: nn.ModuleList, hidden_LH: Tensor) -> Tensor:
+    hidden_LH = hidden_LH.detach().float()
+    return torch.stack([head(hidden_LH).squeeze(-1) for head in heads])

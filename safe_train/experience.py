@@ -1,0 +1,132 @@
+"""From a rollout to what an update needs: packed micro-batches with statistics, values, advantages and returns.
+
+Shape legend: L response tokens of a micro-batch, K value heads, B completions of the rollout, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safe_kernels import linear_token_stats, soft_min_gae
+from safe_train import losses
+from safe_train.config import SafeConfig
+from safe_train.critic import Critic
+from safe_train.data import TokenBatch, microbatches
+from safe_train.models import Policy
+from safe_train.rollout import Rollout
+
+
+@dataclass
+class MicroBatch:
+    """Sequences that pass through the model together, drawn once a rollout and kept so by every inner epoch: the same
+    composition gives the same bits, so the ratio before the first optimizer step is exactly 1.
+    """
+
+    batch: TokenBatch
+    indices: list[int]  # of its sequences in the rollout
+    ref_hidden_LH: Tensor
+    logprob_L: Tensor
+    ref_logprob_L: Tensor
+    entropy_L: Tensor
+    kl_L: Tensor
+    values_KL: Tensor  # K = 0 without a critic
+    target_values_KL: Tensor
+    advantage_L: Tensor
+    returns_L: Tensor
+
+
+class Experience:
+    """A rollout, cut into minibatches (one optimizer step each) of micro-batches (one forward each)."""
+
+    def __init__(self, policy: Policy, critic: Critic | None, rollout: Rollout, args: SafeConfig, device: torch.device):
+        self.args, self.critic = args, critic
+        count = len(rollout.completions)
+        size = args.minibatch_size or count
+        order = torch.randperm(count).tolist()
+        self.minibatches = [
+            [score(policy, critic, rollout, group, args, device) for group in cut(rollout, order[i : i + size], args)]
+            for i in range(0, count, size)
+        ]
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return (micro for minibatch in self.minibatches for micro in minibatch)
+
+    def tokens(self, name: str) -> Tensor:
+        """A field of all micro-batches, over all response tokens."""
+        return torch.cat([getattr(micro, name) for micro in self], dim=-1)
+
+    def estimate(self, reward_B: Tensor, kl_charge: float) -> None:
+        """Fills in advantages and returns from the completions' rewards and a charge per nat of sampled KL."""
+        if self.critic is None:
+            reward_B = losses.group_advantages(reward_B, self.args.completions_per_prompt)
+        for micro in self:
+            own_B, boundaries = reward_B[micro.indices], micro.batch.response_cu_seqlens
+            if self.critic is None:
+                micro.advantage_L = losses.per_token(own_B, boundaries)
+            else:
+                charge_L = kl_charge * (micro.logprob_L - micro.ref_logprob_L)
+                rewards_L = losses.token_rewards(own_B, boundaries, charge_L)
+                micro.advantage_L, micro.returns_L = value_targets(self.critic, micro, rewards_L, self.args)
+        if self.critic is not None:
+            advantages = self.tokens("advantage_L")
+            mean, variance = advantages.mean(), advantages.var(correction=0)
+            for micro in self:
+                micro.advantage_L = losses.whiten(micro.advantage_L, mean, variance)
+
+
+def cut(rollout: Rollout, indices: list[int], args: SafeConfig) -> list[list[int]]:
+    """The completions of a minibatch in groups that fit one forward pass."""
+    lengths = [len(rollout.prompts[i].ids) + len(rollout.completions[i]) for i in indices]
+    return [[indices[j] for j in group] for group in microbatches(lengths, args.max_tokens_per_microbatch)]
+
+
+@torch.no_grad()
+def score(
+    policy: Policy, critic: Critic | None, rollout: Rollout, group: list[int], args: SafeConfig, device: torch.device
+) -> MicroBatch:
+    """Statistics under policy and reference, and values under online and target heads, of some completions."""
+    batch = TokenBatch.pack([rollout.prompts[i].ids for i in group], [rollout.completions[i] for i in group]).to(device)
+    hidden_LH, ref_hidden_LH = policy(batch), policy.reference(batch)
+    stats = linear_token_stats(hidden_LH, tokens=batch.targets_L, ref_hidden=ref_hidden_LH, **policy.head())
+    states_LH = value_states(hidden_LH, batch, args)
+    absent = stats.logprob.new_zeros(0, len(batch.targets_L))
+    return MicroBatch(
+        batch=batch,
+        indices=group,
+        ref_hidden_LH=ref_hidden_LH,
+        logprob_L=stats.logprob,
+        ref_logprob_L=stats.ref_logprob,
+        entropy_L=stats.entropy,
+        kl_L=stats.kl,
+        values_KL=absent if critic is None else critic(states_LH),
+        target_values_KL=absent if critic is None else critic.target(states_LH),
+        advantage_L=torch.zeros_like(stats.logprob),
+        returns_L=torch.zeros_like(stats.logprob),
+    )
+
+
+def value_states(hidden_LH: Tensor, batch: TokenBatch, args: SafeConfig) -> Tensor:
+    """The states that V reads: each token's own prediction, or its sequence's first one, which is the prompt's end."""
+    if args.value_level == "token":
+        return hidden_LH
+    return hidden_LH[losses.per_token(batch.response_cu_seqlens[:-1].long(), batch.response_cu_seqlens)]
+
+
+def value_targets(critic: Critic, micro: MicroBatch, rewards_L: Tensor, args: SafeConfig) -> tuple[Tensor, Tensor]:
+    """Advantages under the online heads and returns under the target heads, by one scan of GAE each.
+
+    Each scan has one value function in both of its places: bootstrapping on lagged targets under an online baseline
+    would leave a bias that does not vanish even for a perfect critic.
+    """
+
+    def scan(values_KL: Tensor):
+        lam = 1 - 1 / args.max_new_tokens if args.gae_lambda is None else args.gae_lambda
+        boundaries = micro.batch.response_cu_seqlens
+        v1, v2 = critic.pair(values_KL)
+        return soft_min_gae(v1, v2, rewards_L, None, gamma=args.gamma, lam=lam, alpha=args.alpha, cu_seqlens=boundaries)
+
+    return scan(micro.values_KL).advantage, scan(micro.target_values_KL).returns

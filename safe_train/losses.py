@@ -1,0 +1,107 @@
+"""Terms of the loss and the targets they regress, as pure functions of tensors.
+
+Shape legend: L response tokens, B sequences.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import huber_loss
+
+from safe_kernels import PolicyLoss, linear_policy_loss, linear_token_stats
+from safe_train.config import SafeConfig
+from safe_train.controller import Control
+
+if TYPE_CHECKING:
+    from safe_train.experience import MicroBatch
+
+
+def policy_loss(
+    hidden_LH: Tensor, head: dict[str, Any], micro: MicroBatch, weight_L: Tensor, control: Control, args: SafeConfig
+) -> PolicyLoss:
+    """PPO's clipped surrogate, entropy bonus, KL and one-sided KL penalty, summed over the tokens with their weights.
+
+    The controller's `kl_coef` multiplies the live KL, so what it decides has a gradient.
+    """
+    targets_L = micro.batch.targets_L
+    kl_coef = 0.0 if args.kl_in_reward else control.kl_coef
+    exact = args.kl_estimator == "exact"
+    result = linear_policy_loss(
+        hidden_LH,
+        tokens=targets_L,
+        old_logprob=micro.logprob_L,
+        advantage=micro.advantage_L,
+        loss_weight=weight_L,
+        ref_hidden=micro.ref_hidden_LH,
+        clip_low=args.clip_low,
+        clip_high=args.clip_high,
+        entropy_coef=args.entropy_coef,
+        kl_coef=kl_coef if exact else 0.0,
+        kl_penalty_coef=args.kl_penalty_coef,
+        kl_threshold=control.kl_threshold,
+        **head,
+    )
+    if exact:
+        return result
+    logprob_L = linear_token_stats(hidden_LH, tokens=targets_L, **policy_head(head)).logprob
+    estimate_L = SAMPLED_KL[args.kl_estimator](logprob_L, micro.ref_logprob_L)
+    return result._replace(loss=result.loss + kl_coef * (weight_L * estimate_L).sum())
+
+
+def policy_head(head: dict[str, Any]) -> dict[str, Any]:
+    """The head's arguments without the reference's."""
+    return {name: value for name, value in head.items() if not name.startswith("ref_")}
+
+
+def k2(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
+    """(logprob - ref_logprob)^2 / 2, whose gradient is that of the KL in expectation under the policy."""
+    return (logprob - ref_logprob).square() / 2
+
+
+def k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
+    """e^d - d - 1 with d = ref_logprob - logprob: unbiased for the KL, never negative."""
+    difference = ref_logprob - logprob
+    return difference.expm1() - difference
+
+
+SAMPLED_KL = {"k2": k2, "k3": k3}
+
+
+def value_loss(values_KL: Tensor, micro: MicroBatch, weight_L: Tensor, args: SafeConfig) -> Tensor:
+    """Mean over the K heads of the clipped Huber loss, summed over the tokens with their weights.
+
+    Each head regresses the returns by itself; moving further than `value_clip` from the rollout's value gains nothing.
+    """
+    clipped_KL = micro.values_KL + (values_KL - micro.values_KL).clamp(-args.value_clip, args.value_clip)
+    target_KL = micro.returns_L.expand_as(values_KL)
+    plain = huber_loss(values_KL, target_KL, reduction="none", delta=args.huber_delta)
+    clipped = huber_loss(clipped_KL, target_KL, reduction="none", delta=args.huber_delta)
+    return (torch.maximum(plain, clipped).mean(0) * weight_L).sum()
+
+
+def token_rewards(reward_B: Tensor, response_cu_seqlens: Tensor, kl_charge_L: Tensor) -> Tensor:
+    """Minus the charge on every token, plus the sequence's reward on its last one. Empty responses get nothing."""
+    lives = response_cu_seqlens.diff() > 0
+    last = response_cu_seqlens[1:][lives].long() - 1
+    return (-kl_charge_L).index_add(0, last, reward_B[lives])
+
+
+def per_token(values_B: Tensor, response_cu_seqlens: Tensor) -> Tensor:
+    """A number a sequence, repeated for each of its response tokens."""
+    return values_B.repeat_interleave(response_cu_seqlens.diff().long())
+
+
+def group_advantages(reward_B: Tensor, group_size: int) -> Tensor:
+    """GRPO: rewards standardised within the completions of a prompt; 0 where they are all equal."""
+    groups = reward_B.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / (groups.std(1, keepdim=True) + 1e-4)).view(-1)
+
+
+def whiten(values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Zero mean and unit variance; centred only where the standard deviation is below 1e-6."""
+    std = variance.sqrt()
+    return torch.where(std < 1e-6, values - mean, (values - mean) / std.clamp(min=1e-6))

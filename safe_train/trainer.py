@@ -1,0 +1,251 @@
+"""The training loop. `SafeTrainer.train` is the algorithm on one page; everything it calls is a screen away."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from tqdm import tqdm
+
+from safe_kernels import linear_token_stats
+from safe_train import losses
+from safe_train.checkpoint import Checkpoints
+from safe_train.config import ConfigError, SafeConfig
+from safe_train.controller import Control, Controller, Moments
+from safe_train.critic import Critic
+from safe_train.data import PromptDataset, load_rows
+from safe_train.evaluation import Evaluation, evaluate
+from safe_train.experience import Experience, MicroBatch, value_states
+from safe_train.metrics import step_metrics
+from safe_train.models import Policy, load_model, make_policy
+from safe_train.preview import Preview
+from safe_train.rewards import RewardFunction, Rewards, load_reward
+from safe_train.rollout import Rollout, sample
+from safe_train.run_folder import RunFolder
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+class SafeTrainer:
+    """Trains a causal language model with SAFE, PPO or GRPO.
+
+    Args:
+        model: a causal language model of transformers, or the name of one. Default: `args.model`.
+        reward_funcs: one or several rewards: callables `(prompts, completions, **columns) -> list[float]`, or names.
+            Default: `args.reward`.
+        args: the settings.
+        train_dataset, eval_dataset: rows with a `prompt` field, text or chat messages. Default: those `args` names.
+        processing_class: the tokenizer; loaded with the model when that is a name.
+        peft_config: replaces the LoRA settings of `args`.
+        callbacks: each is called after every step as `callback(trainer, metrics)`.
+
+    Raises:
+        ConfigError: a setting, model, reward or data set that cannot be used, and what to do about it.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        reward_funcs: RewardFunction | str | Sequence[RewardFunction | str] | None = None,
+        args: SafeConfig | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: Sequence[Callable[[SafeTrainer, dict[str, Any]], None]] = (),
+    ):
+        self.args = args = args or SafeConfig()
+        self.accelerator = Accelerator(cpu=args.use_cpu, log_with=args.report_to or None, project_dir=args.output_dir)
+        self.device = self.accelerator.device
+        set_seed(args.seed)
+        if model is None or isinstance(model, str):
+            model, tokenizer = load_model(model or args.model, args, self.device)
+            processing_class = processing_class or tokenizer
+        if processing_class is None:
+            raise ConfigError("a model object needs its tokenizer: pass processing_class=")
+        self.tokenizer = processing_class
+        chosen = args.reward if reward_funcs is None else reward_funcs
+        functions = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
+        self.rewards = Rewards([load_reward(f, self.device) for f in functions], args.reward_weights)
+        self.prompts = self.prompt_dataset(train_dataset, args.dataset)
+        self.eval_prompts = self.prompt_dataset(eval_dataset, args.eval_dataset or args.dataset)
+        self.callbacks = callbacks
+
+        self.policy: Policy = make_policy(model, args, peft_config).to(self.device)
+        self.trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        rate = args.learning_rate or (1e-4 if self.policy.is_lora else 1e-5)
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=rate, weight_decay=args.weight_decay)
+        self.critic: Critic | None = None
+        self.critic_optimizer: torch.optim.Optimizer | None = None
+        if args.critic != "none":
+            self.critic = Critic(self.policy.hidden_size, args.critic).to(self.device)
+            self.critic_optimizer = torch.optim.AdamW(self.critic.heads.parameters(), lr=args.critic_learning_rate)
+        self.controller, self.reward_moments = Controller(args), Moments()
+        limit = args.max_preview_kl
+        self.preview = None if limit is None else Preview(self.trainable, limit, args.preview_min_scale)
+        self.step = self.bad_steps = 0
+        self.times: dict[str, float] = {}
+
+    def prompt_dataset(self, rows: Rows | None, name: str) -> PromptDataset:
+        rows = load_rows(name, self.args.dataset_split) if rows is None else rows
+        return PromptDataset(rows, self.tokenizer, self.args.max_prompt_tokens, self.args.seed)
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[dict[str, Any]]:
+        """Runs to `total_steps` and returns the metrics of the steps it ran; the run folder holds everything else.
+
+        Args:
+            resume_from_checkpoint: True for the newest complete checkpoint of the run folder, or a checkpoint's path.
+        """
+        args, checkpoints = self.args, Checkpoints(self.args.output_dir, self.args.keep_checkpoints)
+        if resume_from_checkpoint:
+            checkpoints.load(self, None if resume_from_checkpoint is True else Path(resume_from_checkpoint))
+        folder = RunFolder(args, self.accelerator, resume_at=self.step)
+        history = []
+        for step in tqdm(range(self.step, args.total_steps), initial=self.step, total=args.total_steps, unit="step"):
+            with self.timed("step"):
+                with self.timed("rollout"):
+                    rollout = self.sample(step)
+                with self.timed("reward"):
+                    rewards = self.rewards(*rollout.for_rewards())
+                with self.timed("score"):
+                    experience = Experience(self.policy, self.critic, rollout, args, self.device)
+                control = self.observe(experience, rewards["reward"])
+                kl_charge = control.kl_coef if args.kl_in_reward else 0.0
+                experience.estimate(self.training_rewards(rewards["reward"], rollout), kl_charge)
+                with self.timed("update"):
+                    update = self.update(experience, control)
+            metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
+            self.step = step + 1
+            if args.eval_every and self.step % args.eval_every == 0:
+                metrics |= {f"eval/{name}": value for name, value in self.evaluate().numbers().items()}
+            if self.step % args.samples_every == 0:
+                folder.log_samples(self.step, rollout, rewards["reward"])
+            folder.log(self.step, metrics)
+            history.append(metrics)
+            if self.step % args.save_every == 0 or self.step == args.total_steps:
+                checkpoints.save(self)
+            for callback in self.callbacks:
+                callback(self, metrics)
+        folder.finish()
+        return history
+
+    def evaluate(self) -> Evaluation:
+        """Samples on the held-out prompts, always with the same random numbers, and leaves training's alone."""
+        return evaluate(self.policy, self.tokenizer, self.eval_prompts, self.rewards, self.args, self.device)
+
+    def sample(self, step: int) -> Rollout:
+        args = self.args
+        prompts = self.prompts.at(step * args.prompts_per_step, args.prompts_per_step)
+        repeated = [prompt for prompt in prompts for _ in range(args.completions_per_prompt)]
+        return sample(self.policy, self.tokenizer, repeated, args)
+
+    def observe(self, experience: Experience, reward_B: Tensor) -> Control:
+        """Takes the rollout into the reward moments, then asks the controller for the update's coefficients."""
+        self.reward_moments.update(reward_B.tolist())
+        kl, entropy = (experience.tokens(name).mean().item() for name in ("kl_L", "entropy_L"))
+        return self.controller.update(kl, entropy, reward_B.mean().item(), self.reward_moments.std)
+
+    def training_rewards(self, reward_B: Tensor, rollout: Rollout) -> Tensor:
+        """Rewards as the advantages see them: normalised, charged for not ending, permuted in the control run."""
+        if self.args.normalize_rewards:
+            reward_B = (reward_B - self.reward_moments.mean) / (self.reward_moments.std or 1.0)
+        reward_B = reward_B - self.args.missing_eos_penalty * (~torch.tensor(rollout.ended)).float()
+        if self.args.shuffle_advantages:
+            reward_B = reward_B[torch.randperm(len(reward_B))]
+        return reward_B.to(self.device)
+
+    def update(self, experience: Experience, control: Control) -> dict[str, float]:
+        """Inner epochs over the rollout, one optimizer step a minibatch. Returns means over those steps."""
+        seen: dict[str, list[Tensor]] = defaultdict(list)
+        for _ in range(self.args.inner_epochs):
+            for minibatch in experience.minibatches:
+                tokens = sum(len(micro.batch.targets_L) for micro in minibatch)
+                if tokens == 0:
+                    continue
+                sums: dict[str, Tensor] = {}
+                for micro in minibatch:
+                    for name, value in self.backward(micro, control, tokens).items():
+                        sums[name] = sums.get(name, 0) + value
+                sums |= self.optimizer_step(sums["policy_loss"] + sums["value_loss"])
+                if self.preview is not None:
+                    sums["preview_scale"] = self.preview.apply(sums["kl_before_step"].item(), self.mean_kl(minibatch))
+                for name, value in sums.items():
+                    seen[name].append(torch.as_tensor(value))
+        return {name: torch.stack(values).float().mean().item() for name, values in seen.items()}
+
+    def backward(self, micro: MicroBatch, control: Control, tokens: int) -> dict[str, Tensor]:
+        """Adds a micro-batch's share of the minibatch's gradient; returns its share of the minibatch's means."""
+        share = len(micro.batch.targets_L) / tokens
+        weight_L = torch.full_like(micro.logprob_L, 1 / tokens)
+        hidden_LH = self.policy(micro.batch)
+        policy = losses.policy_loss(hidden_LH, self.policy.head(), micro, weight_L, control, self.args)
+        total, value_loss = policy.loss, torch.zeros_like(policy.loss)
+        if self.critic is not None:
+            values_KL = self.critic(value_states(hidden_LH, micro.batch, self.args))
+            value_loss = losses.value_loss(values_KL, micro, weight_L, self.args)
+            total = total + self.args.value_coef * value_loss
+        self.accelerator.backward(total)
+        return {
+            "policy_loss": policy.loss.detach(),
+            "value_loss": value_loss.detach(),
+            "clip_fraction": policy.clip_fraction * share,
+            "ratio_mean": (weight_L * (policy.logprob - micro.logprob_L).exp()).sum(),
+            "approx_kl": (weight_L * losses.k3(micro.logprob_L, policy.logprob)).sum(),
+            "kl_before_step": (weight_L * policy.kl).sum(),
+        }
+
+    def optimizer_step(self, loss: Tensor) -> dict[str, float]:
+        """Clips both gradients and steps both optimizers, or neither when something is not finite."""
+        args = self.args
+        norm = self.accelerator.clip_grad_norm_(self.trainable, args.max_grad_norm)
+        critic_norm = torch.zeros(())
+        if self.critic is not None:
+            critic_norm = self.accelerator.clip_grad_norm_(self.critic.heads.parameters(), args.critic_max_grad_norm)
+        finite = bool(torch.isfinite(norm + critic_norm + loss))
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        if finite:
+            self.take_step()
+        self.optimizer.zero_grad()
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.zero_grad()
+        if self.bad_steps >= args.max_bad_steps:
+            raise FloatingPointError(
+                f"{self.bad_steps} optimizer steps in a row had a non-finite loss or gradient (loss {loss:.4g}, "
+                f"policy gradient {norm:.4g}, critic gradient {critic_norm:.4g}); none of them reached the weights. "
+                f"The last checkpoint in {args.output_dir} is intact; a lower learning_rate may help."
+            )
+        return {"grad_norm": float(norm), "critic_grad_norm": float(critic_norm), "bad_steps": float(not finite)}
+
+    def take_step(self) -> None:
+        if self.preview is not None:
+            self.preview.remember()
+        self.optimizer.step()
+        if self.critic is not None and self.critic_optimizer is not None:
+            self.critic_optimizer.step()
+            self.critic.polyak(self.args.polyak)
+
+    @torch.no_grad()
+    def mean_kl(self, minibatch: list[MicroBatch]) -> float:
+        """Exact KL to the reference, nats per token, of the policy as it is now."""
+        head, kls = self.policy.head(), []
+        for micro in minibatch:
+            hidden_LH, targets_L = self.policy(micro.batch), micro.batch.targets_L
+            kls.append(linear_token_stats(hidden_LH, tokens=targets_L, ref_hidden=micro.ref_hidden_LH, **head).kl)
+        return torch.cat(kls).mean().item()
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Wall-clock seconds of a part of the step, with the device's queue emptied at its end."""
+        started = perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times[name] = perf_counter() - started

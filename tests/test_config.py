@@ -1,0 +1,83 @@
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import safe_train
+from safe_train.cli import main
+from safe_train.config import CONFIGS, ConfigError, SafeConfig
+
+
+def test_scientific_notation_in_yaml_is_a_number(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 1e-5\ntotal_steps: 7\nlora_last_layers: null\n")
+    config = SafeConfig.load(file, ["beta=2e-3", "window=4"])
+    assert (config.learning_rate, config.total_steps, config.beta, config.window) == (1e-5, 7, 2e-3, 4)
+
+
+def test_overrides_win_over_the_file():
+    assert SafeConfig.load("demo.yaml", ["total_steps=3"]).total_steps == 3
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_shipped_configs_load(name):
+    SafeConfig.load(name)
+
+
+def test_saved_config_loads_back_the_same(tmp_path):
+    config = SafeConfig(beta=0.5, reward=["vader"], total_steps=9)
+    config.save(tmp_path / "config.yaml")
+    assert SafeConfig.load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lerning_rate=1", "unknown setting 'lerning_rate'; did you mean 'learning_rate'"),
+        ("zzz=1", "unknown setting 'zzz'"),
+        ("beta", "expected key=value, got 'beta'"),
+        ("beta=much", "beta must be float, got 'much'"),
+        ("total_steps=1.5", "total_steps must be int, got 1.5"),
+        ("use_cpu=3", "use_cpu must be bool, got 3"),
+        ("total_steps=true", "total_steps must be int, got True"),
+        ("beta=-1", "beta must be at least 0, got -1.0"),
+        ("beta=.nan", "beta must be at least 0, got nan"),
+        ("alpha=0", "alpha must be positive"),
+        ("temperature=0.7", "temperature must be 1: samples must come from the policy that is scored"),
+        ("top_k=50", "top_k must be 0: samples must come from the policy that is scored"),
+        ("top_p=0.9", "top_p must be 1"),
+        ("kl_estimator=k1", "zero gradient"),
+        ("algorithm=dpo", "algorithm must be one of safe, ppo"),
+        ("algorithm=grpo", "completions_per_prompt must be at least 2 for grpo"),
+        ("critic=none", "critic must be soft_min, mean or single for safe"),
+        ("minibatch_size=99", "minibatch_size must be at most the 16 of a rollout"),
+        ("eval_every=5", "eval_dataset must be set when eval_every is"),
+        ("reward_weights=[1, 2]", "reward_weights must be one number for each reward"),
+        ("gate_min=9", "gate_min must be at most gate_max"),
+    ],
+)
+def test_impossible_settings_are_named(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        SafeConfig.load(None, [override])
+
+
+def test_missing_config_file_lists_the_shipped_ones():
+    with pytest.raises(ConfigError, match=r"no config file 'none\.yaml'; shipped ones are: .*demo\.yaml"):
+        SafeConfig.load("none.yaml")
+
+
+def test_every_setting_is_read_by_the_trainer_and_explained(capsys):
+    sources = [path for path in Path(safe_train.__file__).parent.glob("*.py") if path.name != "config.py"]
+    code = "\n".join(path.read_text() for path in sources)
+    used = set(re.findall(r"\bargs\.(\w+)", code)) | {"algorithm"}  # which sets critic and controller
+    assert main(["config"]) == 0
+    printed = capsys.readouterr().out
+    for field in dataclasses.fields(SafeConfig):
+        assert field.name in used, f"nothing reads {field.name}"
+        assert len(field.metadata["help"]) > 5
+        assert re.search(rf"^{field.name}: .*# \S", printed, re.MULTILINE), field.name
+
+
+def test_cli_reports_a_bad_setting_without_a_traceback(capsys):
+    assert main(["run", "betta=1"]) == 2
+    assert "did you mean 'beta'" in capsys.readouterr().err

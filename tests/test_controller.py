@@ -1,0 +1,120 @@
+"""The control law, by numbers. Each test of a correction fails if the published behaviour comes back."""
+
+import json
+import statistics
+
+import pytest
+from safe_train.config import SafeConfig
+from safe_train.controller import Controller, Ema, Moments
+
+
+def controller(**settings) -> Controller:
+    return Controller(SafeConfig(**{"total_steps": 40} | settings))
+
+
+def drive(control, kls, rewards=None, entropy=2.0, reward_std=1.0):
+    rewards = [0.0] * len(kls) if rewards is None else rewards
+    return [control.update(kl, entropy, reward, reward_std) for kl, reward in zip(kls, rewards, strict=True)]
+
+
+def test_averages_start_at_the_first_observation():
+    """The published averages start at 0, so the controller is blind for the first rollouts."""
+    first = drive(controller(), [0.4])[0]
+    assert first.kl_short == pytest.approx(0.4) and first.kl_long == pytest.approx(0.4)
+
+
+def test_bias_corrected_average_of_a_constant_is_the_constant():
+    average = Ema(0.99)
+    assert [average.update(3.0) for _ in range(50)] == pytest.approx([3.0] * 50)
+
+
+def test_coefficient_is_the_anchor_below_the_threshold_and_grows_above_it():
+    settings = {"pid_kp": 0, "pid_ki": 0, "pid_kd": 0, "phases": False, "entropy_gate": False, "kl_momentum_coef": 0}
+    control = controller(beta=0.01, kl_threshold=0.3, kl_excess_coef=0.5, **settings)
+    low, high = drive(control, [0.2])[0], drive(controller(beta=0.01, **settings), [0.9])[0]
+    assert low.kl_coef == 0.01 and low.kl_penalty == 0
+    assert high.kl_coef == pytest.approx(0.01 + 0.5 * (0.9 - 0.3))
+
+
+def test_fixed_controller_observes_and_never_acts():
+    trace = drive(controller(controller="fixed", beta=0.02), [0.1, 0.5, 2.0])
+    assert [c.kl_coef for c in trace] == [0.02] * 3
+    assert trace[-1].kl_penalty > 0
+
+
+def test_momentum_charges_a_rise_over_the_window_and_not_a_fall():
+    settings = {"window": 3, "kl_excess_coef": 0, "beta": 0, "entropy_gate": False}
+    rise = drive(controller(**settings), [0.0, 0.1, 0.2, 0.3, 0.4])
+    assert [c.kl_momentum for c in rise] == pytest.approx([0, 0, 0, 0.3, 0.3])
+    assert [c.kl_coef for c in rise] == pytest.approx([0, 0, 0, 0.15, 0.15])
+    fall = drive(controller(**settings), [0.4, 0.3, 0.2, 0.1, 0.0])
+    assert fall[-1].kl_momentum < 0 and fall[-1].kl_coef == 0
+
+
+def test_gate_is_bounded_and_its_floor_follows_the_model():
+    """The published floor is 2 nats for every model, and the gate reaches 20 at entropy 0."""
+    control = controller()
+    assert control.update(0, 0.5, 0, 1).entropy_floor == 0.25
+    assert control.update(0, 0.0, 0, 1).entropy_gate == pytest.approx(2.5)
+    assert control.update(0, 9.0, 0, 1).entropy_gate == 0.5
+    assert controller(entropy_floor=3.0).update(0, 0.0, 0, 1).entropy_gate == 4.0
+
+
+def test_gate_scales_only_the_adaptive_part():
+    settings = {"beta": 0.01, "kl_momentum_coef": 0, "phases": False}
+    open_gate, half_gate = (drive(controller(entropy_floor=f, **settings), [0.9])[0] for f in (2.1, 1.05))
+    assert open_gate.kl_coef - 0.01 == pytest.approx(2 * (half_gate.kl_coef - 0.01))
+
+
+def test_pid_moves_the_threshold_with_the_velocity_of_the_reward():
+    """The published PID stays in [-0.011, 0]: no control."""
+    rising = drive(controller(phases=False), [0.0] * 30, rewards=[0.2 * i for i in range(30)])
+    falling = drive(controller(phases=False), [0.0] * 30, rewards=[-0.2 * i for i in range(30)])
+    assert rising[-1].pid > 0.05 and rising[-1].kl_threshold > 0.35
+    assert falling[-1].pid < -0.05 and falling[-1].kl_threshold < 0.25
+
+
+def test_pid_does_not_depend_on_the_scale_of_the_reward():
+    small = drive(controller(), [0.0] * 20, rewards=[0.01 * i for i in range(20)], reward_std=0.1)
+    large = drive(controller(), [0.0] * 20, rewards=[10.0 * i for i in range(20)], reward_std=100.0)
+    assert [c.pid for c in small] == pytest.approx([c.pid for c in large])
+
+
+def test_pid_of_constant_rewards_is_zero():
+    assert all(c.pid == 0 for c in drive(controller(), [0.0] * 10, rewards=[0.7] * 10, reward_std=0.0))
+
+
+def test_threshold_stays_in_its_bounds():
+    trace = drive(controller(), [0.1] * 60, rewards=[(-1) ** i * 50.0 for i in range(60)])
+    assert all(0.1 <= c.kl_threshold <= 0.6 for c in trace)
+
+
+def test_a_short_run_leaves_warm_up():
+    """The published windows are 50 and 100 calls: a run of 40 steps would end in its warm-up."""
+    trace = drive(controller(total_steps=40), [0.0] * 40, rewards=[0.1 * i for i in range(40)])
+    assert trace[0].phase == "warmup" and trace[10].phase == "climbing"
+
+
+def test_phases_are_judged_in_units_of_the_reward_spread():
+    rewards = [0.1 * i for i in range(20)] + [2.0] * 20
+    for scale in (1.0, 1000.0):
+        scaled = [scale * r for r in rewards]
+        trace = drive(controller(window=4), [0.0] * 40, rewards=scaled, reward_std=0.5 * scale)
+        assert trace[15].phase == "climbing" and trace[-1].phase == "converged"
+    assert drive(controller(window=4), [0.0] * 40, rewards=[0.0] * 40)[-1].phase == "plateau"
+
+
+def test_state_survives_json():
+    control, fresh = controller(), controller()
+    drive(control, [0.1 * i for i in range(9)], rewards=[0.3 * i for i in range(9)])
+    fresh.load_state_dict(json.loads(json.dumps(control.state_dict())))
+    assert fresh.update(0.7, 1.0, 3.0, 1.0) == control.update(0.7, 1.0, 3.0, 1.0)
+
+
+def test_moments_match_all_values_at_once():
+    values = [0.3, -1.0, 5.0, 2.0, 2.0, 7.5, -3.25]
+    moments = Moments()
+    for part in (values[:1], values[1:4], [], values[4:]):
+        moments.update(part)
+    assert moments.mean == pytest.approx(statistics.fmean(values))
+    assert moments.std == pytest.approx(statistics.pstdev(values))

@@ -1,0 +1,69 @@
+"""A language model, a tokenizer and prompts small enough that a whole training run takes a second."""
+
+import torch
+from safe_train.config import SafeConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ["<pad>", "<eos>", *"the a cat dog sat ran on under mat tree good bad happy sad very not and or is was".split()]
+PROMPTS = [{"prompt": text} for text in ("the cat", "a dog sat on", "the", "the happy dog ran under a", "a tree is")]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+
+
+def model(seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "initializer_range": 0.3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
+
+
+def good_words(prompts, completions, **columns) -> list[float]:
+    """The share of pleasant words: a reward that a tiny model can learn in a few steps."""
+    return [sum(word in ("good", "happy") for word in text.split()) / 4 for text in completions]
+
+
+def settings(output_dir, **changes) -> SafeConfig:
+    values = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "total_steps": 3,
+        "prompts_per_step": 4,
+        "completions_per_prompt": 2,
+        "max_new_tokens": 6,
+        "max_tokens_per_microbatch": 24,
+        "minibatch_size": 4,
+        "lora_r": 4,
+        "learning_rate": 1e-2,
+        "eval_completions": 4,
+        "samples_every": 1,
+        "save_every": 2,
+    }
+    return SafeConfig(**values | changes)
+
+
+def trainer(output_dir, reward=good_words, policy=None, prompts=PROMPTS, **changes):
+    from safe_train import SafeTrainer
+
+    return SafeTrainer(
+        model() if policy is None else policy,
+        reward,
+        settings(output_dir, **changes),
+        train_dataset=prompts,
+        eval_dataset=prompts,
+        processing_class=tokenizer(),
+    )
