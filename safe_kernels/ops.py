@@ -1,8 +1,8 @@
 """The public functions: arguments are checked, a backend is chosen, the work is its.
 
 Shapes: `...` is any leading shape, V the vocabulary, H the hidden width. Statistics are in nats, float32 (float64 for
-float64 inputs), with the leading shape. A token that `mask` (torch.bool, True where a token counts) leaves out has results
-of exactly 0 and gradients of exactly 0, and what its row holds, NaN included, spreads nowhere.
+float64 inputs), with the leading shape. A token that `mask` (torch.bool, True where a token counts) leaves out has
+results of exactly 0 and gradients of exactly 0, and what its row holds, NaN included, spreads nowhere.
 
 Every function takes `backend`: "torch", "reference", or None, which is the environment variable SAFE_KERNELS_BACKEND or
 else the best one for the device. Wrong arguments raise ValueError or TypeError at the call. SAFE_KERNELS_DEBUG=1 also
@@ -11,6 +11,9 @@ checks what needs a synchronisation with the device: ids, NaN, the values of ten
 
 import importlib
 import os
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +55,7 @@ def token_stats(
     Returns:
         TokenStats; `ref_logprob` and `kl` are None without `ref_logits`.
     """
-    checks.is_floating("logits", logits)
-    _check_logits(logits, tokens, ref_logits, mask)
+    checks.logits_arguments(logits, tokens, ref_logits, mask)
     if inplace_backward:
         checks.does_not_overlap("logits", logits)
     temperature = checks.is_temperature(temperature, tokens, mask)
@@ -97,13 +99,13 @@ def linear_token_stats(
         ref_hidden: [..., H'] of the reference; None is no reference.
         ref_weight: [V, H']; None shares `weight`, and `bias` unless `ref_bias` is given.
         softcap: > 0, or None for none.
-        batch_invariant: a row's results and hidden gradient have the same bits whatever the other rows are. On the torch
-            backend that is one row at a time, and slow.
+        batch_invariant: a row's results and hidden gradient have the same bits whatever the other rows are. On the
+            torch backend that is one row at a time, and slow; the reference refuses it.
 
-    The other arguments and the results are those of `token_stats`. Gradients go to hidden, weight and bias, as far as they
-    require them.
+    The other arguments and the results are those of `token_stats`. Gradients go to hidden, weight and bias, as far as
+    they require them.
     """
-    head = _checked_head(
+    head = checks.head_arguments(
         hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
     )
     with _full_precision(hidden):
@@ -147,12 +149,13 @@ def safe_terms(
 
     The other arguments are those of `token_stats`.
     """
-    checks.is_floating("logits", logits)
     checks.is_floating("ref_logits", ref_logits)
-    _check_logits(logits, tokens, ref_logits, mask)
+    checks.logits_arguments(logits, tokens, ref_logits, mask)
     if inplace_backward:
         checks.does_not_overlap("logits", logits)
-    values = _checked_values(tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens)
+    values = checks.value_arguments(
+        tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens
+    )
     temperature = checks.is_temperature(temperature, tokens, mask)
     with _full_precision(logits):
         return _implementation(backend).safe_terms(
@@ -196,10 +199,12 @@ def linear_safe_terms(
 ) -> SafeTerms:
     """`safe_terms` from hidden states: arguments of `linear_token_stats` and of `safe_terms`."""
     checks.is_floating("ref_hidden", ref_hidden)
-    head = _checked_head(
+    head = checks.head_arguments(
         hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
     )
-    values = _checked_values(tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens)
+    values = checks.value_arguments(
+        tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens
+    )
     with _full_precision(hidden):
         return _implementation(backend).linear_safe_terms(
             hidden, weight, tokens, v1, v2, rewards, mask=mask, batch_invariant=batch_invariant, **head, **values
@@ -239,7 +244,8 @@ def soft_min_gae(
         advantage_t  = delta_t + gamma * lam * advantage_{t+1}
         returns      = advantage + value
 
-    where t + 1 is the next token of the sequence that is not masked, and past the last one value is `bootstrap`, advantage 0.
+    where t + 1 is the next token of the sequence that is not masked; past the last one, value is `bootstrap` and
+    advantage 0.
 
     Args:
         v1, v2, rewards: [..., T], or [N] packed with `cu_seqlens`.
@@ -296,22 +302,23 @@ def linear_policy_loss(
         l = l + kl_coef * stats.kl + kl_penalty_coef * relu(stats.kl - kl_threshold)**2
         loss = (loss_weight * l).sum()
 
-    with one sweep over the vocabulary instead of a forward and a recomputing backward. `logprob`, `entropy` and `kl` have the
-    bits of `linear_token_stats` on the same backend and inputs, in and out of torch.no_grad. On the torch backend the
-    gradient is handed over in the first backward, and a second one raises.
+    with one sweep over the vocabulary instead of a forward and a recomputing backward. `logprob`, `entropy` and `kl`
+    have the bits of `linear_token_stats` on the same backend and inputs, in and out of torch.no_grad. On the torch
+    backend the gradient is handed over in the first backward, and a second one raises.
 
     Args:
         old_logprob, advantage: [...]; without gradient.
         loss_weight: [...]; it carries the reduction. Default: 1 / number of live tokens, the token mean.
         clip_low, clip_high: >= 0.
-        entropy_coef, kl_coef, kl_penalty_coef, kl_threshold: numbers or 0-dim tensors. A number 0 switches its term off.
+        entropy_coef, kl_coef, kl_penalty_coef: numbers or 0-dim tensors. The number 0 switches its term off.
+        kl_threshold: a number or a 0-dim tensor, in nats.
 
     The other arguments are those of `linear_token_stats`.
 
     Returns:
         PolicyLoss; only `loss` carries a gradient, to hidden, weight and bias as far as they require it.
     """
-    head = _checked_head(
+    head = checks.head_arguments(
         hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
     )
     checks.per_token(tokens, old_logprob=old_logprob, advantage=advantage, loss_weight=loss_weight)
@@ -344,7 +351,7 @@ def linear_policy_loss(
         )
 
 
-def _implementation(backend: str | None):
+def _implementation(backend: str | None) -> ModuleType:
     name = backend or os.environ.get("SAFE_KERNELS_BACKEND") or "torch"
     if name not in _BACKENDS:
         origin = "backend" if backend else "the environment variable SAFE_KERNELS_BACKEND"
@@ -352,69 +359,6 @@ def _implementation(backend: str | None):
     return importlib.import_module(_BACKENDS[name])
 
 
-def _full_precision(like: Tensor):
+def _full_precision(like: Tensor) -> AbstractContextManager[Any]:
     """Autocast would round logits to a low precision on their way to the exponent."""
     return torch.autocast(like.device.type, enabled=False)
-
-
-def _check_logits(logits, tokens, ref_logits, mask):
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (..., V) with V >= 1")
-    checks.are_tokens(tokens, logits.shape[:-1], logits.device, "logits")
-    checks.is_mask(mask, tokens)
-    if ref_logits is not None:
-        checks.has_shape("ref_logits", checks.is_floating("ref_logits", ref_logits), logits.shape, "that of logits")
-        checks.is_on("ref_logits", ref_logits, logits.device)
-    checks.debug_values(tokens, logits.shape[-1], mask, logits=logits, ref_logits=ref_logits)
-
-
-def _checked_head(
-    hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
-) -> dict:
-    """The keyword arguments of every `linear_*` function that say how hidden states become logits."""
-    if checks.is_floating("hidden", hidden).dim() == 0:
-        raise ValueError("hidden has no axes; it must be (..., H)")
-    checks.is_head(hidden, weight, bias)
-    checks.are_tokens(tokens, hidden.shape[:-1], hidden.device, "hidden")
-    checks.is_mask(mask, tokens)
-    if ref_hidden is None:
-        for name, x in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-            if x is not None:
-                raise ValueError(f"{name} is given without ref_hidden; it must be None, or ref_hidden given")
-    else:
-        checks.has_shape(
-            "ref_hidden",
-            checks.is_floating("ref_hidden", ref_hidden),
-            (*tokens.shape, *ref_hidden.shape[-1:]),
-            "with the leading shape of hidden",
-        )
-        checks.is_on("ref_hidden", ref_hidden, hidden.device)
-        shared = ref_weight is None
-        checks.is_head(ref_hidden, weight if shared else ref_weight, ref_bias, "" if shared else "ref_")
-        if not shared:
-            checks.has_shape(
-                "ref_weight", ref_weight, (weight.shape[0], ref_hidden.shape[-1]), "the vocabulary of weight"
-            )
-    checks.debug_values(tokens, weight.shape[0], mask, hidden=hidden, ref_hidden=ref_hidden)
-    return {
-        "bias": bias,
-        "ref_hidden": ref_hidden,
-        "ref_weight": ref_weight,
-        "ref_bias": ref_bias,
-        "temperature": checks.is_temperature(temperature, tokens, mask),
-        "softcap": None if softcap is None else checks.is_positive("softcap", softcap),
-        "logit_scale": checks.is_number("logit_scale", logit_scale),
-    }
-
-
-def _checked_values(tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens) -> dict:
-    checks.per_token(tokens, v1=v1, v2=v2, rewards=rewards, target_v1=target_v1, target_v2=target_v2)
-    checks.is_time(tokens, cu_seqlens)
-    return {
-        "kl_threshold": checks.is_coefficient("kl_threshold", kl_threshold),
-        "alpha": checks.is_positive("alpha", alpha),
-        "gamma": checks.is_number("gamma", gamma, 0, 1),
-        "target_v1": target_v1,
-        "target_v2": target_v2,
-        "cu_seqlens": cu_seqlens,
-    }

@@ -155,7 +155,7 @@ def linear_policy_loss(
     weights = share if loss_weight is None else _live(_compute(loss_weight.detach()), mask)
     loss = (weights * _live(token_loss, mask)).sum()
     clip_fraction = (share * (clipped < ratio * advantage)).sum()
-    return PolicyLoss(loss, *(None if x is None else x.detach() for x in (*stats, clip_fraction)))
+    return PolicyLoss._make([loss, *(None if x is None else x.detach() for x in (*stats, clip_fraction))])
 
 
 def _compute(x: Tensor) -> Tensor:

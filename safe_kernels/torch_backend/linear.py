@@ -6,53 +6,54 @@ Shapes: N tokens, R rows of a tile, V vocabulary, C columns of a weight tile, H 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..results import TokenStats
-from .rows import Gradients, RowStats, Tile, Tokens, logit_gradient, restore, row_chunks, row_statistics
+from .logits import save, saved
+from .rows import Gradients, RowStats, Tile, Tokens, logit_gradient, restore, row_statistics, take, tiles
 
 WEIGHT_TILE_BYTES = 16 << 20
 
 
-def linear_token_stats(hidden, weight, tokens, *, mask=None, **head) -> TokenStats:
+def linear_token_stats(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, *, mask: Tensor | None = None, **head: Any
+) -> TokenStats:
     live = LiveTokens.of(tokens.shape, mask)
     results = _LinearTokenStats.apply(*LinearInputs.of(live, hidden, weight, tokens, **head))
-    return TokenStats(*(None if x is None else live.scatter(x) for x in results))
+    return TokenStats._make(None if x is None else live.scatter(x) for x in results)
 
 
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        inputs = LinearInputs(*inputs)
-        tokens, with_reference = inputs.tokens(), inputs.ref_hidden_NH is not None
-        stats = RowStats.empty(len(inputs.tokens_N), with_reference, tokens.known_N)
-        for rows, _, tile in inputs.tiles(tokens, with_reference):
-            stats.write(rows, row_statistics(tile, tokens.at(rows)))
+        inputs = LinearInputs(*args)
+        tokens, with_reference = inputs.asked(), inputs.ref_hidden_NH is not None
+        stats = RowStats.empty(tokens, with_reference)
+        for rows, some, tile, _ in inputs.loaded_tiles(tokens, with_reference):
+            stats.write(rows, row_statistics(tile, some))
         results = stats.results(tokens)
-        ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs]
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *stats)
-        if with_reference:
+        save(ctx, (*inputs, *stats))
+        if results[2] is not None:
             ctx.mark_non_differentiable(results[2])
         return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprob, grad_entropy, _, grad_kl):
-        saved, count = ctx.saved_tensors, len(ctx.constants)
-        inputs = LinearInputs(*(x if c is None else c for x, c in zip(saved[:count], ctx.constants, strict=True)))
-        tokens, stats, head = inputs.tokens(), RowStats(*saved[count:]), inputs.head()
-        grads = Gradients(grad_logprob, grad_entropy, grad_kl).prepare(tokens)
-        sums = GradientSums(inputs, ctx.needs_input_grad)
-        for rows, hidden_RH, tile in inputs.tiles(tokens, with_reference=grads.kl is not None):
-            part, some = stats.at(rows), tokens.at(rows)
-            restore(tile, some, part)
-            logit_gradient(tile, some, part, grads.at(rows))
-            sums.add(rows, head.product_gradient(tile, some, part), hidden_RH)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        values, count = saved(ctx), len(LinearInputs._fields)
+        inputs, stats = LinearInputs(*values[:count]), RowStats(*values[count:])
+        tokens, head, sums = inputs.asked(), inputs.head(), GradientSums(inputs, ctx.needs_input_grad)
+        grad_logprob, grad_entropy, _, grad_kl = grads
+        gradients = Gradients.of(tokens, grad_logprob, grad_entropy, grad_kl)
+        for rows, some, tile, hidden_RH in inputs.loaded_tiles(tokens, grad_kl is not None):
+            restore(tile, some, take(stats, rows))
+            logit_gradient(tile, some, take(stats, rows), take(gradients, rows))
+            sums.add(rows, head.product_gradient(tile, some, take(stats, rows)), hidden_RH)
         return *sums.rounded(), *(None,) * (count - 3)
 
 
@@ -64,7 +65,7 @@ class Head(NamedTuple):
     softcap: float | None
     logit_scale: float
 
-    def logits(self, hidden_RH, out_RV):
+    def logits(self, hidden_RH: Tensor, out_RV: Tensor) -> None:
         for columns, weight_CH in self._weight_tiles(out_RV.dtype):
             torch.mm(hidden_RH, weight_CH.T, out=out_RV[:, columns])
         if self.bias_V is not None:
@@ -81,7 +82,7 @@ class Head(NamedTuple):
             tile.e.mul_(share.square_().neg_().add_(1))
         return tile.e if self.logit_scale == 1 else tile.e.mul_(self.logit_scale)
 
-    def hidden_gradient(self, du_RV) -> Tensor:
+    def hidden_gradient(self, du_RV: Tensor) -> Tensor:
         grad_RH = du_RV.new_zeros(len(du_RV), self.weight_VH.shape[1])
         for columns, weight_CH in self._weight_tiles(du_RV.dtype):
             grad_RH.addmm_(du_RV[:, columns], weight_CH)
@@ -119,30 +120,36 @@ class LinearInputs(NamedTuple):
     def of(
         cls,
         live: "LiveTokens",
-        hidden,
-        weight,
-        tokens,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
         *,
-        bias=None,
-        ref_hidden=None,
-        ref_weight=None,
-        ref_bias=None,
-        temperature=1.0,
-        softcap=None,
-        logit_scale=1.0,
-        batch_invariant=False,
+        bias: Tensor | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        batch_invariant: bool = False,
     ) -> "LinearInputs":
-        hidden, tokens = live.gather(hidden), live.gather(tokens)
-        ref_hidden = None if ref_hidden is None else live.gather(ref_hidden.detach())
-        temperature = live.gather(temperature) if isinstance(temperature, Tensor) else temperature
-        reference = (ref_hidden, ref_weight, ref_bias)
         return cls(
-            hidden, weight, bias, *reference, tokens, temperature, live.mask, softcap, logit_scale, batch_invariant
+            live.gather(hidden),
+            weight,
+            bias,
+            None if ref_hidden is None else live.gather(ref_hidden.detach()),
+            None if ref_weight is None else ref_weight.detach(),
+            None if ref_bias is None else ref_bias.detach(),
+            live.gather(tokens),
+            live.gather(temperature) if isinstance(temperature, Tensor) else temperature,
+            live.mask,
+            softcap,
+            logit_scale,
+            batch_invariant,
         )
 
-    def tokens(self) -> Tokens:
-        dtype = torch.float64 if self.hidden_NH.dtype == torch.float64 else torch.float32
-        return Tokens.prepare(self.tokens_N, len(self.weight_VH), self.temperature, self.mask_N, dtype)
+    def asked(self) -> Tokens:
+        return Tokens.of(self.tokens_N, len(self.weight_VH), self.temperature, self.mask_N, self.hidden_NH.dtype)
 
     def head(self) -> Head:
         return Head(self.weight_VH, self.bias_V, self.softcap, self.logit_scale)
@@ -152,32 +159,29 @@ class LinearInputs(NamedTuple):
             return Head(self.ref_weight_VH, self.ref_bias_V, self.softcap, self.logit_scale)
         return self.head() if self.ref_bias_V is None else self.head()._replace(bias_V=self.ref_bias_V)
 
-    def tiles(self, tokens: Tokens, with_reference: bool) -> Iterator[tuple[slice, Tensor, Tile]]:
-        """Yield (rows, hidden_RH, tile): float hidden states and the tile loaded with their logits."""
-        count, vocabulary, dtype = len(self.tokens_N), len(self.weight_VH), tokens.known_N.dtype
-        buffers = None
-        for rows in row_chunks(count, vocabulary, dtype, 1 if self.batch_invariant else None):
-            size = rows.stop - rows.start
-            buffers = buffers or Tile.allocate(size, vocabulary, with_reference, tokens.known_N)
-            tile, hidden_RH = buffers.rows(size), _float_rows(self.hidden_NH, rows, tokens)
-            self.head().logits(hidden_RH, tile.x)
-            if tile.y is not None:
-                self.ref_head().logits(_float_rows(self.ref_hidden_NH, rows, tokens), tile.y)
-            yield rows, hidden_RH, tile
+    def loaded_tiles(self, tokens: Tokens, with_reference: bool) -> Iterator[tuple[slice, Tokens, Tile, Tensor]]:
+        """The tiles with their logits computed, and the float hidden states [R, H] they came from."""
+        head, ref_head = self.head(), self.ref_head()
+        for rows, some, tile in tiles(tokens, len(self.weight_VH), with_reference, self.batch_invariant):
+            hidden_RH = _float_rows(self.hidden_NH, rows, some)
+            head.logits(hidden_RH, tile.x)
+            if tile.y is not None and self.ref_hidden_NH is not None:
+                ref_head.logits(_float_rows(self.ref_hidden_NH, rows, some), tile.y)
+            yield rows, some, tile, hidden_RH
 
 
 class GradientSums:
-    """Gradients of hidden, weight and bias, those that are needed, in the compute dtype until the end."""
+    """Gradients of hidden, weight and bias, as far as they are needed, in the compute dtype until the end."""
 
-    def __init__(self, inputs: LinearInputs, needed):
-        self.head, dtype = inputs.head(), inputs.tokens().known_N.dtype
-        self.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    def __init__(self, inputs: LinearInputs, needed: tuple[bool, ...]) -> None:
+        self.head, like = inputs.head(), inputs.asked().known_N
+        self.inputs = (inputs.hidden_NH, inputs.weight_VH, inputs.bias_V)
         self.sums = [
-            torch.zeros(x.shape, dtype=dtype, device=x.device) if need else None
-            for x, need in zip(inputs[:3], needed, strict=False)
+            like.new_zeros(x.shape) if x is not None and need else None
+            for x, need in zip(self.inputs, needed, strict=False)
         ]
 
-    def add(self, rows: slice, du_RV: Tensor, hidden_RH: Tensor):
+    def add(self, rows: slice, du_RV: Tensor, hidden_RH: Tensor) -> None:
         hidden_NH, weight_VH, bias_V = self.sums
         if hidden_NH is not None:
             hidden_NH[rows] = self.head.hidden_gradient(du_RV)
@@ -186,13 +190,13 @@ class GradientSums:
         if bias_V is not None:
             bias_V.add_(du_RV.sum(0))
 
-    def rounded(self, scale: Tensor | None = None):
-        """In the inputs' dtypes; `scale` multiplies in place, before the rounding."""
-        sums, self.sums = self.sums, [None] * 3
-        for x in sums:
+    def rounded(self, scale: Tensor | None = None) -> list[Tensor | None]:
+        """In the dtypes of the inputs; `scale` multiplies before the rounding."""
+        for x in self.sums:
             if x is not None and scale is not None:
                 x.mul_(scale)
-        return [None if x is None else x.to(dtype) for x, dtype in zip(sums, self.dtypes, strict=True)]
+        pairs = zip(self.sums, self.inputs, strict=True)
+        return [x.to(like.dtype) if x is not None and like is not None else None for x, like in pairs]
 
 
 class LiveTokens(NamedTuple):
@@ -202,7 +206,7 @@ class LiveTokens(NamedTuple):
     """
 
     shape: torch.Size
-    index: Tensor | None  # of the tokens that are kept, or None for all
+    kept: Tensor | None  # indices of the tokens that stay, or None for all
     mask: Tensor | None
 
     @classmethod
@@ -214,15 +218,15 @@ class LiveTokens(NamedTuple):
 
     def gather(self, x: Tensor) -> Tensor:
         x = x.reshape(self.shape.numel(), *x.shape[len(self.shape) :])
-        return x if self.index is None else x.index_select(0, self.index)
+        return x if self.kept is None else x.index_select(0, self.kept)
 
     def scatter(self, x: Tensor) -> Tensor:
-        if self.index is not None:
-            x = x.new_zeros(self.shape.numel()).index_copy(0, self.index, x)
+        if self.kept is not None:
+            x = x.new_zeros(self.shape.numel()).index_copy(0, self.kept, x)
         return x.view(self.shape)
 
 
 def _float_rows(x_NH: Tensor, rows: slice, tokens: Tokens) -> Tensor:
     """A copy in the compute dtype: its alignment, hence the bits of its products, does not depend on the row."""
     x_RH = x_NH[rows].to(tokens.known_N.dtype, copy=True)
-    return x_RH if tokens.mask_N is None else x_RH.where(tokens.mask_N[rows, None], 0)
+    return x_RH if tokens.mask_N is None else x_RH.where(tokens.mask_N[:, None], 0)

@@ -81,9 +81,7 @@ def saved(ctx: Any) -> list[Any]:
     return [x if c is None else c for x, c in zip(ctx.saved_tensors, ctx.constants, strict=True)]
 
 
-def _loaded_tiles(
-    logits: Tensor, ref_logits: Tensor | None, tokens: Tokens
-) -> Iterator[tuple[slice, Tokens, Tile]]:
+def _loaded_tiles(logits: Tensor, ref_logits: Tensor | None, tokens: Tokens) -> Iterator[tuple[slice, Tokens, Tile]]:
     """The tiles with logits; a masked row is loaded as zeros."""
     for rows, some, tile in tiles(tokens, logits.shape[-1], ref_logits is not None):
         for buffer, source in ((tile.x, logits), (tile.y, ref_logits)):

@@ -71,9 +71,12 @@ class RowStats(NamedTuple):
 
     @classmethod
     def empty(cls, tokens: Tokens, with_reference: bool) -> "RowStats":
-        return cls._make([*(torch.empty_like(tokens.known_N) for _ in range(4)), *(
-            torch.empty_like(tokens.known_N) if with_reference else None for _ in range(4)
-        )])
+        return cls._make(
+            [
+                *(torch.empty_like(tokens.known_N) for _ in range(4)),
+                *(torch.empty_like(tokens.known_N) if with_reference else None for _ in range(4)),
+            ]
+        )
 
     def write(self, rows: slice, stats: "RowStats") -> None:
         for whole, part in zip(self, stats, strict=True):

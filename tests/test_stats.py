@@ -1,0 +1,295 @@
+"""Statistics of logits: against the reference, and the rules of their numerics."""
+
+import math
+
+import pytest
+import torch
+from cases import evaluate, hold_to_reference, logits_case, some_mask
+
+from safe_kernels import token_stats
+
+pytestmark = pytest.mark.usefixtures("kernels")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, "per token"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_holds_to_reference(backend, dtype, reference, temperature, masked):
+    if temperature == "per token":
+        temperature = 0.5 + torch.rand(3, 7, generator=torch.Generator().manual_seed(1))
+    case = logits_case(dtype=dtype, reference=reference, temperature=temperature)
+    if masked:
+        case["mask"] = some_mask()
+    hold_to_reference(token_stats, case, backend, wrt=["logits"])
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 31, 257, 32001, 50257])
+def test_any_vocabulary(backend, vocabulary):
+    case = logits_case((3,), vocabulary)
+    hold_to_reference(token_stats, case, backend, wrt=["logits"], vocabulary=vocabulary)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("offset", [-200.0, 5000.0, -1e4])
+def test_large_offsets_cost_nothing(any_backend, offset, temperature):
+    case = logits_case(reference=True, temperature=temperature)
+    shift = {"logits": (case["logits"] + offset).double(), "ref_logits": (case["ref_logits"] + offset).double()}
+    exact = evaluate(token_stats, case | shift, "reference", ["logits"])
+    shifted = {name: x.float() for name, x in shift.items()}
+    actual = evaluate(token_stats, case | shifted, any_backend, ["logits"])
+    allowed = 1e-5 if any_backend == "torch" else 5e-3  # plain log_softmax(logits / T) rounds the quotient first
+    for name, x in actual.items():
+        assert (x.double() - exact[name]).abs().max() <= allowed, name
+
+
+def test_minus_infinity_has_no_mass(any_backend):
+    """Statistics over a restricted vocabulary are those of the vocabulary without the forbidden ids."""
+    case = logits_case(vocabulary=20)
+    case["tokens"] %= 12
+    allowed = evaluate(
+        token_stats, case | {k: case[k][..., :12] for k in ("logits", "ref_logits")}, any_backend, ["logits"]
+    )
+    for name in ("logits", "ref_logits"):
+        case[name][..., 12:] = -math.inf
+    actual = evaluate(token_stats, case, any_backend, ["logits"])
+    gradient = actual.pop("d logits")
+    torch.testing.assert_close(gradient[..., :12], allowed["d logits"])
+    assert torch.equal(gradient[..., 12:], torch.zeros_like(gradient[..., 12:]))
+    for name, x in actual.items():
+        torch.testing.assert_close(x, allowed[name])
+
+
+def test_reference_alone_at_minus_infinity(any_backend):
+    case = logits_case((4,), 9)
+    case["ref_logits"][1, 3] = -math.inf
+    case["logits"][2, 5] = case["ref_logits"][2, 5] = -math.inf
+    logits = case.pop("logits").requires_grad_()
+    stats = token_stats(logits, **case, backend=any_backend)
+    assert stats.kl[1] == math.inf and stats.kl[[0, 2, 3]].isfinite().all()
+    stats.kl.sum().backward()
+    assert not logits.grad[1].isfinite().any() and logits.grad[[0, 2, 3]].isfinite().all()
+    if any_backend != "reference":
+        assert logits.grad[1].isnan().all()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, "all -inf"])
+def test_poisoned_row_poisons_no_other(any_backend, poison):
+    case = logits_case((4,), 9)
+    clean = evaluate(token_stats, case, any_backend, ["logits"])
+    case["logits"][1, slice(None) if poison == "all -inf" else 4] = -math.inf if poison == "all -inf" else poison
+    actual = evaluate(token_stats, case, any_backend, ["logits"])
+    others = torch.tensor([0, 2, 3])
+    for name, x in actual.items():
+        assert torch.equal(x[others], clean[name][others]), name
+    assert all(actual[name][1].isnan() for name in ("logprob", "entropy", "kl"))
+    assert actual["d logits"][1].isnan().all()
+
+
+@pytest.mark.parametrize("index", [-100, -1, 37, 2**40])
+def test_id_outside_the_vocabulary(any_backend, index):
+    case = logits_case()
+    clean = evaluate(token_stats, case, any_backend)
+    case["tokens"][1, 2] = index
+    stats = token_stats(**case, backend=any_backend)
+    assert stats.logprob[1, 2].isnan() and stats.ref_logprob[1, 2].isnan()
+    others = torch.ones(3, 7, dtype=torch.bool)
+    others[1, 2] = False
+    for name, x in stats._asdict().items():
+        assert torch.equal(x[others], clean[name][others]), name
+    masked = evaluate(token_stats, case | {"mask": others}, any_backend, ["logits"])
+    assert all(x[1, 2].eq(0).all() for x in masked.values())
+
+
+def test_masked_rows_are_zero_and_spread_nothing(any_backend):
+    mask = some_mask()
+    temperature = torch.ones(3, 7)
+    case = logits_case(mask=mask, temperature=temperature)
+    clean = evaluate(token_stats, case, any_backend, ["logits"])
+    case["logits"][~mask] = math.nan
+    case["ref_logits"][~mask] = -math.inf
+    case["temperature"] = temperature.where(mask, math.nan)
+    for name, x in evaluate(token_stats, case, any_backend, ["logits"]).items():
+        assert torch.equal(x, clean[name]), name
+        assert x[~mask].eq(0).all(), name
+
+
+def test_strided_inputs_and_gradients(backend):
+    """Views of every kind: the bits of contiguous copies."""
+    base = logits_case((4, 8), 19)
+    views = {
+        "shifted": (base["logits"][:, :-1], base["tokens"][:, 1:], base["ref_logits"][:, :-1]),
+        "transposed": (base["logits"].transpose(0, 1), base["tokens"].T, base["ref_logits"].transpose(0, 1)),
+        "vocabulary first": (base["logits"].permute(2, 0, 1).contiguous().permute(1, 2, 0), base["tokens"], None),
+        "expanded": (base["logits"][:1].expand(4, 8, 19), base["tokens"], base["ref_logits"]),
+        "every second": (base["logits"][..., ::2], base["tokens"] // 2, base["ref_logits"][..., ::2]),
+    }
+    for view, (logits, tokens, ref_logits) in views.items():
+        found = []
+        for copy in (False, True):
+            x = (logits.contiguous() if copy else logits).detach().requires_grad_()
+            ref = ref_logits.contiguous() if copy and ref_logits is not None else ref_logits
+            stats = token_stats(x, tokens, ref_logits=ref, backend=backend)
+            loss = stats.logprob[..., ::2].sum() + stats.entropy.T.mean()
+            found.append([stats.logprob, stats.entropy, *torch.autograd.grad(loss, x)])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), view
+
+
+def test_incoming_gradients_of_every_kind(any_backend):
+    """None, zero-stride, strided and of another dtype: equal to the dense ones."""
+    case = logits_case((6,), 11)
+    logits = case.pop("logits").requires_grad_()
+
+    def gradient(upstream):
+        stats = token_stats(logits, **case, backend=any_backend)
+        outputs = [stats.logprob, stats.entropy, stats.kl]
+        kept = [(x, g) for x, g in zip(outputs, upstream, strict=True) if g is not None]
+        return torch.autograd.grad([x for x, _ in kept], logits, [g for _, g in kept])[0]
+
+    one = torch.ones(())
+    dense = gradient([torch.ones(6), torch.full((6,), 2.0), torch.ones(6)])
+    torch.testing.assert_close(gradient([one.expand(6), (2 * one).expand(6), torch.ones(12)[::2]]), dense)
+    for kept in range(3):
+        alone = [torch.ones(6) if i == kept else None for i in range(3)]
+        padded = [torch.ones(6) if i == kept else torch.zeros(6) for i in range(3)]
+        torch.testing.assert_close(gradient(alone), gradient(padded))
+
+
+def test_gradient_of_another_dtype(any_backend):
+    logits = logits_case((6,), 11)["logits"].requires_grad_()
+    tokens = torch.arange(6)
+    token_stats(logits, tokens, backend=any_backend).logprob.bfloat16().sum().backward()
+    plain = torch.autograd.grad(logits.log_softmax(-1)[range(6), tokens].sum(), logits)[0]
+    torch.testing.assert_close(logits.grad, plain)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+def test_no_tokens(any_backend, shape):
+    case = logits_case(shape, 5)
+    found = evaluate(token_stats, case, any_backend, ["logits"])
+    assert found["d logits"].shape == (*shape, 5) and found["logprob"].shape == shape
+
+
+def test_all_masked(any_backend):
+    case = logits_case(mask=torch.zeros(3, 7, dtype=torch.bool))
+    for name, x in evaluate(token_stats, case, any_backend, ["logits"]).items():
+        assert x.eq(0).all(), name
+
+
+def test_one_token_without_leading_shape(any_backend):
+    stats = token_stats(torch.randn(5), torch.tensor(2), backend=any_backend)
+    assert stats.logprob.shape == stats.entropy.shape == ()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_do_not_depend_on_the_batch(backend, threads, monkeypatch):
+    """Bitwise, forward and backward, also where a lone row is wide enough to be split over threads."""
+    monkeypatch.setattr("safe_kernels.torch_backend.rows.TILE_BYTES", 4 * 40009 * 4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        case = logits_case((9,), 40009)
+        together = evaluate(token_stats, case, backend, ["logits"])
+        logits = case["logits"].clone().requires_grad_()
+        for row in range(9):
+            part = {k: v[row : row + 1] for k, v in case.items()} | {"logits": logits[row : row + 1]}
+            stats = token_stats(**part, backend=backend)
+            assert all(torch.equal(x, together[name][row : row + 1]) for name, x in stats._asdict().items()), row
+        stats = [token_stats(logits[i : i + 1], case["tokens"][i : i + 1], backend=backend).entropy for i in range(9)]
+        alone = torch.autograd.grad(torch.cat(stats).sum(), logits)[0]
+        whole = token_stats(logits, case["tokens"], backend=backend).entropy
+        assert torch.equal(alone, torch.autograd.grad(whole.sum(), logits)[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_two_runs_have_the_same_bits(backend):
+    runs = [evaluate(token_stats, logits_case(vocabulary=501), backend, ["logits"]) for _ in range(2)]
+    assert all(torch.equal(x, runs[1][name]) for name, x in runs[0].items())
+
+
+def test_gradient_is_rounded_once(backend):
+    """bf16 logits: the one-hot is subtracted in float32, so the gradient is the rounded float32 gradient."""
+    case = logits_case(dtype=torch.bfloat16)
+    low = evaluate(token_stats, case, backend, ["logits"])
+    wide = evaluate(token_stats, case | {k: case[k].float() for k in ("logits", "ref_logits")}, backend, ["logits"])
+    assert torch.equal(low["d logits"], wide["d logits"].bfloat16())
+
+
+def test_autocast_changes_nothing(any_backend):
+    case = logits_case()
+    plain = evaluate(token_stats, case, any_backend, ["logits"])
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = evaluate(token_stats, case, any_backend, ["logits"])
+    assert all(torch.equal(x, plain[name]) for name, x in cast.items())
+
+
+@pytest.mark.parametrize("name", ["logprob", "entropy", "kl"])
+@pytest.mark.parametrize("temperature", [0.8, "per token"])
+def test_gradcheck(any_backend, name, temperature):
+    case = logits_case((3,), 7, dtype=torch.float64, scale=1.0)
+    logits = case.pop("logits").requires_grad_()
+    case["temperature"] = torch.tensor([0.5, 1.0, 2.0]) if temperature == "per token" else temperature
+    assert torch.autograd.gradcheck(lambda x: getattr(token_stats(x, **case, backend=any_backend), name), logits)
+
+
+class TestInplaceBackward:
+    def test_writes_over_the_logits(self, backend):
+        case = logits_case()
+        plain = evaluate(token_stats, case, backend, ["logits"])["d logits"]
+        leaf = case["logits"].requires_grad_()
+        logits = leaf * 1
+        storage = logits.data_ptr()
+        found = evaluate_kept(token_stats, case | {"logits": logits, "inplace_backward": True}, backend, logits)
+        assert found.data_ptr() == storage and torch.equal(found, plain)
+        assert torch.equal(logits.detach(), plain)
+
+    def test_writes_over_a_shifted_view(self, backend):
+        base = logits_case((2, 5), 9)
+        whole = base["logits"].requires_grad_() * 1
+        stats = token_stats(whole[:, :-1], base["tokens"][:, 1:], inplace_backward=True, backend=backend)
+        stats.logprob.sum().backward()
+        again = base["logits"].detach().requires_grad_()
+        token_stats(again[:, :-1], base["tokens"][:, 1:], backend=backend).logprob.sum().backward()
+        assert torch.equal(base["logits"].grad, again.grad)
+        assert torch.equal(whole[:, :-1], again.grad[:, :-1])
+
+    def test_second_backward_raises(self, backend):
+        logits = logits_case()["logits"].requires_grad_() * 1
+        stats = token_stats(logits, torch.zeros(3, 7, dtype=torch.long), inplace_backward=True, backend=backend)
+        stats.logprob.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            stats.logprob.sum().backward()
+
+    def test_another_consumer_raises(self, backend):
+        logits = logits_case()["logits"].requires_grad_() * 1
+        other = (logits**2).sum()
+        stats = token_stats(logits, torch.zeros(3, 7, dtype=torch.long), inplace_backward=True, backend=backend)
+        stats.logprob.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            other.backward()
+
+    def test_logits_changed_in_between_raise(self, any_backend):
+        logits = logits_case()["logits"].requires_grad_() * 1
+        stats = token_stats(logits, torch.zeros(3, 7, dtype=torch.long), inplace_backward=True, backend=any_backend)
+        if any_backend != "reference":  # the reference keeps its own copies
+            logits.mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                stats.logprob.sum().backward()
+
+    def test_overlapping_logits_are_refused(self, any_backend):
+        for logits in (torch.randn(1, 9).expand(4, 9), torch.randn(12).as_strided((4, 9), (1, 1))):
+            with pytest.raises(ValueError, match="elements share memory"):
+                token_stats(logits, torch.zeros(4, dtype=torch.long), inplace_backward=True, backend=any_backend)
+
+
+def evaluate_kept(op, case, backend, logits):
+    """The gradient that reaches `logits`, for the incoming gradients of `evaluate`."""
+    found = []
+    logits.register_hook(found.append)
+    stats = op(**case, backend=backend)
+    draw = torch.Generator().manual_seed(99)
+    upstream = {name: torch.randn(x.shape, generator=draw) for name, x in stats._asdict().items()}
+    sum((x * upstream[name]).sum() for name, x in stats._asdict().items() if x.requires_grad).backward()
+    return found[0]
