@@ -303,8 +303,7 @@ def linear_policy_loss(
         loss = (loss_weight * l).sum()
 
     with one sweep over the vocabulary instead of a forward and a recomputing backward. `logprob`, `entropy` and `kl`
-    have the bits of `linear_token_stats` on the same backend and inputs, in and out of torch.no_grad. On the torch
-    backend the gradient is handed over in the first backward, and a second one raises.
+    have the bits of `linear_token_stats` on the same backend and inputs, in and out of torch.no_grad.
 
     Args:
         old_logprob, advantage: [...]; without gradient.

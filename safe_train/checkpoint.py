@@ -94,7 +94,7 @@ def optimizers(trainer: SafeTrainer) -> dict[str, Any]:
 
 def save_policy(policy: Policy, folder: Path) -> None:
     extra = {"save_embedding_layers": False} if policy.is_lora else {}
-    policy.model.save_pretrained(folder, **extra)  # type: ignore[operator]
+    policy.model.save_pretrained(folder, **extra)
 
 
 def load_policy(policy: Policy, folder: Path) -> None:
@@ -107,13 +107,14 @@ def load_policy(policy: Policy, folder: Path) -> None:
         if result.unexpected_keys:
             raise ConfigError(f"{folder} holds adapters of another model or rank: {result.unexpected_keys[:3]} ...")
         return
-    loaded = type(policy.model).from_pretrained(folder, dtype=policy.model.dtype)  # type: ignore[attr-defined]
+    loaded = type(policy.model).from_pretrained(folder, dtype=policy.model.dtype)
     policy.model.load_state_dict(loaded.state_dict())
 
 
 def random_states() -> dict[str, Tensor]:
-    keys, position = np.random.get_state()[1:3]
-    states = {"torch": torch.get_rng_state(), "numpy": torch.tensor([*keys.tolist(), position], dtype=torch.int64)}
+    numpy: Any = np.random.get_state(legacy=False)
+    keys, position = numpy["state"]["key"].tolist(), numpy["state"]["pos"]
+    states = {"torch": torch.get_rng_state(), "numpy": torch.tensor([*keys, position], dtype=torch.int64)}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
@@ -122,7 +123,7 @@ def random_states() -> dict[str, Tensor]:
 def restore_random_states(states: dict[str, Tensor], python_random: list[Any]) -> None:
     torch.set_rng_state(states["torch"])
     *keys, position = states["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position))
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, 0, 0.0))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
     version, internal, gauss = python_random

@@ -15,7 +15,7 @@ from safe_train.config import HINTS, ConfigError, SafeConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         arguments.command(arguments)
@@ -28,13 +28,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; `key=value` pairs may stand before and after options."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    strange = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
+    if strange:
+        top.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="safe-train", description="Train language models with SAFE, PPO or GRPO.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="train", description="Train with settings from a file and key=value pairs.")
     run.add_argument("--config", help="YAML file, or the name of a shipped one")
-    run.add_argument("--resume", nargs="?", const=True, metavar="CHECKPOINT", help="continue the run in output_dir")
+    run.add_argument("--resume", action="store_true", help="continue the run in output_dir from its newest checkpoint")
+    run.add_argument("--resume-from", type=Path, metavar="CHECKPOINT", help="continue it from this checkpoint")
     run.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
     run.add_argument("overrides", nargs="*", metavar="key=value")
     run.set_defaults(command=command_run)
@@ -64,9 +77,10 @@ def command_run(arguments: argparse.Namespace) -> None:
     from safe_train.trainer import SafeTrainer
 
     args = SafeConfig.load(arguments.config, arguments.overrides)
-    if arguments.overwrite and not arguments.resume:
+    resume = arguments.resume_from or arguments.resume
+    if arguments.overwrite and not resume:
         remove_run(Path(args.output_dir))
-    SafeTrainer(args=args).train(resume_from_checkpoint=arguments.resume)
+    SafeTrainer(args=args).train(resume_from_checkpoint=resume)
     print(f"report: {Path(args.output_dir) / 'report.png'}")
 
 
@@ -135,3 +149,7 @@ def remove_run(folder: Path) -> None:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} is not a run folder (it has no config.yaml); not overwriting it")
     shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

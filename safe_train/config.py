@@ -219,8 +219,8 @@ BOUNDS = (
         "at least 1",
         lambda x: x >= 1,
         "total_steps prompts_per_step completions_per_prompt max_prompt_tokens max_new_tokens inner_epochs "
-        "minibatch_size max_tokens_per_microbatch max_bad_steps window lora_alpha lora_last_layers save_every keep_checkpoints "
-        "eval_completions samples_every",
+        "minibatch_size max_tokens_per_microbatch max_bad_steps window lora_alpha lora_last_layers save_every "
+        "keep_checkpoints eval_completions samples_every",
     ),
     (
         "positive",

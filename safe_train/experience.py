@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safe_kernels import linear_token_stats, soft_min_gae
+from safe_kernels import ValueTargets, linear_token_stats, soft_min_gae
 from safe_train import losses
 from safe_train.config import SafeConfig
 from safe_train.critic import Critic
@@ -30,8 +30,8 @@ class MicroBatch:
     indices: list[int]  # of its sequences in the rollout
     ref_hidden_LH: Tensor
     logprob_L: Tensor
-    ref_logprob_L: Tensor
     entropy_L: Tensor
+    ref_logprob_L: Tensor
     kl_L: Tensor
     values_KL: Tensor  # K = 0 without a critic
     target_values_KL: Tensor
@@ -93,14 +93,15 @@ def score(
     hidden_LH, ref_hidden_LH = policy(batch), policy.reference(batch)
     stats = linear_token_stats(hidden_LH, tokens=batch.targets_L, ref_hidden=ref_hidden_LH, **policy.head())
     states_LH = value_states(hidden_LH, batch, args)
+    assert stats.ref_logprob is not None and stats.kl is not None
     absent = stats.logprob.new_zeros(0, len(batch.targets_L))
     return MicroBatch(
         batch=batch,
         indices=group,
         ref_hidden_LH=ref_hidden_LH,
         logprob_L=stats.logprob,
-        ref_logprob_L=stats.ref_logprob,
         entropy_L=stats.entropy,
+        ref_logprob_L=stats.ref_logprob,
         kl_L=stats.kl,
         values_KL=absent if critic is None else critic(states_LH),
         target_values_KL=absent if critic is None else critic.target(states_LH),
@@ -123,7 +124,7 @@ def value_targets(critic: Critic, micro: MicroBatch, rewards_L: Tensor, args: Sa
     would leave a bias that does not vanish even for a perfect critic.
     """
 
-    def scan(values_KL: Tensor):
+    def scan(values_KL: Tensor) -> ValueTargets:
         lam = 1 - 1 / args.max_new_tokens if args.gae_lambda is None else args.gae_lambda
         boundaries = micro.batch.response_cu_seqlens
         v1, v2 = critic.pair(values_KL)

@@ -27,7 +27,9 @@ class Policy(nn.Module):
     The reference is the same model with its LoRA adapters disabled or, for full fine-tuning, a frozen copy.
     """
 
-    def __init__(self, model: nn.Module):
+    model: Any
+
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
         self.is_lora = hasattr(model, "disable_adapter")
@@ -36,7 +38,7 @@ class Policy(nn.Module):
 
     @property
     def causal_lm(self) -> Any:
-        return self.model.get_base_model() if self.is_lora else self.model  # type: ignore[operator]
+        return self.model.get_base_model() if self.is_lora else self.model
 
     @property
     def hidden_size(self) -> int:
@@ -51,7 +53,7 @@ class Policy(nn.Module):
         """The reference's hidden states [L, H]."""
         if self._frozen:
             return response_states(self._frozen[0], batch)
-        with self.model.disable_adapter():  # type: ignore[operator]
+        with self.model.disable_adapter():
             return response_states(self.causal_lm, batch)
 
     def head(self) -> dict[str, Any]:
@@ -87,17 +89,17 @@ def logit_transform(config: Any) -> dict[str, Any]:
     return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
 
 
-def make_policy(model: nn.Module, args: SafeConfig, peft_config: Any = None) -> Policy:
+def make_policy(model: Any, args: SafeConfig, peft_config: Any = None) -> Policy:
     """Adds LoRA, switches dropout off everywhere, and fixes the generation settings to plain sampling."""
     from transformers import GenerationConfig
 
     if peft_config is None and args.lora_r > 0 and not hasattr(model, "peft_config"):
         peft_config = lora_config(model, args)
-    eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id  # type: ignore[union-attr]
+    eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     if eos is None:
-        eos = model.config.eos_token_id  # type: ignore[union-attr]
+        eos = model.config.eos_token_id
     # A checkpoint's own generation settings (top_k, repetition_penalty, ...) would sample from another policy.
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)  # type: ignore[assignment]
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     if peft_config is not None:
         import peft
 
@@ -118,7 +120,7 @@ def lora_config(model: Any, args: SafeConfig) -> Any:
     import peft
 
     head = model.get_output_embeddings()
-    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     layers = None
     if args.lora_last_layers is not None:
         depth = model.config.num_hidden_layers
@@ -127,7 +129,7 @@ def lora_config(model: Any, args: SafeConfig) -> Any:
         r=args.lora_r,
         lora_alpha=args.lora_alpha or args.lora_r,
         lora_dropout=0.0,
-        target_modules=sorted(linear),
+        target_modules=sorted({name.rpartition(".")[2] for name in linear}),
         layers_to_transform=layers,
         task_type="CAUSAL_LM",
     )

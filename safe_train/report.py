@@ -87,8 +87,8 @@ def draw_value(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> Non
     axis.plot(steps(rows), series(rows, "value_loss"), color=color, label="value loss" if alone else name)
     if alone and "value_gap" in rows[-1]:
         axis.plot(steps(rows), series(rows, "value_gap"), color=COLORS[1], label="|V1 - V2|")
-        axis.plot(steps(rows), series(rows, "explained_variance"), color=COLORS[2], label="explained variance")
-        axis.set_ylim(bottom=-1)
+        explained = [max(-1.0, value) for value in series(rows, "explained_variance")]
+        axis.plot(steps(rows), explained, color=COLORS[2], label="explained variance")
     axis.set_title("critic", loc="left")
 
 

@@ -78,7 +78,7 @@ def keep_rows(path: Path, last_step: int) -> None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

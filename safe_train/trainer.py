@@ -170,7 +170,7 @@ class SafeTrainer:
                 tokens = sum(len(micro.batch.targets_L) for micro in minibatch)
                 if tokens == 0:
                     continue
-                sums: dict[str, Tensor] = {}
+                sums: dict[str, Any] = {}
                 for micro in minibatch:
                     for name, value in self.backward(micro, control, tokens).items():
                         sums[name] = sums.get(name, 0) + value
@@ -193,6 +193,7 @@ class SafeTrainer:
             value_loss = losses.value_loss(values_KL, micro, weight_L, self.args)
             total = total + self.args.value_coef * value_loss
         self.accelerator.backward(total)
+        assert policy.kl is not None
         return {
             "policy_loss": policy.loss.detach(),
             "value_loss": value_loss.detach(),
@@ -235,11 +236,13 @@ class SafeTrainer:
     @torch.no_grad()
     def mean_kl(self, minibatch: list[MicroBatch]) -> float:
         """Exact KL to the reference, nats per token, of the policy as it is now."""
-        head, kls = self.policy.head(), []
+        total, tokens = 0.0, 0
         for micro in minibatch:
-            hidden_LH, targets_L = self.policy(micro.batch), micro.batch.targets_L
-            kls.append(linear_token_stats(hidden_LH, tokens=targets_L, ref_hidden=micro.ref_hidden_LH, **head).kl)
-        return torch.cat(kls).mean().item()
+            hidden_LH, targets_L, ref_LH = self.policy(micro.batch), micro.batch.targets_L, micro.ref_hidden_LH
+            kl_L = linear_token_stats(hidden_LH, tokens=targets_L, ref_hidden=ref_LH, **self.policy.head()).kl
+            assert kl_L is not None
+            total, tokens = total + kl_L.sum().item(), tokens + len(kl_L)
+        return total / tokens
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 import safe_train
 from safe_train.cli import main
 from safe_train.config import CONFIGS, ConfigError, SafeConfig

@@ -4,6 +4,7 @@ import json
 import statistics
 
 import pytest
+
 from safe_train.config import SafeConfig
 from safe_train.controller import Controller, Ema, Moments
 

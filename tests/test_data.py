@@ -3,6 +3,7 @@ import json
 import pytest
 import tiny
 import torch
+
 from safe_train.config import ConfigError
 from safe_train.data import PromptDataset, TokenBatch, load_rows, microbatches, through_first_eos
 
@@ -79,7 +80,11 @@ def test_chat_prompts_use_the_chat_template():
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [([], "is empty"), ([{"text": "a"}], "needs a 'prompt' field"), ([{"prompt": ""}], "prompt 0 of the data set is empty")],
+    [
+        ([], "is empty"),
+        ([{"text": "a"}], "needs a 'prompt' field"),
+        ([{"prompt": ""}], "prompt 0 of the data set is empty"),
+    ],
 )
 def test_unusable_prompts_are_errors(rows, message):
     with pytest.raises(ValueError, match=message):

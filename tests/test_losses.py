@@ -3,13 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
+from torch.nn.functional import huber_loss
+
 from safe_train import losses
 from safe_train.config import SafeConfig
 from safe_train.controller import Control
 from safe_train.critic import Critic
-from torch.nn.functional import huber_loss
 
 NO_TERMS = {"entropy_coef": 0.0, "beta": 0.0}
 

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 import transformers
+
 from safe_kernels import linear_token_stats
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
@@ -45,7 +46,9 @@ def test_packed_statistics_equal_the_models_own_logits_one_sequence_at_a_time(ar
         expected = torch.cat([alone(model, p, c) for p, c in zip(*SEQUENCES, strict=True)])
         policy = make_policy(model, SafeConfig(lora_r=0))
         batch = TokenBatch.pack(*SEQUENCES)
-        stats = linear_token_stats(policy(batch), tokens=batch.targets_L, ref_hidden=policy.reference(batch), **policy.head())
+        stats = linear_token_stats(
+            policy(batch), tokens=batch.targets_L, ref_hidden=policy.reference(batch), **policy.head()
+        )
     torch.testing.assert_close(stats.logprob, expected, atol=2e-5, rtol=0)
     torch.testing.assert_close(stats.kl, torch.zeros_like(stats.kl), atol=1e-6, rtol=0)
 

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import PromptDataset, TokenBatch
 from safe_train.losses import linear_token_stats

@@ -7,6 +7,7 @@ import re
 import pytest
 import tiny
 import torch
+
 from safe_train.experience import Experience
 from safe_train.preview import Preview, step_scale
 
@@ -33,8 +34,8 @@ def test_a_run_leaves_its_folder_and_its_metrics(algorithm, tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3] and len(history) == 3
     names = """reward reward_std rewards/good_words/mean kl kl_short kl_long kl_threshold kl_penalty kl_momentum entropy
         entropy_gate phase pid policy_loss value_loss clip_fraction ratio_mean approx_kl grad_norm critic_grad_norm
-        completions/mean_length completions/clipped_fraction bad_steps sampler_gap time/rollout_s time/reward_s time/score_s
-        time/update_s time/step_s tokens_per_second memory/peak_gb"""
+        completions/mean_length completions/clipped_fraction bad_steps sampler_gap time/rollout_s time/reward_s
+        time/score_s time/update_s time/step_s tokens_per_second memory/peak_gb"""
     critic = set() if algorithm == "grpo" else {"explained_variance", "value_gap"}
     assert set(names.split()) | critic <= rows[-1].keys()
     assert all(math.isfinite(v) for row in rows for v in row.values() if not isinstance(v, str))
@@ -219,7 +220,9 @@ def test_a_failing_reward_stops_the_run_and_leaves_the_checkpoint(reward, tmp_pa
         count.append(0)
         return tiny.good_words(**columns) if len(count) <= 2 else reward(**columns)
 
-    with pytest.raises((ValueError, RuntimeError), match=r"reward 'fails_later' (returned nan|raised ZeroDivisionError)"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"reward 'fails_later' (returned nan|raised ZeroDivisionError)"
+    ):
         tiny.trainer(tmp_path, reward=fails_later, total_steps=4).train()
     assert (tmp_path / "checkpoints" / "step-2" / "state.json").exists()
 

@@ -1,9 +1,10 @@
 """A language model, a tokenizer and prompts small enough that a whole training run takes a second."""
 
 import torch
-from safe_train.config import SafeConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from safe_train.config import SafeConfig
 
 WORDS = ["<pad>", "<eos>", *"the a cat dog sat ran on under mat tree good bad happy sad very not and or is was".split()]
 PROMPTS = [{"prompt": text} for text in ("the cat", "a dog sat on", "the", "the happy dog ran under a", "a tree is")]

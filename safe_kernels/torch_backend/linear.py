@@ -171,14 +171,14 @@ class LinearInputs(NamedTuple):
 
 
 class GradientSums:
-    """Gradients of hidden, weight and bias, as far as they are needed, in the compute dtype until the end."""
+    """Gradients of hidden, weight and bias, as far as they are needed, in the compute dtype until they are rounded."""
 
     def __init__(self, inputs: LinearInputs, needed: tuple[bool, ...]) -> None:
         self.head, like = inputs.head(), inputs.asked().known_N
-        self.inputs = (inputs.hidden_NH, inputs.weight_VH, inputs.bias_V)
+        leaves = (inputs.hidden_NH, inputs.weight_VH, inputs.bias_V)
+        self.dtypes = [None if x is None else x.dtype for x in leaves]
         self.sums = [
-            like.new_zeros(x.shape) if x is not None and need else None
-            for x, need in zip(self.inputs, needed, strict=False)
+            like.new_zeros(x.shape) if x is not None and need else None for x, need in zip(leaves, needed, strict=False)
         ]
 
     def add(self, rows: slice, du_RV: Tensor, hidden_RH: Tensor) -> None:
@@ -190,13 +190,8 @@ class GradientSums:
         if bias_V is not None:
             bias_V.add_(du_RV.sum(0))
 
-    def rounded(self, scale: Tensor | None = None) -> list[Tensor | None]:
-        """In the dtypes of the inputs; `scale` multiplies before the rounding."""
-        for x in self.sums:
-            if x is not None and scale is not None:
-                x.mul_(scale)
-        pairs = zip(self.sums, self.inputs, strict=True)
-        return [x.to(like.dtype) if x is not None and like is not None else None for x, like in pairs]
+    def rounded(self) -> list[Tensor | None]:
+        return [None if x is None else x.to(dtype) for x, dtype in zip(self.sums, self.dtypes, strict=True)]
 
 
 class LiveTokens(NamedTuple):

@@ -109,20 +109,18 @@ class _PolicyLoss(torch.autograd.Function):
                 sums.add(rows, head.product_gradient(tile, some, part), hidden_RH)
         loss_N, is_clipped_N, _ = objective.evaluate(stats, tokens)
         results = (loss_N.sum(), (objective.share_N * is_clipped_N).sum(), *stats.results(tokens))
-        ctx.sums, ctx.arguments = sums, len(args)
+        if sums is not None:
+            ctx.save_for_backward(*sums.sums)
+            ctx.dtypes, ctx.constants = sums.dtypes, len(args) - len(sums.dtypes)
         ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
         return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if ctx.sums is None:
-            raise RuntimeError(
-                "linear_policy_loss computes its gradient in the forward and hands it over in the first backward; "
-                "this is a second one: call linear_policy_loss again instead of retaining the graph"
-            )
-        sums, ctx.sums = ctx.sums, None
-        return *sums.rounded(grad_loss), *(None,) * (ctx.arguments - 3)
+    def backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        gradients = (None if x is None else (x * grad_loss).to(dtype) for x, dtype in pairs)
+        return *gradients, *(None,) * ctx.constants
 
 
 def _is_zero(coefficient: float | Tensor) -> bool:

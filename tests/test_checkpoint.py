@@ -1,0 +1,188 @@
+"""A run that was stopped at any instant continues as if it had not been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from safe_train.checkpoint import Checkpoints, random_states, restore_random_states
+from safe_train.cli import main
+from safe_train.config import ConfigError
+
+REWARD = """
+import time
+
+def slow_reward(completions, **columns):
+    time.sleep({seconds})
+    return [float(sum(word in ("good", "happy") for word in text.split())) for text in completions]
+"""
+
+
+def metrics(run: Path) -> list[dict]:
+    """The rows of a run without what the clock decides."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clock = ("time/", "memory/", "tokens_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+
+
+def prepare(folder: Path, seconds: float = 0.0, **changes) -> list[str]:
+    """A tiny model, prompts and a reward on disk, and the `key=value` arguments of a run on them."""
+    tiny.model().save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.PROMPTS))
+    (folder / "reward.py").write_text(REWARD.format(seconds=seconds))
+    names = {
+        "model": f"{folder}/model",
+        "dataset": f"{folder}/prompts.jsonl",
+        "reward": f"{folder}/reward.py:slow_reward",
+    }
+    sizes = {"prompts_per_step": 4, "completions_per_prompt": 2, "max_new_tokens": 6, "lora_r": 4, "minibatch_size": 4}
+    values = (
+        {"use_cpu": "true", "learning_rate": 1e-2, "window": 2, "save_every": 2, "samples_every": 1}
+        | names
+        | sizes
+        | changes
+    )
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def safe_train(*arguments: str, **kwargs) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "safe_train.cli", *arguments]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
+
+
+def rows_written(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.integration
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    settings = prepare(tmp_path, seconds=0.3, total_steps=8)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    uninterrupted = safe_train("run", *settings, f"output_dir={whole}")
+    victim = safe_train("run", *settings, f"output_dir={cut}")
+    deadline = time.monotonic() + 240
+    while rows_written(cut) < 5 and victim.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert 5 <= rows_written(cut) < 8, "the run was to be killed in its middle"
+    resumed = safe_train("run", *settings, f"output_dir={cut}", "--resume")
+    for process in (uninterrupted, resumed):
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+    assert metrics(cut) == metrics(whole)
+    assert [row["step"] for row in metrics(cut)] == list(range(1, 9))
+    samples = [(run / "samples.jsonl").read_text() for run in (whole, cut)]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_r": 0}, {"algorithm": "grpo"}, {"max_preview_kl": 0.01}], ids=str)
+def test_resumed_from_any_checkpoint_equals_uninterrupted(settings, tmp_path):
+    values = {"total_steps": 5, "save_every": 1, "keep_checkpoints": 9, "window": 2} | settings
+    tiny.trainer(tmp_path, **values).train()
+    whole = metrics(tmp_path)
+    tiny.trainer(tmp_path, **values).train(resume_from_checkpoint=tmp_path / "checkpoints" / "step-3")
+    assert metrics(tmp_path) == whole
+
+
+def test_a_checkpoint_loads_with_peft_and_transformers(tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.tensor([[3, 4, 5]])
+    for lora_r, load in (
+        (4, lambda folder: PeftModel.from_pretrained(tiny.model(), folder)),
+        (0, AutoModelForCausalLM.from_pretrained),
+    ):
+        trainer = tiny.trainer(tmp_path / str(lora_r), lora_r=lora_r)
+        trainer.train()
+        loaded = load(tmp_path / str(lora_r) / "checkpoints" / "step-3" / "policy")
+        assert torch.equal(loaded(ids).logits, trainer.policy.model(ids).logits)
+
+
+def test_only_the_newest_are_kept_and_unfinished_ones_are_ignored(tmp_path):
+    trainer = tiny.trainer(tmp_path, total_steps=5, save_every=1, keep_checkpoints=2)
+    trainer.train()
+    checkpoints = Checkpoints(tmp_path, 2)
+    assert [path.name for path in checkpoints.complete()] == ["step-4", "step-5"]
+    (tmp_path / "checkpoints" / "unfinished-6").mkdir()
+    fresh = tiny.trainer(tmp_path, total_steps=5)
+    checkpoints.load(fresh)
+    assert fresh.step == 5
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    trainer = tiny.trainer(tmp_path, total_steps=2, save_every=1)
+    checkpoints = Checkpoints(tmp_path, 2)
+    trainer.train()
+    trainer.step = 3
+    monkeypatch.setattr("safe_train.checkpoint.flush", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checkpoints.save(trainer)
+    assert [path.name for path in checkpoints.complete()] == ["step-1", "step-2"]
+
+
+def test_random_states_survive_a_file(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_file(random_states(), tmp_path / "random.safetensors")
+    python_random = json.loads(json.dumps(random.getstate()))
+    expected = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+    restore_random_states(load_file(tmp_path / "random.safetensors"), python_random)
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected
+
+
+def test_a_row_that_a_crash_cut_short_is_dropped(tmp_path):
+    tiny.trainer(tmp_path, total_steps=2, save_every=1).train()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')
+    tiny.trainer(tmp_path, total_steps=3, save_every=1).train(resume_from_checkpoint=True)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_an_existing_run_is_not_touched_by_accident(tmp_path, capsys):
+    settings = [*prepare(tmp_path, total_steps=1), f"output_dir={tmp_path / 'run'}"]
+    assert main(["run", *settings, "--resume"]) == 0
+    assert "starting at step 0" in capsys.readouterr().out
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert main(["run", *settings]) == 2
+    assert "already holds a run; continue it with --resume" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert main(["run", *settings, "--overwrite", "seed=5"]) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() != before
+    assert main(["run", *settings[:-1], f"output_dir={tmp_path / 'model'}", "--overwrite"]) == 2
+    assert "is not a run folder" in capsys.readouterr().err and (tmp_path / "model" / "config.json").exists()
+
+
+def test_evaluating_and_drawing_a_finished_run(tmp_path, capsys):
+    run = tmp_path / "run"
+    settings = [*prepare(tmp_path, total_steps=2), f"output_dir={run}", f"eval_dataset={tmp_path / 'prompts.jsonl'}"]
+    assert main(["run", *settings, "eval_completions=4"]) == 0
+    assert main(["eval", str(run)]) == 0
+    assert "held-out completions" in capsys.readouterr().out
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["step"] == 2 and result["before"]["kl"] == pytest.approx(0, abs=1e-6) and result["after"]["kl"] > 0
+    assert main(["report", str(run), "--output", str(tmp_path / "picture.png")]) == 0
+    assert (tmp_path / "picture.png").exists()
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    assert main(["eval", str(tmp_path / "nothing")]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_wrong_checkpoints_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="is not a checkpoint"):
+        tiny.trainer(tmp_path).train(resume_from_checkpoint=tmp_path / "nothing")

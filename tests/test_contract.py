@@ -1,0 +1,285 @@
+"""Errors, backends, imports and the places the operations must work in."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import evaluate, linear_case, logits_case, policy_case, values_case
+
+import safe_kernels
+from safe_kernels import (
+    linear_policy_loss,
+    linear_safe_terms,
+    linear_token_stats,
+    ops,
+    reference,
+    safe_terms,
+    soft_min,
+    soft_min_gae,
+    token_stats,
+)
+
+pytestmark = pytest.mark.usefixtures("kernels")
+PACKAGE = Path(safe_kernels.__file__).parent
+OPERATIONS = [
+    token_stats,
+    linear_token_stats,
+    safe_terms,
+    linear_safe_terms,
+    soft_min,
+    soft_min_gae,
+    linear_policy_loss,
+]
+
+ones, zeros = torch.ones(3, 7), torch.zeros(3, 7)
+WRONG_LOGITS = [
+    (
+        {"logits": torch.ones(3, 7, 37, dtype=torch.long)},
+        TypeError,
+        "logits has dtype torch.int64; it must be a floating",
+    ),
+    ({"logits": [1.0]}, TypeError, "logits is list; it must be a tensor"),
+    (
+        {"logits": torch.ones(3, 7, 0)},
+        ValueError,
+        r"logits has shape \(3, 7, 0\); it must be \(\.\.\., V\) with V >= 1",
+    ),
+    ({"tokens": zeros[:2].long()}, ValueError, r"tokens has shape \(2, 7\); it must be \(3, 7\)"),
+    ({"tokens": zeros}, TypeError, "tokens has dtype torch.float32; it must be torch.int64"),
+    ({"ref_logits": torch.ones(3, 7, 36)}, ValueError, r"ref_logits has shape \(3, 7, 36\); it must be \(3, 7, 37\)"),
+    ({"temperature": 0.0}, ValueError, "temperature is 0.0; it must be > 0"),
+    ({"temperature": -1}, ValueError, "temperature is -1; it must be > 0"),
+    ({"temperature": float("nan")}, ValueError, "temperature is nan; it must be finite"),
+    ({"temperature": "1"}, TypeError, "temperature is str; it must be a number"),
+    ({"temperature": torch.ones(7)}, ValueError, r"temperature has shape \(7,\); it must be \(3, 7\)"),
+    ({"mask": torch.ones(7, dtype=torch.bool)}, ValueError, r"mask has shape \(7,\); it must be \(3, 7\)"),
+    ({"mask": ones}, TypeError, "mask is torch.float32; it must be a torch.bool tensor"),
+    ({"backend": "cuda"}, ValueError, "backend is 'cuda'; it must be one of 'reference', 'torch'"),
+]
+WRONG_HEAD = [
+    ({"hidden": zeros.long()[..., None]}, TypeError, "hidden has dtype torch.int64"),
+    ({"weight": torch.ones(37, 15)}, ValueError, r"weight has shape \(37, 15\); it must be \(V, 16\)"),
+    ({"weight": torch.ones(592)}, ValueError, r"weight has shape \(592,\); it must be \(V, 16\)"),
+    ({"weight": torch.empty(0)}, ValueError, "weight is empty.*FSDP.*gather it first"),
+    ({"bias": torch.ones(36)}, ValueError, r"bias has shape \(36,\); it must be \(37,\)"),
+    ({"ref_hidden": torch.ones(3, 7, 15)}, ValueError, r"ref_hidden has shape \(3, 7, 15\).*whose head it shares"),
+    ({"ref_hidden": torch.ones(2, 7, 16)}, ValueError, r"ref_hidden has shape \(2, 7, 16\); it must be \(3, 7, 16\)"),
+    ({"ref_weight": torch.ones(36, 16)}, ValueError, r"ref_weight has shape \(36, 16\); it must be \(37, 16\)"),
+    ({"ref_hidden": None, "ref_bias": torch.ones(37)}, ValueError, "ref_bias is given without ref_hidden"),
+    ({"softcap": 0.0}, ValueError, "softcap is 0.0; it must be > 0"),
+    ({"logit_scale": float("inf")}, ValueError, "logit_scale is inf; it must be finite"),
+    (
+        {"tokens": zeros.long()[0]},
+        ValueError,
+        r"tokens has shape \(7,\); it must be \(3, 7\), the leading shape of hidden",
+    ),
+]
+WRONG_VALUES = [
+    ({"alpha": 0.0}, ValueError, "alpha is 0.0; it must be > 0"),
+    ({"gamma": 1.5}, ValueError, r"gamma is 1.5; it must be in \[0, 1\]"),
+    ({"lam": -0.1}, ValueError, "lam is -0.1; it must be in"),
+    ({"v2": ones[0]}, ValueError, r"v2 has shape \(7,\); it must be \(3, 7\)"),
+    ({"rewards": ones.long()}, TypeError, "rewards has dtype torch.int64"),
+    ({"mask": ones}, TypeError, "mask is torch.float32; it must be a torch.bool tensor"),
+    ({"bootstrap": ones}, ValueError, r"bootstrap has shape \(3, 7\); it must be \(3,\), one entry a sequence"),
+    ({"cu_seqlens": torch.tensor([0, 21])}, TypeError, "cu_seqlens is torch.int64; it must be a torch.int32 tensor"),
+    ({"cu_seqlens": torch.tensor([0, 21], dtype=torch.int32)}, ValueError, r"cu_seqlens .* tokens packed in one axis"),
+]
+WRONG_POLICY = [
+    ({"old_logprob": ones[0]}, ValueError, r"old_logprob has shape \(7,\)"),
+    ({"loss_weight": ones.long()}, TypeError, "loss_weight has dtype torch.int64"),
+    ({"clip_low": -0.1}, ValueError, "clip_low is -0.1; it must be at least 0"),
+    ({"kl_coef": torch.ones(2)}, ValueError, r"kl_coef has shape \(2,\); it must be a number or a 0-dim tensor"),
+    ({"ref_hidden": None, "kl_coef": 0.1}, ValueError, "kl_coef is 0.1 without ref_hidden"),
+]
+WRONG = [
+    *((token_stats, logits_case(), *wrong) for wrong in WRONG_LOGITS),
+    *((linear_token_stats, linear_case(), *wrong) for wrong in WRONG_HEAD),
+    *((soft_min_gae, values_case(mask=None), *wrong) for wrong in WRONG_VALUES),
+    *((linear_policy_loss, policy_case(), *wrong) for wrong in WRONG_POLICY),
+    (
+        safe_terms,
+        logits_case() | values_case(kl_threshold=0.1, alpha=0.3),
+        {"alpha": -1.0},
+        ValueError,
+        "alpha is -1.0",
+    ),
+    (
+        safe_terms,
+        logits_case() | values_case(kl_threshold=0.1, alpha=0.3),
+        {"ref_logits": None},
+        TypeError,
+        "ref_logits",
+    ),
+    (
+        linear_safe_terms,
+        linear_case() | values_case(kl_threshold=0.1, alpha=0.3),
+        {"v1": ones[0]},
+        ValueError,
+        "v1 has",
+    ),
+    (soft_min, {"v1": ones, "v2": ones, "alpha": 0.3}, {"alpha": 0}, ValueError, "alpha is 0; it must be > 0"),
+]
+
+
+@pytest.mark.parametrize("op, case, change, error, message", WRONG, ids=[f"{w[0].__name__}-{w[4][:30]}" for w in WRONG])
+def test_errors_name_the_argument(op, case, change, error, message):
+    with pytest.raises(error, match=message):
+        op(**case | change)
+
+
+def test_a_sharded_weight_is_refused(tmp_path):
+    from torch import distributed
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        case = linear_case()
+        case["weight"] = distribute_tensor(case["weight"], init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(ValueError, match="weight is a DTensor; it must be the whole weight.*full_tensor"):
+            linear_token_stats(**case)
+    finally:
+        distributed.destroy_process_group()
+
+
+class TestDebug:
+    @pytest.fixture(autouse=True)
+    def debug(self, monkeypatch):
+        monkeypatch.setenv("SAFE_KERNELS_DEBUG", "1")
+
+    def test_ids(self):
+        case = logits_case()
+        case["tokens"][1, 1] = -100
+        with pytest.raises(ValueError, match=r"tokens has the id -100; it must be in \[0, 37\) or masked"):
+            token_stats(**case)
+        token_stats(**case, mask=case["tokens"] >= 0)
+
+    def test_nan(self):
+        case = linear_case()
+        case["hidden"][1, 1] = float("nan")
+        with pytest.raises(ValueError, match="hidden has NaN in the row of a live token"):
+            linear_token_stats(**case)
+
+    def test_temperature(self):
+        with pytest.raises(ValueError, match="temperature has a minimum of 0"):
+            token_stats(**logits_case(temperature=zeros))
+
+    def test_sequences(self):
+        with pytest.raises(ValueError, match="cu_seqlens is .*; it must rise from 0 to 9"):
+            soft_min_gae(**values_case((9,)), mask=None, cu_seqlens=torch.tensor([0, 8], dtype=torch.int32))
+
+
+def test_the_environment_chooses_the_backend(monkeypatch):
+    called = []
+    monkeypatch.setattr(reference, "soft_min", lambda *args: called.append("reference"))
+    soft_min(ones, ones, 0.3)
+    assert not called
+    monkeypatch.setenv("SAFE_KERNELS_BACKEND", "reference")
+    soft_min(ones, ones, 0.3)
+    assert called == ["reference"]
+    soft_min(ones, ones, 0.3, backend="torch")
+    assert called == ["reference"]
+    monkeypatch.setenv("SAFE_KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="environment variable SAFE_KERNELS_BACKEND is 'fast'; it must be one of"):
+        soft_min(ones, ones, 0.3)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_backend_takes_every_argument(op):
+    """The signature of the definition is the public one, less `backend`."""
+    public = dict(inspect.signature(op).parameters)
+    assert public.pop("backend").default is None
+    for name in ops._BACKENDS:
+        own = inspect.signature(getattr(ops._implementation(name), op.__name__)).parameters
+        rest = any(p.kind is p.VAR_KEYWORD for p in own.values())
+        assert rest or own.keys() == public.keys(), name
+        for argument, parameter in own.items():
+            assert parameter.kind is parameter.VAR_KEYWORD or parameter.default == public[argument].default, argument
+        for argument, parameter in public.items():
+            assert argument in own or parameter.kind is parameter.KEYWORD_ONLY, argument
+        assert op.__doc__
+
+
+def test_the_import_needs_torch_alone():
+    code = "import sys, torch; before = set(sys.modules); import safe_kernels; print(*(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names) == {"safe_kernels"}
+    assert "safe_kernels.torch_backend" not in loaded
+
+
+def test_imports_run_one_way():
+    """results -> rows -> logits -> linear -> policy_loss, and values, -> torch_backend; checks, results -> ops."""
+    allowed = {
+        "results": set(),
+        "checks": set(),
+        "reference": {"results"},
+        "ops": {"checks", "results"},
+        "__init__": {"ops", "results"},
+        "torch_backend.rows": set(),
+        "torch_backend.logits": {"results", "torch_backend.rows"},
+        "torch_backend.linear": {"results", "torch_backend.rows", "torch_backend.logits"},
+        "torch_backend.policy_loss": {"results", "torch_backend.rows", "torch_backend.linear"},
+        "torch_backend.values": {"results"},
+        "torch_backend.__init__": {
+            "results",
+            *(f"torch_backend.{x}" for x in ("linear", "logits", "policy_loss", "values")),
+        },
+    }
+    for module, may in allowed.items():
+        path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+        package = list(path.relative_to(PACKAGE.parent).parent.parts)
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = package[1 : len(package) - node.level + 1]
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                found |= {".".join([*base, name]) for name in names}
+            elif isinstance(node, ast.ImportFrom | ast.Import):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert all(name.split(".")[0] in {"torch", *sys.stdlib_module_names} for name in names), (module, names)
+        assert found <= may, module
+
+
+@pytest.mark.parametrize("op", [token_stats, linear_token_stats, linear_policy_loss])
+def test_under_torch_compile(op):
+    """Graph breaks are allowed, wrong results are not."""
+    case = {token_stats: logits_case, linear_token_stats: linear_case, linear_policy_loss: policy_case}[op]()
+    leaf = "logits" if op is token_stats else "hidden"
+
+    def loss(x):
+        result = op(**case | {leaf: x})
+        return result.loss * 2 if op is linear_policy_loss else (result.logprob + result.kl).sum()
+
+    x = case[leaf].clone().requires_grad_()
+    expected = torch.autograd.grad(loss(x), x)[0]
+    found = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(x), x)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_no_grad_keeps_nothing(any_backend):
+    case = logits_case()
+    case["logits"].requires_grad_()
+    with torch.no_grad():
+        stats = token_stats(**case, backend=any_backend)
+    assert all(x.grad_fn is None for x in stats)
+    with torch.inference_mode():
+        assert torch.equal(token_stats(**case, backend=any_backend).kl, stats.kl)
+
+
+def test_double_backward_is_refused():
+    case = logits_case()
+    logits = case.pop("logits").requires_grad_()
+    gradient = torch.autograd.grad(token_stats(logits, **case).entropy.sum(), logits, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_tokens_in_int32(any_backend):
+    case = logits_case()
+    wide = evaluate(token_stats, case, any_backend, ["logits"])
+    narrow = evaluate(token_stats, case | {"tokens": case["tokens"].int()}, any_backend, ["logits"])
+    assert all(torch.equal(x, wide[name]) for name, x in narrow.items())
