@@ -64,17 +64,24 @@ class Checkpoints:
         path = path or complete[-1]
         if not (path / "state.json").is_file():
             raise ConfigError(f"{path} is not a checkpoint: it has no state.json")
-        load_policy(trainer.policy, path / "policy")
-        if trainer.critic is not None:
-            trainer.critic.load_state_dict(load_file(path / "critic.safetensors", device=str(trainer.device)))
-        saved = torch.load(path / "optimizers.pt", map_location=trainer.device, weights_only=True)
-        for name, optimizer_state in saved.items():
-            getattr(trainer, name).load_state_dict(optimizer_state)
+        try:
+            load_weights(trainer, path)
+        except (RuntimeError, ValueError, KeyError, AttributeError, OSError) as error:
+            raise ConfigError(f"{path} does not fit this run's settings: {error}") from error
         values = json.loads((path / "state.json").read_text())
         trainer.step, trainer.bad_steps = values["step"], values["bad_steps"]
         trainer.reward_moments = Moments(**values["reward_moments"])
         trainer.controller.load_state_dict(values["controller"])
         restore_random_states(load_file(path / "random.safetensors"), values["python_random"])
+
+
+def load_weights(trainer: SafeTrainer, path: Path) -> None:
+    load_policy(trainer.policy, path / "policy")
+    if trainer.critic is not None:
+        trainer.critic.load_state_dict(load_file(path / "critic.safetensors", device=str(trainer.device)))
+    saved = torch.load(path / "optimizers.pt", map_location=trainer.device, weights_only=True)
+    for name, optimizer_state in saved.items():
+        getattr(trainer, name).load_state_dict(optimizer_state)
 
 
 def state(trainer: SafeTrainer) -> dict[str, Any]:

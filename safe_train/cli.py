@@ -74,12 +74,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command_run(arguments: argparse.Namespace) -> None:
+    from safe_train.run_folder import refuse_existing
     from safe_train.trainer import SafeTrainer
 
     args = SafeConfig.load(arguments.config, arguments.overrides)
     resume = arguments.resume_from or arguments.resume
     if arguments.overwrite and not resume:
         remove_run(Path(args.output_dir))
+    elif not resume:
+        refuse_existing(Path(args.output_dir))  # before the model is loaded
     SafeTrainer(args=args).train(resume_from_checkpoint=resume)
     print(f"report: {Path(args.output_dir) / 'report.png'}")
 

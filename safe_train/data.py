@@ -139,7 +139,10 @@ def load_rows(dataset: str, split: str = "train") -> Sequence[Mapping[str, Any]]
     if not dataset.endswith((".jsonl", ".json")):
         import datasets
 
-        return datasets.load_dataset(dataset, split=split)
+        try:
+            return datasets.load_dataset(dataset, split=split)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot load the data set {dataset!r}, split {split!r}: {error}") from error
     path = next((p for p in (Path(dataset), CONFIGS / dataset) if p.is_file()), None)
     if path is None:
         raise ConfigError(f"no prompt file {dataset!r} (looked here and among the shipped ones in {CONFIGS})")

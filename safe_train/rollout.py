@@ -29,7 +29,7 @@ class Rollout:
             text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(self.prompts, self.texts, strict=True)
         ]
-        columns = {key: [prompt.columns[key] for prompt in self.prompts] for key in self.prompts[0].columns}
+        columns = {key: [prompt.columns.get(key) for prompt in self.prompts] for key in self.prompts[0].columns}
         return [prompt.text for prompt in self.prompts], completions, columns
 
 
@@ -67,7 +67,7 @@ def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], args: Safe
         top_k=args.top_k,
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
-        eos_token_id=eos_ids,
+        eos_token_id=eos_ids or None,
         pad_token_id=tokenizer.pad_token_id,
     )
     recorder = SamplerLogprobs()

@@ -28,11 +28,8 @@ class RunFolder:
         self.path, self.accelerator = Path(args.output_dir), accelerator
         self.metrics, self.samples = self.path / "metrics.jsonl", self.path / "samples.jsonl"
         self.path.mkdir(parents=True, exist_ok=True)
-        if resume_at == 0 and self.metrics.exists() and self.metrics.stat().st_size > 0:
-            raise ConfigError(
-                f"{self.path} already holds a run; continue it with --resume, replace it with --overwrite, "
-                "or choose another output_dir"
-            )
+        if resume_at == 0:
+            refuse_existing(self.path)
         for rows in (self.metrics, self.samples):
             keep_rows(rows, resume_at)
         args.save(self.path / "config.yaml")
@@ -56,6 +53,16 @@ class RunFolder:
     def finish(self) -> None:
         self.accelerator.end_training()
         write_report([self.path], self.path / "report.png")
+
+
+def refuse_existing(run: Path) -> None:
+    """A run is never overwritten by accident."""
+    metrics = run / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size > 0:
+        raise ConfigError(
+            f"{run} already holds a run; continue it with --resume, replace it with --overwrite, "
+            "or choose another output_dir"
+        )
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

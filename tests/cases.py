@@ -29,14 +29,15 @@ def linear_case(
     def normal(*size):
         return torch.randn(*size, generator=draw).to(dtype)
 
-    case = {"hidden": normal(*shape, width), "weight": normal(vocabulary, width)}
+    size = 2 / math.sqrt(width)  # of weights, for logits with a standard deviation of 2
+    case = {"hidden": normal(*shape, width), "weight": normal(vocabulary, width) * size}
     case["tokens"] = torch.randint(vocabulary, shape, generator=draw)
     if bias:
         case["bias"] = normal(vocabulary)
     if reference is not None:
         case["ref_hidden"] = case["hidden"] + 0.3 * normal(*shape, width)
     if reference == "own":
-        case["ref_weight"], case["ref_bias"] = normal(vocabulary, width), normal(vocabulary)
+        case["ref_weight"], case["ref_bias"] = normal(vocabulary, width) * size, normal(vocabulary)
     return {**case, **options}
 
 
@@ -59,6 +60,10 @@ def policy_case(shape=(3, 7), *, seed=0, **options):
 
 
 POLICY_ONLY = {"loss_weight", "clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_penalty_coef", "kl_threshold"}
+
+
+def temperatures(shape=(3, 7), seed=0):
+    return 0.5 + torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def some_mask(shape=(3, 7), seed=0):

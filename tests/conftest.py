@@ -5,7 +5,7 @@ import pytest
 import torch
 
 # The same examples everywhere; `--hypothesis-profile=explore` looks for new ones.
-hypothesis.settings.register_profile("default", max_examples=25, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("default", max_examples=20, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("explore", max_examples=500, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
 

@@ -183,6 +183,13 @@ def test_evaluating_and_drawing_a_finished_run(tmp_path, capsys):
     assert "is not a run folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("changes", [{"lora_r": 2}, {"critic": "single"}, {"lora_r": 0}], ids=str)
+def test_a_checkpoint_of_other_settings_is_refused(changes, tmp_path):
+    tiny.trainer(tmp_path).train()
+    with pytest.raises(ConfigError, match="does not fit this run's settings"):
+        tiny.trainer(tmp_path, **changes).train(resume_from_checkpoint=True)
+
+
 def test_wrong_checkpoints_are_named(tmp_path):
     with pytest.raises(ConfigError, match="is not a checkpoint"):
         tiny.trainer(tmp_path).train(resume_from_checkpoint=tmp_path / "nothing")

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import evaluate, hold_to_reference, linear_case, policy_case, some_mask
+from cases import evaluate, hold_to_reference, linear_case, policy_case, some_mask, temperatures
 
 from safe_kernels import linear_policy_loss, linear_token_stats
 
@@ -63,7 +63,7 @@ def test_reductions_through_loss_weight(backend, reduction):
     weights = {
         "sequence mean": live / live.sum(1, keepdim=True).clamp(min=1) / 3,
         "global count": live / 1000,
-        "importance": live * torch.rand(3, 7),
+        "importance": live * temperatures(),
     }[reduction]
     weights = weights.where(mask, math.nan)
     hold_to_reference(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import evaluate, hold_to_reference, logits_case, some_mask
+from cases import evaluate, hold_to_reference, logits_case, some_mask, temperatures
 
 from safe_kernels import token_stats
 
@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("masked", [False, True])
 def test_holds_to_reference(backend, dtype, reference, temperature, masked):
     if temperature == "per token":
-        temperature = 0.5 + torch.rand(3, 7, generator=torch.Generator().manual_seed(1))
+        temperature = temperatures()
     case = logits_case(dtype=dtype, reference=reference, temperature=temperature)
     if masked:
         case["mask"] = some_mask()

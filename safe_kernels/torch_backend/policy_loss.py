@@ -94,7 +94,6 @@ class Objective(NamedTuple):
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        ctx.set_materialize_grads(False)
         *values, objective, grad_enabled = args
         inputs = LinearInputs(*values)
         tokens, with_reference, head = inputs.asked(), inputs.ref_hidden_NH is not None, inputs.head()
