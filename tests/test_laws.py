@@ -61,7 +61,7 @@ def test_no_kl_to_itself(backend, case):
 def test_gradients_of_a_row_sum_to_zero(backend, case):
     """A common shift of a row changes nothing, so no gradient points along it."""
     gradient = evaluate(token_stats, case, backend, ["logits"])["d logits"]
-    assert gradient.sum(-1).abs().max() <= 1e-6 * max(1.0, size(case) ** 2) / case["temperature"]
+    assert (gradient.sum(-1).abs() <= 1e-6 * max(1.0, size(case)) * (1 + gradient.abs().sum(-1))).all()
 
 
 @BACKEND
