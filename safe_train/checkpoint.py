@@ -46,14 +46,21 @@ class Checkpoints:
             save_file(trainer.critic.state_dict(), unfinished / "critic.safetensors")
         save_file(random_states(), unfinished / "random.safetensors")
         (unfinished / "state.json").write_text(json.dumps(state(trainer), indent=2))
-        for file in unfinished.rglob("*"):
-            flush(file)
-        shutil.rmtree(final, ignore_errors=True)
+        for path in (unfinished, *unfinished.rglob("*")):
+            flush(path)
+        if final.exists():
+            discard(final)
         unfinished.rename(final)
         flush(self.folder)
-        for old in self.complete()[: -self.keep]:
-            shutil.rmtree(old)
+        self.prune(final)
         return final
+
+    def prune(self, newest: Path) -> None:
+        """Leaves `keep` checkpoints; later ones are of a run that was wound back to before them, and go, too."""
+        complete = self.complete()
+        end = complete.index(newest) + 1
+        for other in complete[: max(0, end - self.keep)] + complete[end:]:
+            discard(other)
 
     def load(self, trainer: SafeTrainer, path: Path | None = None) -> None:
         """Restores the given checkpoint, or the newest complete one; a run that has none yet starts at step 0."""
@@ -72,14 +79,14 @@ class Checkpoints:
         trainer.step, trainer.bad_steps = values["step"], values["bad_steps"]
         trainer.reward_moments = Moments(**values["reward_moments"])
         trainer.controller.load_state_dict(values["controller"])
-        restore_random_states(load_file(path / "random.safetensors"), values["python_random"])
+        restore_random_states(load_file(path / "random.safetensors"), values["random"])
 
 
 def load_weights(trainer: SafeTrainer, path: Path) -> None:
     load_policy(trainer.policy, path / "policy")
     if trainer.critic is not None:
         trainer.critic.load_state_dict(load_file(path / "critic.safetensors", device=str(trainer.device)))
-    saved = torch.load(path / "optimizers.pt", map_location=trainer.device, weights_only=True)
+    saved = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
     for name, optimizer_state in saved.items():
         getattr(trainer, name).load_state_dict(optimizer_state)
 
@@ -90,7 +97,7 @@ def state(trainer: SafeTrainer) -> dict[str, Any]:
         "bad_steps": trainer.bad_steps,
         "reward_moments": asdict(trainer.reward_moments),
         "controller": trainer.controller.state_dict(),
-        "python_random": random.getstate(),
+        "random": random_numbers(),
     }
 
 
@@ -118,23 +125,35 @@ def load_policy(policy: Policy, folder: Path) -> None:
     policy.model.load_state_dict(loaded.state_dict())
 
 
-def random_states() -> dict[str, Tensor]:
+def random_numbers() -> dict[str, Any]:
+    """The states of Python's and NumPy's generators, which rewards may use."""
     numpy: Any = np.random.get_state(legacy=False)
-    keys, position = numpy["state"]["key"].tolist(), numpy["state"]["pos"]
-    states = {"torch": torch.get_rng_state(), "numpy": torch.tensor([*keys, position], dtype=torch.int64)}
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    return {"python": random.getstate(), "numpy": numpy}
+
+
+def random_states() -> dict[str, Tensor]:
+    states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def restore_random_states(states: dict[str, Tensor], python_random: list[Any]) -> None:
+def restore_random_states(states: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
-    *keys, position = states["numpy"].tolist()
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, 0, 0.0))
+    np.random.set_state(numbers["numpy"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-    version, internal, gauss = python_random
+    version, internal, gauss = numbers["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def discard(checkpoint: Path) -> None:
+    """Deletes a checkpoint; a kill meanwhile leaves nothing under its name that looks complete."""
+    doomed = checkpoint.with_name(f"unfinished-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def flush(path: Path) -> None:

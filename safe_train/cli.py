@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="train", description="Train with settings from a file and key=value pairs.")
     run.add_argument("--config", help="YAML file, or the name of a shipped one")
-    run.add_argument("--resume", action="store_true", help="continue the run in output_dir from its newest checkpoint")
+    run.add_argument("--resume", action="store_true", help="continue the run in output_dir, with its settings")
     run.add_argument("--resume-from", type=Path, metavar="CHECKPOINT", help="continue it from this checkpoint")
     run.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
     run.add_argument("overrides", nargs="*", metavar="key=value")
@@ -82,6 +82,9 @@ def command_run(arguments: argparse.Namespace) -> None:
 
     args = SafeConfig.load(arguments.config, arguments.overrides)
     resume = arguments.resume_from or arguments.resume
+    saved = Path(args.output_dir) / "config.yaml"
+    if resume and arguments.config is None and saved.is_file():
+        args = SafeConfig.load(saved, arguments.overrides)
     if arguments.overwrite and not resume:
         remove_run(Path(args.output_dir))
     elif not resume:
@@ -152,8 +155,8 @@ def remove_run(folder: Path) -> None:
     """Deletes a run folder, and refuses to delete anything else."""
     if not folder.exists() or not any(folder.iterdir()):
         return
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder} is not a run folder (it has no config.yaml); not overwriting it")
+    if not all((folder / name).is_file() for name in ("config.yaml", "environment.json")):
+        raise ConfigError(f"{folder} is not a run folder (no config.yaml and environment.json); not overwriting it")
     shutil.rmtree(folder)
 
 

@@ -147,9 +147,10 @@ def load_rows(dataset: str, split: str = "train") -> Sequence[Mapping[str, Any]]
     if path is None:
         raise ConfigError(f"no prompt file {dataset!r} (looked here and among the shipped ones in {CONFIGS})")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         try:
-            rows.append(json.loads(line))
+            if line.strip():
+                rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}, line {number}: {error}") from None
     return rows

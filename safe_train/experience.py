@@ -43,7 +43,7 @@ class Experience:
     """A rollout, cut into minibatches (one optimizer step each) of micro-batches (one forward each)."""
 
     def __init__(self, policy: Policy, critic: Critic | None, rollout: Rollout, args: SafeConfig, device: torch.device):
-        self.args, self.critic = args, critic
+        self.args, self.critic, self.device = args, critic, device
         count = len(rollout.completions)
         size = args.minibatch_size or count
         order = torch.randperm(count).tolist()

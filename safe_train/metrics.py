@@ -37,7 +37,7 @@ def step_metrics(
         "completions/clipped_fraction": 1 - sum(rollout.ended) / len(rollout.ended),
         **{f"time/{name}_s": value for name, value in seconds.items()},
         "tokens_per_second": sum(lengths) / seconds["step"],
-        "memory/peak_gb": peak_memory_gb(),
+        "memory/peak_gb": peak_memory_gb(experience.device),
     }
     if experience.critic is not None:
         values_KL, returns_L = experience.tokens("values_KL"), experience.tokens("returns_L")
@@ -53,9 +53,9 @@ def sampler_gap(rollout: Rollout, experience: Experience) -> float:
     return (experience.tokens("logprob_L").cpu() - sampler).abs().mean().item()
 
 
-def peak_memory_gb() -> float:
-    """Peak memory so far: allocated on the GPU if there is one, else resident in this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory so far: allocated on the GPU that trains, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -154,21 +154,19 @@ def check_head(policy: Policy) -> None:
 
 
 def load_model(name: str, args: SafeConfig, device: torch.device) -> tuple[Any, Any]:
-    """The causal language model and its tokenizer."""
+    """The causal language model, on the CPU, in the dtype for `device`; and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = smollm2_folder() if name == SMOLLM2 else name
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # In bfloat16, weights that are trained would lose most updates to rounding.
+    auto = torch.bfloat16 if device.type == "cuda" and args.lora_r > 0 else torch.float32
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=args.trust_remote_code)
     except OSError as error:
         raise ConfigError(f"cannot load the model {name!r}: {error}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device), tokenizer
+    return model, tokenizer
 
 
 def smollm2_folder() -> Path:

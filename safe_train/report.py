@@ -17,9 +17,20 @@ Rows = list[dict[str, Any]]
 
 def read_metrics(run: Path) -> Rows:
     path = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = read_rows(path) if path.is_file() else []
     if not rows:
         raise ConfigError(f"{run} has no metrics yet (no rows in {path})")
+    return rows
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of a .jsonl file, without one that a crash cut short."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            pass
     return rows
 
 
@@ -30,7 +41,9 @@ def write_report(runs: Sequence[Path], target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    histories = {run.name: read_metrics(run) for run in runs}
+    short = [run.resolve().name for run in runs]
+    names = short if len(set(short)) == len(runs) else [str(run) for run in runs]
+    histories = {name: read_metrics(run) for name, run in zip(names, runs, strict=True)}
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     panels = (draw_reward, draw_kl, draw_entropy, draw_value, draw_control, draw_time)
     for axis, draw in zip(axes.flat, panels, strict=True):
@@ -41,7 +54,8 @@ def write_report(runs: Sequence[Path], target: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, framealpha=0.8, edgecolor="none")
-    notes = [f"{run.name}: {note}" for run in runs if (note := idle_mechanisms(run, histories[run.name]))]
+    idle = {name: idle_mechanisms(run, histories[name]) for name, run in zip(names, runs, strict=True)}
+    notes = [f"{name}: {note}" for name, note in idle.items() if note]
     figure.suptitle(" · ".join(histories), fontsize=13)
     figure.supxlabel("\n".join(notes), fontsize=9, color="#555555")
     figure.savefig(target, dpi=110)

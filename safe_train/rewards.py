@@ -24,7 +24,9 @@ class Rewards:
         self.functions = {reward_name(f): f for f in functions}
         if len(self.functions) != len(functions):
             raise ConfigError(f"two rewards share a name: {[reward_name(f) for f in functions]}")
-        self.weights = list(weights) if weights is not None else [1.0] * len(functions)
+        self.weights = [1.0] * len(functions) if weights is None else list(weights)
+        if len(self.weights) != len(functions):
+            raise ConfigError(f"reward_weights must be one number for each reward, got {weights} for {len(functions)}")
 
     def __call__(self, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]) -> dict[str, Tensor]:
         """Scores [B] of each reward by name, and their weighted sum under "reward"."""
@@ -113,16 +115,19 @@ class RewardModel:
         if self.model.config.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.tokenizer.truncation_side = "left"  # the completion is at the end
         self.__name__ = Path(name).name
         self.batch_size = batch_size
 
     @torch.no_grad()
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
         texts = [self.render(*pair) for pair in zip(prompts, completions, strict=True)]
+        # A chat template writes its own special tokens.
+        options = {"add_special_tokens": isinstance(prompts[0], str), "padding": True, "truncation": True}
         scores: list[float] = []
         for start in range(0, len(texts), self.batch_size):
             batch = texts[start : start + self.batch_size]
-            inputs = self.tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(self.model.device)
+            inputs = self.tokenizer(batch, return_tensors="pt", **options).to(self.model.device)
             scores += self.model(**inputs).logits.squeeze(-1).float().tolist()
         return scores
 

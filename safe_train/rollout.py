@@ -55,7 +55,8 @@ def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], args: Safe
     """One completion for each prompt, sampled from the policy itself: temperature 1, nothing cut off."""
     device = policy.model.device
     width = max(len(prompt.ids) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    pad_id = tokenizer.pad_token_id or 0  # any id will do: it is masked before a prompt and cut off after a completion
+    input_ids = torch.full((len(prompts), width), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
@@ -68,7 +69,7 @@ def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], args: Safe
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=eos_ids or None,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad_id,
     )
     recorder = SamplerLogprobs()
     with policy.sampling() as model:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.report import write_report
+from safe_train.report import read_rows, write_report
 from safe_train.rollout import Rollout
 
 PACKAGES = ("safe-kernels", "torch", "triton", "transformers", "accelerate", "peft", "flash-attn", "liger-kernel")
@@ -28,12 +28,10 @@ class RunFolder:
         self.path, self.accelerator = Path(args.output_dir), accelerator
         self.metrics, self.samples = self.path / "metrics.jsonl", self.path / "samples.jsonl"
         self.path.mkdir(parents=True, exist_ok=True)
-        if resume_at == 0:
-            refuse_existing(self.path)
         for rows in (self.metrics, self.samples):
             keep_rows(rows, resume_at)
-        args.save(self.path / "config.yaml")
         (self.path / "environment.json").write_text(json.dumps(environment(accelerator.device), indent=2) + "\n")
+        args.save(self.path / "config.yaml")
         if args.report_to:
             accelerator.init_trackers("safe_train", config={k: str(v) for k, v in vars(args).items()})
 
@@ -71,17 +69,12 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def keep_rows(path: Path, last_step: int) -> None:
-    """Keeps the rows up to `last_step`; a row that a crash cut short is dropped, too."""
+    """Keeps the rows up to `last_step`; a row that a crash cut short is dropped, too. A kill leaves the old file."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            pass
-    path.write_text("".join(kept))
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= last_step))
+    unfinished.replace(path)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -99,5 +92,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 def commit() -> str | None:
     """The commit of the source tree, when it is one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git on this machine
+        return None
     return result.stdout.strip() or None

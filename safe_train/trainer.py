@@ -29,7 +29,7 @@ from safe_train.models import Policy, load_model, make_policy
 from safe_train.preview import Preview
 from safe_train.rewards import RewardFunction, Rewards, load_reward
 from safe_train.rollout import Rollout, sample
-from safe_train.run_folder import RunFolder
+from safe_train.run_folder import RunFolder, refuse_existing
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -63,7 +63,14 @@ class SafeTrainer:
         callbacks: Sequence[Callable[[SafeTrainer, dict[str, Any]], None]] = (),
     ):
         self.args = args = args or SafeConfig()
-        self.accelerator = Accelerator(cpu=args.use_cpu, log_with=args.report_to or None, project_dir=args.output_dir)
+        has_eval = eval_dataset is not None or args.eval_dataset is not None
+        if args.eval_every and not has_eval:
+            raise ConfigError("eval_dataset must be set when eval_every is")
+        self.accelerator = Accelerator(
+            cpu=args.use_cpu, mixed_precision="no", log_with=args.report_to or None, project_dir=args.output_dir
+        )
+        if self.accelerator.num_processes > 1:
+            raise ConfigError("training runs in one process for now: start it without `accelerate launch` or torchrun")
         self.device = self.accelerator.device
         set_seed(args.seed)
         if model is None or isinstance(model, str):
@@ -76,10 +83,10 @@ class SafeTrainer:
         functions = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
         self.rewards = Rewards([load_reward(f, self.device) for f in functions], args.reward_weights)
         self.prompts = self.prompt_dataset(train_dataset, args.dataset)
-        self.eval_prompts = self.prompt_dataset(eval_dataset, args.eval_dataset or args.dataset)
+        self.eval_prompts = self.prompt_dataset(eval_dataset, args.eval_dataset or "") if has_eval else None
         self.callbacks = callbacks
 
-        self.policy: Policy = make_policy(model, args, peft_config).to(self.device)
+        self.policy: Policy = make_policy(model.to(self.device), args, peft_config)
         self.trainable = [p for p in self.policy.parameters() if p.requires_grad]
         rate = args.learning_rate or (1e-4 if self.policy.is_lora else 1e-5)
         self.optimizer = torch.optim.AdamW(self.trainable, lr=rate, weight_decay=args.weight_decay)
@@ -107,6 +114,8 @@ class SafeTrainer:
         args, checkpoints = self.args, Checkpoints(self.args.output_dir, self.args.keep_checkpoints)
         if resume_from_checkpoint:
             checkpoints.load(self, None if resume_from_checkpoint is True else Path(resume_from_checkpoint))
+        elif self.step == 0:
+            refuse_existing(Path(args.output_dir))
         folder = RunFolder(args, self.accelerator, resume_at=self.step)
         history = []
         for step in tqdm(range(self.step, args.total_steps), initial=self.step, total=args.total_steps, unit="step"):
@@ -139,6 +148,8 @@ class SafeTrainer:
 
     def evaluate(self) -> Evaluation:
         """Samples on the held-out prompts, always with the same random numbers, and leaves training's alone."""
+        if self.eval_prompts is None:
+            raise ConfigError("an evaluation needs held-out prompts: set eval_dataset")
         return evaluate(self.policy, self.tokenizer, self.eval_prompts, self.rewards, self.args, self.device)
 
     def sample(self, step: int) -> Rollout:

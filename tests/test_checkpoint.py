@@ -14,9 +14,10 @@ import pytest
 import tiny
 import torch
 
-from safe_train.checkpoint import Checkpoints, random_states, restore_random_states
+from safe_train.checkpoint import Checkpoints, discard, random_numbers, random_states, restore_random_states
 from safe_train.cli import main
-from safe_train.config import ConfigError
+from safe_train.config import ConfigError, SafeConfig
+from safe_train.run_folder import commit, keep_rows
 
 REWARD = """
 import time
@@ -114,6 +115,38 @@ def test_a_checkpoint_loads_with_peft_and_transformers(tmp_path):
         assert torch.equal(loaded(ids).logits, trainer.policy.model(ids).logits)
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    tiny.trainer(tmp_path / "whole").train()
+
+    def dies_at_step_2(trainer, row):
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+
+    trainer = tiny.trainer(tmp_path / "cut", save_every=3)
+    trainer.callbacks = [dies_at_step_2]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert rows_written(tmp_path / "cut") == 2 and not Checkpoints(tmp_path / "cut", 2).complete()
+    tiny.trainer(tmp_path / "cut").train(resume_from_checkpoint=True)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_a_run_that_is_wound_back_keeps_its_new_checkpoints(tmp_path):
+    tiny.trainer(tmp_path, total_steps=4, save_every=1, keep_checkpoints=4).train()
+    rewound = tiny.trainer(tmp_path, total_steps=2, save_every=1, keep_checkpoints=1)
+    rewound.train(resume_from_checkpoint=tmp_path / "checkpoints" / "step-1")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
+
+
+def test_a_deletion_that_is_cut_short_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    tiny.trainer(tmp_path, total_steps=1, save_every=1).train()
+    (checkpoint,) = Checkpoints(tmp_path, 1).complete()
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        discard(checkpoint)
+    assert Checkpoints(tmp_path, 1).complete() == []
+
+
 def test_only_the_newest_are_kept_and_unfinished_ones_are_ignored(tmp_path):
     trainer = tiny.trainer(tmp_path, total_steps=5, save_every=1, keep_checkpoints=2)
     trainer.train()
@@ -139,11 +172,15 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch
 def test_random_states_survive_a_file(tmp_path):
     from safetensors.torch import load_file, save_file
 
+    def draw():
+        return torch.rand(3).tolist(), np.random.randn(2).tolist(), random.gauss(0, 1)
+
+    np.random.randn(), random.gauss(0, 1)  # each leaves a second number for the next call
     save_file(random_states(), tmp_path / "random.safetensors")
-    python_random = json.loads(json.dumps(random.getstate()))
-    expected = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
-    restore_random_states(load_file(tmp_path / "random.safetensors"), python_random)
-    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected
+    numbers = json.loads(json.dumps(random_numbers()))
+    expected = draw()
+    restore_random_states(load_file(tmp_path / "random.safetensors"), numbers)
+    assert draw() == expected
 
 
 def test_a_row_that_a_crash_cut_short_is_dropped(tmp_path):
@@ -152,6 +189,28 @@ def test_a_row_that_a_crash_cut_short_is_dropped(tmp_path):
         file.write('{"step": 3, "rew')
     tiny.trainer(tmp_path, total_steps=3, save_every=1).train(resume_from_checkpoint=True)
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_kill_while_rows_are_dropped_loses_none(tmp_path, monkeypatch):
+    rows = tmp_path / "metrics.jsonl"
+    rows.write_text('{"step": 1}\n{"step": 2}\n')
+    monkeypatch.setattr(Path, "replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        keep_rows(rows, 1)
+    assert rows.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_machine_without_git_runs(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert commit() is None
+
+
+def test_resuming_keeps_the_settings_of_the_run(tmp_path):
+    run = f"output_dir={tmp_path / 'run'}"
+    assert main(["run", *prepare(tmp_path, total_steps=1, beta=0.5), run]) == 0
+    assert main(["run", run, "--resume", "total_steps=2"]) == 0
+    settings = SafeConfig.load(tmp_path / "run" / "config.yaml")
+    assert (settings.beta, settings.total_steps, rows_written(tmp_path / "run")) == (0.5, 2, 2)
 
 
 def test_an_existing_run_is_not_touched_by_accident(tmp_path, capsys):

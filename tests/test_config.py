@@ -20,6 +20,11 @@ def test_overrides_win_over_the_file():
     assert SafeConfig.load("demo.yaml", ["total_steps=3"]).total_steps == 3
 
 
+def test_text_is_taken_as_it_stands():
+    config = SafeConfig.load(None, ["output_dir=007", "model=a: b #c", "eval_dataset=null"])
+    assert (config.output_dir, config.model, config.eval_dataset) == ("007", "a: b #c", None)
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_shipped_configs_load(name):
     SafeConfig.load(name)
@@ -52,8 +57,9 @@ def test_saved_config_loads_back_the_same(tmp_path):
         ("algorithm=grpo", "completions_per_prompt must be at least 2 for grpo"),
         ("critic=none", "critic must be soft_min, mean or single for safe"),
         ("minibatch_size=99", "minibatch_size must be at most the 16 of a rollout"),
-        ("eval_every=5", "eval_dataset must be set when eval_every is"),
-        ("reward_weights=[1, 2]", "reward_weights must be one number for each reward"),
+        ("reward=[vader", "reward must be a YAML value, got '[vader'"),
+        ("kl_threshold=.nan", "kl_threshold must be at least 0, got nan"),
+        ("seed=-1", "seed must be at least 0"),
         ("gate_min=9", "gate_min must be at most gate_max"),
     ],
 )

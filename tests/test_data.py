@@ -93,9 +93,9 @@ def test_unusable_prompts_are_errors(rows, message):
 
 def test_rows_from_a_file_name_the_bad_line(tmp_path):
     good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
-    good.write_text('{"prompt": "the"}\n{"prompt": "a"}\n')
+    good.write_text('{"prompt": "the"}\n\n{"prompt": "a\u2028b"}\n', encoding="utf-8")
     bad.write_text('{"prompt": "the"}\n{"prompt"\n')
-    assert [row["prompt"] for row in load_rows(str(good))] == ["the", "a"]
+    assert [row["prompt"] for row in load_rows(str(good))] == ["the", "a\u2028b"]
     with pytest.raises(ConfigError, match="line 2"):
         load_rows(str(bad))
     with pytest.raises(ConfigError, match="no prompt file"):

@@ -8,7 +8,7 @@ import transformers
 from safe_kernels import linear_token_stats
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
-from safe_train.models import lora_config, make_policy
+from safe_train.models import load_model, lora_config, make_policy
 
 SEQUENCES = ([[5, 6, 7, 2], [8], [9, 10]], [[11, 12], [13, 14, 3, 1], [1]])
 
@@ -75,6 +75,13 @@ def test_lora_trains_no_weight_of_the_model_and_shares_the_head():
     policy = make_policy(tiny.model(), SafeConfig(lora_r=4))
     assert all("lora_" in name for name, p in policy.named_parameters() if p.requires_grad)
     assert "ref_weight" not in policy.head() and not policy.head()["weight"].requires_grad
+
+
+def test_trained_weights_are_float32_and_frozen_ones_bfloat16_on_a_gpu(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    for lora_r, dtype in ((0, torch.float32), (4, torch.bfloat16)):
+        assert load_model(str(tmp_path), SafeConfig(lora_r=lora_r), torch.device("cuda"))[0].dtype == dtype
 
 
 def test_lora_on_the_last_layers_only():

@@ -34,10 +34,10 @@ def test_sampler_and_trainer_agree_on_the_log_probs():
 
 def test_samples_follow_the_whole_distribution():
     """With the top-k of 50 that transformers would use, or a checkpoint's top-k of 2, rare tokens never appear."""
-    model = tiny.model(initializer_range=0.02)
+    model = tiny.model(initializer_range=0.02, vocab_size=80)
     model.generation_config.update(do_sample=True, top_k=2, temperature=0.1, repetition_penalty=3.0)
-    _, rollout = rollout_of(model, [{"prompt": "the"}], copies=600, max_new_tokens=1)
-    counts = torch.bincount(torch.tensor([tokens[0] for tokens in rollout.completions]), minlength=len(tiny.WORDS))
+    _, rollout = rollout_of(model, [{"prompt": "the"}], copies=1600, max_new_tokens=1)
+    counts = torch.bincount(torch.tensor([tokens[0] for tokens in rollout.completions]), minlength=80)
     assert counts.min() >= 5 and counts.max() <= 60
 
 
@@ -54,6 +54,16 @@ def test_completions_end_with_their_first_end_token():
     for tokens, logprobs, ended in zip(rollout.completions, rollout.sampler_logprobs, rollout.ended, strict=True):
         assert tokens.count(1) == ended and (tokens[-1] == 1) == ended
         assert len(tokens) == len(logprobs) and (ended or len(tokens) == 6)
+
+
+def test_a_tokenizer_without_padding_samples_the_same():
+    model, tokenizer, args = tiny.model(), tiny.tokenizer(), SafeConfig(max_new_tokens=6)
+    policy, rollouts = make_policy(model, args), []
+    for token in ("<pad>", None):
+        tokenizer.pad_token = token
+        torch.manual_seed(0)
+        rollouts.append(sample(policy, tokenizer, PromptDataset(tiny.PROMPTS, tokenizer, 16).at(0, 5), args))
+    assert rollouts[0].completions == rollouts[1].completions
 
 
 def test_generation_leaves_the_training_mode_alone():
@@ -94,6 +104,8 @@ def test_rewards_are_summed_with_their_weights():
 
     scores = Rewards([ones, twos], [1.0, -0.25])(["a", "b"], ["c", "d"], {})
     assert scores["reward"].tolist() == [0.5, 0.5] and scores["twos"].tolist() == [2.0, 2.0]
+    with pytest.raises(ConfigError, match="reward_weights must be one number for each reward"):
+        Rewards([ones, twos], [1.0])
 
 
 @pytest.mark.parametrize(
@@ -130,6 +142,7 @@ def test_a_reward_that_does_not_load_is_an_error(name, tmp_path):
 
 
 def test_reward_model_scores_prompt_and_completion(tmp_path):
+    from tokenizers.processors import TemplateProcessing
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
@@ -143,6 +156,12 @@ def test_reward_model_scores_prompt_and_completion(tmp_path):
     together = reward(["the cat", "a"], [" sat", " dog is good"])
     alone = reward(["the cat"], [" sat"]) + reward(["a"], [" dog is good"])
     assert together == pytest.approx(alone, abs=1e-5) and together[0] != together[1]
+    reward.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<eos> $A", special_tokens=[("<eos>", 1)])
+    reward.tokenizer.chat_template = "<eos>{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    chat = [[{"role": role, "content": text}] for role, text in (("user", "the cat"), ("assistant", " sat"))]
+    assert reward(chat[:1], chat[1:]) == pytest.approx(reward(["the cat"], [" sat"]), abs=1e-5)
+    reward.tokenizer.model_max_length = 3
+    assert reward(["the cat sat on"], [" a mat"]) == pytest.approx(reward([""], ["a mat"]), abs=1e-5)
     with pytest.raises(ConfigError, match="has 3 outputs, it must have 1"):
         load_reward(str(tmp_path / "3"))
 

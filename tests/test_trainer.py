@@ -3,13 +3,18 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
+from safe_train.config import ConfigError
+from safe_train.data import Prompt
 from safe_train.experience import Experience
+from safe_train.metrics import peak_memory_gb
 from safe_train.preview import Preview, step_scale
+from safe_train.rollout import Rollout
 
 ALGORITHMS = ("safe", "ppo", "ppo_two_heads", "grpo")
 
@@ -23,13 +28,19 @@ def experience_of(trainer):
     return experience, control
 
 
+def rollout_of(prompts, completions):
+    count = len(prompts)
+    rows = [Prompt("", ids, {}) for ids in prompts]
+    return Rollout(rows, completions, [""] * count, [True] * count, [[0.0] * len(tokens) for tokens in completions])
+
+
 def policy_weights(trainer):
     return [p.detach().clone() for p in trainer.trainable]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_run_leaves_its_folder_and_its_metrics(algorithm, tmp_path):
-    history = tiny.trainer(tmp_path, algorithm=algorithm, eval_every=3, eval_dataset="given").train()
+    history = tiny.trainer(tmp_path, algorithm=algorithm, eval_every=3).train()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and len(history) == 3
     names = """reward reward_std rewards/good_words/mean kl kl_short kl_long kl_threshold kl_penalty kl_momentum entropy
@@ -63,6 +74,33 @@ def tiny_loss(hidden, trainer, micro, control):
     return policy_loss(hidden, trainer.policy.head(), micro, weight, control, trainer.args)
 
 
+def test_the_first_optimizer_step_of_a_rollout_sees_a_ratio_of_one(tmp_path):
+    history = tiny.trainer(tmp_path, inner_epochs=1, minibatch_size=8).train()
+    assert [(row["approx_kl"], row["clip_fraction"]) for row in history] == [(0, 0)] * 3
+
+
+def test_the_controller_sees_the_exact_kl_and_the_entropy_of_response_tokens_alone(tmp_path):
+    """The published KL is a sampled estimate, and the published entropy an average over padding, too."""
+    trainer, seen = tiny.trainer(tmp_path), {}
+    with torch.no_grad():
+        for p in trainer.trainable:
+            p.add_(0.1 * torch.randn_like(p))
+    rollout = rollout_of([[5], [6, 7, 8], [9]], [[10, 11, 12, 1], [1], [4, 3]])
+    trainer.controller.update = lambda kl, entropy, *rest: seen.update(kl=kl, entropy=entropy)
+    trainer.observe(Experience(trainer.policy, None, rollout, trainer.args, trainer.device), torch.zeros(3))
+    model, kls, entropies = trainer.policy.model, [], []
+    for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True):
+        ids, response = torch.tensor([prompt.ids + completion]), slice(len(prompt.ids) - 1, -1)
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(ids).logits[0, response].log_softmax(-1)
+        with torch.no_grad():
+            policy = model(ids).logits[0, response].log_softmax(-1)
+        kls.append((policy.exp() * (policy - reference)).sum(-1))
+        entropies.append(-(policy.exp() * policy).sum(-1))
+    assert seen["kl"] == pytest.approx(torch.cat(kls).mean().item(), abs=1e-5) and seen["kl"] > 1e-3
+    assert seen["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), abs=1e-5)
+
+
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path):
     gradients = []
     for budget in (16, 10_000):
@@ -89,31 +127,49 @@ def test_advantages_are_white_over_the_rollout(tmp_path):
     assert advantages.mean().abs() < 1e-5 and (advantages.std(correction=0) - 1).abs() < 1e-4
 
 
-def test_returns_come_from_the_target_heads(tmp_path):
-    trainer = tiny.trainer(tmp_path)
+@pytest.mark.parametrize(("zeroed", "estimate"), [("target_heads", "returns_L"), ("heads", "advantage_L")])
+def test_returns_come_from_the_target_heads_and_advantages_from_the_online_ones(zeroed, estimate, tmp_path):
+    """Under values of 0, both are lambda^k times the reward, k tokens before the end; advantages are whitened after."""
+    trainer = tiny.trainer(tmp_path, max_tokens_per_microbatch=10_000, minibatch_size=None)
     with torch.no_grad():
-        for p in trainer.critic.target_heads.parameters():
+        for p in getattr(trainer.critic, zeroed).parameters():
             p.zero_()
-    experience, _ = experience_of(trainer)
-    assert experience.tokens("target_values_KL").abs().max() == 0
-    # With target values of 0, the return of a token is its discounted reward alone.
-    for micro in experience:
-        ends = micro.batch.response_cu_seqlens[1:].long() - 1
-        assert (micro.returns_L[ends].unsqueeze(1) - trainer_rewards(trainer)).abs().min(1).values.max() < 1e-5
+    experience = Experience(trainer.policy, trainer.critic, trainer.sample(0), trainer.args, trainer.device)
+    experience.estimate(torch.arange(8.0), 0.0)
+    (micro,) = experience
+    lengths = micro.batch.response_lengths.tolist()
+    expected = torch.tensor(
+        [i * (1 - 1 / 6) ** k for i, n in zip(micro.indices, lengths, strict=True) for k in reversed(range(n))]
+    )
+    if estimate == "advantage_L":
+        expected = (expected - expected.mean()) / expected.std(correction=0)
+    torch.testing.assert_close(getattr(micro, estimate), expected, atol=1e-5, rtol=1e-5)
 
 
-def trainer_rewards(trainer):
-    values = torch.arange(0, 5) / 4  # what the tiny reward can give for six words, normalised
-    return (values - trainer.reward_moments.mean) / trainer.reward_moments.std
+@pytest.mark.parametrize("value_level", ["token", "sequence"])
+def test_values_do_not_see_the_tokens_they_judge(value_level, tmp_path):
+    """The published value is read after the response, so a better critic erases the advantage."""
+    trainer, values = tiny.trainer(tmp_path, value_level=value_level), []
+    for token in (4, 10):
+        rollout = rollout_of([[5, 6, 7]], [[9, token, 3]])
+        values.append(Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device))
+    one, other = (experience.tokens("values_KL") for experience in values)
+    torch.testing.assert_close(one[:, :2], other[:, :2])
+    if value_level == "token":
+        assert not torch.allclose(one[:, 2], other[:, 2]) and not torch.allclose(one[:, 0], one[:, 1])
+    else:
+        torch.testing.assert_close(one, other[:, :1].expand(2, 3))
 
 
-def test_value_level_sequence_reads_the_prompts_end(tmp_path):
-    experience, _ = experience_of(tiny.trainer(tmp_path, value_level="sequence"))
-    for micro in experience:
-        bounds = micro.batch.response_cu_seqlens.tolist()
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-            spread = micro.values_KL[:, start:end] - micro.values_KL[:, start : start + 1]
-            assert spread.abs().max() < 1e-5
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_empty_completions_train_nothing_and_disturb_nobody(algorithm, tmp_path):
+    trainer = tiny.trainer(tmp_path, algorithm=algorithm, minibatch_size=2, max_tokens_per_microbatch=1)
+    rollout = rollout_of([[5], [6, 7], [8], [9]], [[], [1], [], [10, 11, 1]])
+    experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
+    control = trainer.observe(experience, torch.arange(4.0))
+    experience.estimate(trainer.training_rewards(torch.arange(4.0), rollout), 0.0)
+    assert len(experience.tokens("advantage_L")) == 4
+    assert all(math.isfinite(value) for value in trainer.update(experience, control).values())
 
 
 def test_training_raises_the_reward(tmp_path):
@@ -271,9 +327,61 @@ def test_report_names_the_mechanisms_that_never_acted(tmp_path):
     assert (tmp_path / "both.png").stat().st_size > 10_000
 
 
+def test_report_tells_runs_of_one_name_apart_and_survives_a_row_cut_short(tmp_path, monkeypatch):
+    from safe_train import report
+
+    drawn = []
+    monkeypatch.setattr(report, "draw_reward", lambda axis, rows, color, name, alone: drawn.append(name))
+    for parent in ("a", "b"):
+        tiny.trainer(tmp_path / parent / "run", total_steps=1).train()
+        with (tmp_path / parent / "run" / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "rew')
+    drawn.clear()
+    runs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    report.write_report(runs, tmp_path / "both.png")
+    assert drawn == [str(run) for run in runs]
+
+
+def test_everything_a_step_touches_is_on_the_accelerators_device(tmp_path, monkeypatch):
+    device = torch.device("meta")
+    accelerator = SimpleNamespace(device=device, num_processes=1)
+    monkeypatch.setattr("safe_train.trainer.Accelerator", lambda **kwargs: accelerator)
+    trainer = tiny.trainer(tmp_path, lora_r=0)
+    models = (trainer.policy, *trainer.policy._frozen, trainer.critic)
+    assert len(models) == 3 and all(p.device == device for model in models for p in model.parameters())
+    accelerator.num_processes = 2
+    with pytest.raises(ConfigError, match="one process"):
+        tiny.trainer(tmp_path)
+
+
+def test_memory_is_that_of_the_device_that_trains(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert peak_memory_gb(torch.device("cpu")) > 0.01
+
+
+def test_evaluation_needs_held_out_prompts(tmp_path):
+    from safe_train import SafeTrainer
+
+    def trainer(**settings):
+        args = tiny.settings(tmp_path, **settings)
+        return SafeTrainer(tiny.model(), tiny.good_words, args, tiny.PROMPTS, processing_class=tiny.tokenizer())
+
+    with pytest.raises(ConfigError, match="needs held-out prompts: set eval_dataset"):
+        trainer().evaluate()
+    with pytest.raises(ConfigError, match="eval_dataset must be set when eval_every is"):
+        trainer(eval_every=1)
+
+
+def test_several_reward_functions_have_their_weights(tmp_path):
+    def half(completions, **columns):
+        return [0.5] * len(completions)
+
+    trainer = tiny.trainer(tmp_path, reward=[tiny.good_words, half], reward_weights=[0.0, 3.0], total_steps=1)
+    assert trainer.train()[0]["reward"] == 1.5
+
+
 def test_callbacks_and_a_model_without_its_tokenizer(tmp_path):
     from safe_train import SafeTrainer
-    from safe_train.config import ConfigError
 
     seen = []
     trainer = tiny.trainer(tmp_path, total_steps=2)
