@@ -4,12 +4,14 @@ Shapes: `...` is any leading shape, V the vocabulary, H the hidden width. Statis
 float64 inputs), with the leading shape. A token that `mask` (torch.bool, True where a token counts) leaves out has
 results of exactly 0 and gradients of exactly 0, and what its row holds, NaN included, spreads nowhere.
 
-Every function takes `backend`: "torch", "reference", or None, which is the environment variable SAFE_KERNELS_BACKEND or
-else the best one for the device. Wrong arguments raise ValueError or TypeError at the call. SAFE_KERNELS_DEBUG=1 also
-checks what needs a synchronisation with the device: ids, NaN, the values of tensors.
+Every function takes `backend`: "triton", "torch", "reference", or None, which is the environment variable
+SAFE_KERNELS_BACKEND or else Triton on GPUs, and PyTorch elsewhere and for float64. Wrong arguments raise ValueError or
+TypeError at the call. SAFE_KERNELS_DEBUG=1 also checks what needs a synchronisation with the device: ids, NaN, the
+values of tensors.
 """
 
 import importlib
+import importlib.util
 import os
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -24,6 +26,7 @@ from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
 _BACKENDS = {
     "reference": "safe_kernels.reference",
     "torch": "safe_kernels.torch_backend",
+    "triton": "safe_kernels.triton_backend",
 }
 
 
@@ -60,7 +63,7 @@ def token_stats(
         checks.does_not_overlap("logits", logits)
     temperature = checks.is_temperature(temperature, tokens, mask)
     with _full_precision(logits):
-        return _implementation(backend).token_stats(
+        return _implementation(backend, logits).token_stats(
             logits,
             tokens,
             ref_logits=ref_logits,
@@ -109,7 +112,7 @@ def linear_token_stats(
         hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
     )
     with _full_precision(hidden):
-        return _implementation(backend).linear_token_stats(
+        return _implementation(backend, hidden).linear_token_stats(
             hidden, weight, tokens, mask=mask, batch_invariant=batch_invariant, **head
         )
 
@@ -158,7 +161,7 @@ def safe_terms(
     )
     temperature = checks.is_temperature(temperature, tokens, mask)
     with _full_precision(logits):
-        return _implementation(backend).safe_terms(
+        return _implementation(backend, logits).safe_terms(
             logits,
             tokens,
             v1,
@@ -206,7 +209,7 @@ def linear_safe_terms(
         tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens
     )
     with _full_precision(hidden):
-        return _implementation(backend).linear_safe_terms(
+        return _implementation(backend, hidden).linear_safe_terms(
             hidden, weight, tokens, v1, v2, rewards, mask=mask, batch_invariant=batch_invariant, **head, **values
         )
 
@@ -221,7 +224,7 @@ def soft_min(v1: Tensor, v2: Tensor, alpha: float, *, backend: str | None = None
     checks.per_token(checks.is_floating("v1", v1), v2=v2)
     alpha = checks.is_positive("alpha", alpha)
     with _full_precision(v1):
-        return _implementation(backend).soft_min(v1, v2, alpha)
+        return _implementation(backend, v1).soft_min(v1, v2, alpha)
 
 
 def soft_min_gae(
@@ -264,7 +267,7 @@ def soft_min_gae(
     gamma, lam = checks.is_number("gamma", gamma, 0, 1), checks.is_number("lam", lam, 0, 1)
     alpha = checks.is_positive("alpha", alpha)
     with _full_precision(v1):
-        return _implementation(backend).soft_min_gae(
+        return _implementation(backend, v1).soft_min_gae(
             v1, v2, rewards, mask, gamma=gamma, lam=lam, alpha=alpha, cu_seqlens=cu_seqlens, bootstrap=bootstrap
         )
 
@@ -303,7 +306,8 @@ def linear_policy_loss(
         loss = (loss_weight * l).sum()
 
     with one sweep over the vocabulary instead of a forward and a recomputing backward. `logprob`, `entropy` and `kl`
-    have the bits of `linear_token_stats` on the same backend and inputs, in and out of torch.no_grad.
+    have the same bits in and out of torch.no_grad and whatever the advantages are, so that a ratio to log-probs that
+    this function returned before is exactly 1; on the torch backend they also have those of `linear_token_stats`.
 
     Args:
         old_logprob, advantage: [...]; without gradient.
@@ -334,7 +338,7 @@ def linear_policy_loss(
         if ref_hidden is None and (isinstance(coefficients[name], Tensor) or coefficients[name] != 0):
             raise ValueError(f"{name} is {coefficients[name]} without ref_hidden; it must be 0, or ref_hidden given")
     with _full_precision(hidden):
-        return _implementation(backend).linear_policy_loss(
+        return _implementation(backend, hidden).linear_policy_loss(
             hidden,
             weight,
             tokens,
@@ -350,12 +354,21 @@ def linear_policy_loss(
         )
 
 
-def _implementation(backend: str | None) -> ModuleType:
-    name = backend or os.environ.get("SAFE_KERNELS_BACKEND") or "torch"
+def _implementation(backend: str | None, like: Tensor) -> ModuleType:
+    """The backend asked for, or the best one for a tensor like this."""
+    name = backend or os.environ.get("SAFE_KERNELS_BACKEND") or _best(like)
     if name not in _BACKENDS:
         origin = "backend" if backend else "the environment variable SAFE_KERNELS_BACKEND"
         raise ValueError(f"{origin} is {name!r}; it must be one of {', '.join(map(repr, _BACKENDS))}")
+    if name == "triton" and like.dtype == torch.float64:
+        raise ValueError("backend 'triton' computes in float32; float64 inputs need backend 'torch' or 'reference'")
     return importlib.import_module(_BACKENDS[name])
+
+
+def _best(like: Tensor) -> str:
+    """Triton on GPUs; PyTorch on CPUs, for float64, and where Triton is not installed."""
+    on_gpu = like.device.type in ("cuda", "xpu") and like.dtype != torch.float64
+    return "triton" if on_gpu and importlib.util.find_spec("triton") else "torch"
 
 
 def _full_precision(like: Tensor) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safe_kernels import ValueTargets, linear_token_stats, soft_min_gae
+from safe_kernels import ValueTargets, soft_min_gae
 from safe_train import losses
 from safe_train.config import SafeConfig
 from safe_train.critic import Critic
@@ -91,7 +91,7 @@ def score(
     """Statistics under policy and reference, and values under online and target heads, of some completions."""
     batch = TokenBatch.pack([rollout.prompts[i].ids for i in group], [rollout.completions[i] for i in group]).to(device)
     hidden_LH, ref_hidden_LH = policy(batch), policy.reference(batch)
-    stats = linear_token_stats(hidden_LH, tokens=batch.targets_L, ref_hidden=ref_hidden_LH, **policy.head())
+    stats = losses.statistics(hidden_LH, policy.head(), batch.targets_L, ref_hidden_LH)
     states_LH = value_states(hidden_LH, batch, args)
     assert stats.ref_logprob is not None and stats.kl is not None
     absent = stats.logprob.new_zeros(0, len(batch.targets_L))

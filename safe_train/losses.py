@@ -51,6 +51,14 @@ def policy_loss(
     return result._replace(loss=result.loss + kl_coef * (weight_L * estimate_L).sum())
 
 
+def statistics(hidden_LH: Tensor, head: dict[str, Any], targets_L: Tensor, ref_hidden_LH: Tensor) -> PolicyLoss:
+    """Log-prob, entropy and KL by the function that the update calls: its log-probs will have the same bits."""
+    nothing = torch.zeros(len(targets_L), device=hidden_LH.device)
+    return linear_policy_loss(
+        hidden_LH, tokens=targets_L, old_logprob=nothing, advantage=nothing, ref_hidden=ref_hidden_LH, **head
+    )
+
+
 def policy_head(head: dict[str, Any]) -> dict[str, Any]:
     """The head's arguments without the reference's."""
     return {name: value for name, value in head.items() if not name.startswith("ref_")}

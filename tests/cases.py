@@ -82,7 +82,7 @@ def evaluate(op, case, backend, wrt=(), dtype=None):
     fields = {name: x for name, x in fields.items() if x is not None}
     draw = torch.Generator().manual_seed(99)
     upstream = {name: torch.randn(x.shape, generator=draw) for name, x in fields.items()}
-    loss = sum((x * upstream[name].to(x.dtype)).sum() for name, x in fields.items() if x.requires_grad)
+    loss = sum((x * upstream[name].to(x)).sum() for name, x in fields.items() if x.requires_grad)
     gradients = torch.autograd.grad(loss, [case[name] for name in wrt]) if wrt else ()
     found = {name: x.detach() for name, x in fields.items()}
     return found | {f"d {name}": x for name, x in zip(wrt, gradients, strict=True)}

@@ -4,12 +4,15 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
 # The same examples everywhere; `--hypothesis-profile=explore` looks for new ones.
 hypothesis.settings.register_profile("default", max_examples=20, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("explore", max_examples=500, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
 
-BACKENDS = ["torch"]  # those that are held against the reference
+BACKENDS = ["torch", "triton"]  # those that are held against the reference
 
 
 def pytest_configure():
@@ -27,16 +30,43 @@ def any_backend(request):
     return request.param
 
 
+@pytest.fixture(params=["reference", "torch"])
+def float64_backend(request):
+    return request.param
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """For every test of the kernels: uninitialised memory is NaN, and tiles are so small that a test has many."""
     from safe_kernels.torch_backend import linear, rows
+    from safe_kernels.triton_backend import launch, values
+    from safe_kernels.triton_backend import linear as triton_linear
 
     monkeypatch.setattr(rows, "TILE_BYTES", 2048)
     monkeypatch.setattr(linear, "WEIGHT_TILE_BYTES", 1024)
+    monkeypatch.setattr(triton_linear, "ROWS_OF_A_TILE", 8)
+    monkeypatch.setattr(triton_linear, "TILE_BYTES", 512)
+    monkeypatch.setattr(triton_linear, "SWEEP_BYTES", 2048)
+    monkeypatch.setattr(launch, "NARROW_ROWS", launch.RowChoice(rows=8, columns=16, num_warps=1))
+    monkeypatch.setattr(launch, "WIDE_ROWS", launch.RowChoice(rows=8, columns=16, num_warps=1))
+    monkeypatch.setattr(values, "SCAN", launch.ScanChoice(tokens=16, num_warps=1))
     fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+@pytest.fixture
+def coarse(kernels, monkeypatch):
+    """For tests with many tokens or a large vocabulary, which the interpreter could not walk in such small tiles."""
+    from safe_kernels.triton_backend import launch, values
+    from safe_kernels.triton_backend import linear as triton_linear
+
+    monkeypatch.setattr(launch, "NARROW_ROWS", launch.RowChoice(rows=64, columns=1024, num_warps=4))
+    monkeypatch.setattr(launch, "WIDE_ROWS", launch.RowChoice(rows=8, columns=8192, num_warps=8))
+    monkeypatch.setattr(triton_linear, "ROWS_OF_A_TILE", 64)
+    monkeypatch.setattr(triton_linear, "TILE_BYTES", 64 * 512 * 4)
+    monkeypatch.setattr(triton_linear, "SWEEP_BYTES", 32 * 1000 * 4)
+    monkeypatch.setattr(values, "SCAN", launch.ScanChoice(tokens=1024, num_warps=8))

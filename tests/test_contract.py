@@ -58,7 +58,7 @@ WRONG_LOGITS = [
     ({"temperature": torch.ones(7)}, ValueError, r"temperature has shape \(7,\); it must be \(3, 7\)"),
     ({"mask": torch.ones(7, dtype=torch.bool)}, ValueError, r"mask has shape \(7,\); it must be \(3, 7\)"),
     ({"mask": ones}, TypeError, "mask is torch.float32; it must be a torch.bool tensor"),
-    ({"backend": "cuda"}, ValueError, "backend is 'cuda'; it must be one of 'reference', 'torch'"),
+    ({"backend": "cuda"}, ValueError, "backend is 'cuda'; it must be one of 'reference', 'torch', 'triton'"),
 ]
 WRONG_HEAD = [
     ({"hidden": zeros.long()[..., None]}, TypeError, "hidden has dtype torch.int64"),
@@ -189,19 +189,20 @@ def test_the_environment_chooses_the_backend(monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_every_backend_takes_every_argument(op):
-    """The signature of the definition is the public one, less `backend`."""
+def test_the_definition_has_the_public_signature(op):
+    """Less `backend`; and every backend has every operation."""
     public = dict(inspect.signature(op).parameters)
     assert public.pop("backend").default is None
+    own = inspect.signature(getattr(reference, op.__name__)).parameters
+    rest = any(p.kind is p.VAR_KEYWORD for p in own.values())
+    assert rest or own.keys() == public.keys()
+    for argument, parameter in own.items():
+        assert parameter.kind is parameter.VAR_KEYWORD or parameter.default == public[argument].default, argument
+    for argument, parameter in public.items():
+        assert argument in own or parameter.kind is parameter.KEYWORD_ONLY, argument
+    assert op.__doc__
     for name in ops._BACKENDS:
-        own = inspect.signature(getattr(ops._implementation(name), op.__name__)).parameters
-        rest = any(p.kind is p.VAR_KEYWORD for p in own.values())
-        assert rest or own.keys() == public.keys(), name
-        for argument, parameter in own.items():
-            assert parameter.kind is parameter.VAR_KEYWORD or parameter.default == public[argument].default, argument
-        for argument, parameter in public.items():
-            assert argument in own or parameter.kind is parameter.KEYWORD_ONLY, argument
-        assert op.__doc__
+        assert callable(getattr(ops._implementation(name, torch.ones(())), op.__name__))
 
 
 def test_the_import_needs_torch_alone():
@@ -212,25 +213,42 @@ def test_the_import_needs_torch_alone():
 
 
 def test_imports_run_one_way():
-    """results -> rows -> logits -> linear -> policy_loss, and values, -> torch_backend; checks, results -> ops."""
+    """results, inputs -> objective -> the modules of a backend, in order -> the backend; checks, results -> ops."""
+    torch_values = {"results", "torch_backend.values"}
     allowed = {
         "results": set(),
+        "inputs": set(),
+        "objective": {"inputs", "results"},
         "checks": set(),
         "reference": {"results"},
         "ops": {"checks", "results"},
         "__init__": {"ops", "results"},
         "torch_backend.rows": set(),
         "torch_backend.logits": {"results", "torch_backend.rows"},
-        "torch_backend.linear": {"results", "torch_backend.rows", "torch_backend.logits"},
-        "torch_backend.policy_loss": {"results", "torch_backend.rows", "torch_backend.linear"},
+        "torch_backend.linear": {"inputs", "results", "torch_backend.rows", "torch_backend.logits"},
+        "torch_backend.policy_loss": {
+            *("inputs", "objective", "results"),
+            *("torch_backend.rows", "torch_backend.linear"),
+        },
         "torch_backend.values": {"results"},
-        "torch_backend.__init__": {
-            "results",
-            *(f"torch_backend.{x}" for x in ("linear", "logits", "policy_loss", "values")),
+        "torch_backend.__init__": {f"torch_backend.{x}" for x in ("linear", "logits", "policy_loss", "values")},
+        "triton_backend.launch": set(),
+        "triton_backend.online_softmax": set(),
+        "triton_backend.rows": {"triton_backend.online_softmax"},
+        "triton_backend.logits": {"objective", "results", "triton_backend.launch", "triton_backend.rows"},
+        "triton_backend.linear": {
+            *("inputs", "objective", "results"),
+            *("triton_backend.launch", "triton_backend.logits"),
+        },
+        "triton_backend.values": {"triton_backend.launch", *torch_values},
+        "triton_backend.__init__": {
+            *torch_values,
+            *(f"triton_backend.{x}" for x in ("linear", "logits", "values")),
         },
     }
     for module, may in allowed.items():
         path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+        may_triton = {"triton"} if module.startswith("triton_backend") else set()
         package = list(path.relative_to(PACKAGE.parent).parent.parts)
         found = set()
         for node in ast.walk(ast.parse(path.read_text())):
@@ -240,7 +258,10 @@ def test_imports_run_one_way():
                 found |= {".".join([*base, name]) for name in names}
             elif isinstance(node, ast.ImportFrom | ast.Import):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-                assert all(name.split(".")[0] in {"torch", *sys.stdlib_module_names} for name in names), (module, names)
+                assert all(name.split(".")[0] in {"torch", *may_triton, *sys.stdlib_module_names} for name in names), (
+                    module,
+                    names,
+                )
         assert found <= may, module
 
 

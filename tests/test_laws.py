@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safe_kernels import linear_token_stats, soft_min, soft_min_gae, token_stats
 
 pytestmark = pytest.mark.usefixtures("kernels")
-BACKEND = pytest.mark.parametrize("backend", ["reference", "torch"])
+BACKEND = pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 
 seeds = st.integers(0, 2**31)
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 9))

@@ -26,7 +26,7 @@ def test_holds_to_reference(backend, dtype, reference, temperature, masked):
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 31, 257, 32001, 50257])
-def test_any_vocabulary(backend, vocabulary):
+def test_any_vocabulary(backend, coarse, vocabulary):
     case = logits_case((3,), vocabulary)
     hold_to_reference(token_stats, case, backend, wrt=["logits"], vocabulary=vocabulary)
 
@@ -183,7 +183,7 @@ def test_one_token_without_leading_shape(any_backend):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_rows_do_not_depend_on_the_batch(backend, threads, monkeypatch):
+def test_rows_do_not_depend_on_the_batch(backend, threads, coarse, monkeypatch):
     """Bitwise, forward and backward, also where a lone row is wide enough to be split over threads."""
     monkeypatch.setattr("safe_kernels.torch_backend.rows.TILE_BYTES", 4 * 40009 * 4)
     before = torch.get_num_threads()
@@ -209,12 +209,15 @@ def test_two_runs_have_the_same_bits(backend):
     assert all(torch.equal(x, runs[1][name]) for name, x in runs[0].items())
 
 
-def test_gradient_is_rounded_once(backend):
-    """bf16 logits: the one-hot is subtracted in float32, so the gradient is the rounded float32 gradient."""
-    case = logits_case(dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_is_rounded_once(backend, dtype):
+    """Low-precision logits: the one-hot is subtracted in float32, so the gradient is the rounded float32 gradient."""
+    if backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
+    case = logits_case(dtype=dtype)
     low = evaluate(token_stats, case, backend, ["logits"])
     wide = evaluate(token_stats, case | {k: case[k].float() for k in ("logits", "ref_logits")}, backend, ["logits"])
-    assert torch.equal(low["d logits"], wide["d logits"].bfloat16())
+    assert torch.equal(low["d logits"], wide["d logits"].to(dtype))
 
 
 def test_autocast_changes_nothing(any_backend):
@@ -227,11 +230,11 @@ def test_autocast_changes_nothing(any_backend):
 
 @pytest.mark.parametrize("name", ["logprob", "entropy", "kl"])
 @pytest.mark.parametrize("temperature", [0.8, "per token"])
-def test_gradcheck(any_backend, name, temperature):
+def test_gradcheck(float64_backend, name, temperature):
     case = logits_case((3,), 7, dtype=torch.float64, scale=1.0)
     logits = case.pop("logits").requires_grad_()
     case["temperature"] = torch.tensor([0.5, 1.0, 2.0]) if temperature == "per token" else temperature
-    assert torch.autograd.gradcheck(lambda x: getattr(token_stats(x, **case, backend=any_backend), name), logits)
+    assert torch.autograd.gradcheck(lambda x: getattr(token_stats(x, **case, backend=float64_backend), name), logits)
 
 
 class TestInplaceBackward:

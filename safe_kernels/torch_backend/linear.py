@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..inputs import LinearInputs, LiveTokens
 from ..results import TokenStats
 from .logits import save, saved
 from .rows import Gradients, RowStats, Tile, Tokens, logit_gradient, restore, row_statistics, take, tiles
@@ -32,9 +33,9 @@ class _LinearTokenStats(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         inputs = LinearInputs(*args)
-        tokens, with_reference = inputs.asked(), inputs.ref_hidden_NH is not None
+        tokens, with_reference = asked_of(inputs), inputs.ref_hidden_NH is not None
         stats = RowStats.empty(tokens, with_reference)
-        for rows, some, tile, _ in inputs.loaded_tiles(tokens, with_reference):
+        for rows, some, tile, _ in loaded_tiles(inputs, tokens, with_reference):
             stats.write(rows, row_statistics(tile, some))
         results = stats.results(tokens)
         save(ctx, (*inputs, *stats))
@@ -47,11 +48,11 @@ class _LinearTokenStats(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         values, count = saved(ctx), len(LinearInputs._fields)
         inputs, stats = LinearInputs(*values[:count]), RowStats(*values[count:])
-        tokens, head, sums = inputs.asked(), inputs.head(), GradientSums(inputs, ctx.needs_input_grad)
+        tokens, head, sums = asked_of(inputs), head_of(inputs), GradientSums(inputs, ctx.needs_input_grad)
         grad_logprob, grad_entropy, _, grad_kl = grads
         gradients = Gradients.of(tokens, grad_logprob, grad_entropy, grad_kl)
         with torch.autocast(inputs.hidden_NH.device.type, enabled=False):
-            for rows, some, tile, hidden_RH in inputs.loaded_tiles(tokens, grad_kl is not None):
+            for rows, some, tile, hidden_RH in loaded_tiles(inputs, tokens, grad_kl is not None):
                 part = take(stats, rows)
                 restore(tile, some, part)
                 logit_gradient(tile, some, part, take(gradients, rows))
@@ -105,81 +106,38 @@ class Head(NamedTuple):
             yield slice(start, start + len(part)), buffer[: len(part)].copy_(part)
 
 
-class LinearInputs(NamedTuple):
-    """The flattened arguments of a `linear_*` function, in the order of its autograd.Function."""
+def asked_of(inputs: LinearInputs) -> Tokens:
+    return Tokens.of(inputs.tokens_N, len(inputs.weight_VH), inputs.temperature, inputs.mask_N, inputs.hidden_NH.dtype)
 
-    hidden_NH: Tensor
-    weight_VH: Tensor
-    bias_V: Tensor | None
-    ref_hidden_NH: Tensor | None
-    ref_weight_VH: Tensor | None  # None: the reference shares the policy's head
-    ref_bias_V: Tensor | None
-    tokens_N: Tensor
-    temperature: float | Tensor
-    mask_N: Tensor | None
-    softcap: float | None
-    logit_scale: float
-    batch_invariant: bool
 
-    @classmethod
-    def of(
-        cls,
-        live: "LiveTokens",
-        hidden: Tensor,
-        weight: Tensor,
-        tokens: Tensor,
-        *,
-        bias: Tensor | None = None,
-        ref_hidden: Tensor | None = None,
-        ref_weight: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-        temperature: float | Tensor = 1.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        batch_invariant: bool = False,
-    ) -> "LinearInputs":
-        return cls(
-            live.gather(hidden),
-            weight,
-            bias,
-            None if ref_hidden is None else live.gather(ref_hidden.detach()),
-            None if ref_weight is None else ref_weight.detach(),
-            None if ref_bias is None else ref_bias.detach(),
-            live.gather(tokens),
-            live.gather(temperature) if isinstance(temperature, Tensor) else temperature,
-            live.mask,
-            softcap,
-            logit_scale,
-            batch_invariant,
-        )
+def head_of(inputs: LinearInputs) -> Head:
+    return Head(inputs.weight_VH, inputs.bias_V, inputs.softcap, inputs.logit_scale)
 
-    def asked(self) -> Tokens:
-        return Tokens.of(self.tokens_N, len(self.weight_VH), self.temperature, self.mask_N, self.hidden_NH.dtype)
 
-    def head(self) -> Head:
-        return Head(self.weight_VH, self.bias_V, self.softcap, self.logit_scale)
+def ref_head_of(inputs: LinearInputs) -> Head:
+    if inputs.ref_weight_VH is not None:
+        return Head(inputs.ref_weight_VH, inputs.ref_bias_V, inputs.softcap, inputs.logit_scale)
+    return head_of(inputs) if inputs.ref_bias_V is None else head_of(inputs)._replace(bias_V=inputs.ref_bias_V)
 
-    def ref_head(self) -> Head:
-        if self.ref_weight_VH is not None:
-            return Head(self.ref_weight_VH, self.ref_bias_V, self.softcap, self.logit_scale)
-        return self.head() if self.ref_bias_V is None else self.head()._replace(bias_V=self.ref_bias_V)
 
-    def loaded_tiles(self, tokens: Tokens, with_reference: bool) -> Iterator[tuple[slice, Tokens, Tile, Tensor]]:
-        """The tiles with their logits computed, and the float hidden states [R, H] they came from."""
-        head, ref_head = self.head(), self.ref_head()
-        for rows, some, tile in tiles(tokens, len(self.weight_VH), with_reference, self.batch_invariant):
-            hidden_RH = _float_rows(self.hidden_NH, rows, some)
-            head.logits(hidden_RH, tile.x)
-            if tile.y is not None and self.ref_hidden_NH is not None:
-                ref_head.logits(_float_rows(self.ref_hidden_NH, rows, some), tile.y)
-            yield rows, some, tile, hidden_RH
+def loaded_tiles(
+    inputs: LinearInputs, tokens: Tokens, with_reference: bool
+) -> Iterator[tuple[slice, Tokens, Tile, Tensor]]:
+    """The tiles with their logits computed, and the float hidden states [R, H] they came from."""
+    head, ref_head = head_of(inputs), ref_head_of(inputs)
+    for rows, some, tile in tiles(tokens, len(inputs.weight_VH), with_reference, inputs.batch_invariant):
+        hidden_RH = _float_rows(inputs.hidden_NH, rows, some)
+        head.logits(hidden_RH, tile.x)
+        if tile.y is not None and inputs.ref_hidden_NH is not None:
+            ref_head.logits(_float_rows(inputs.ref_hidden_NH, rows, some), tile.y)
+        yield rows, some, tile, hidden_RH
 
 
 class GradientSums:
     """Gradients of hidden, weight and bias, as far as they are needed, in the compute dtype until they are rounded."""
 
     def __init__(self, inputs: LinearInputs, needed: tuple[bool, ...]) -> None:
-        self.head, like = inputs.head(), inputs.asked().known_N
+        self.head, like = head_of(inputs), asked_of(inputs).known_N
         leaves = (inputs.hidden_NH, inputs.weight_VH, inputs.bias_V)
         self.dtypes = [None if x is None else x.dtype for x in leaves]
         self.sums = [
@@ -197,33 +155,6 @@ class GradientSums:
 
     def rounded(self) -> list[Tensor | None]:
         return [None if x is None else x.to(dtype) for x, dtype in zip(self.sums, self.dtypes, strict=True)]
-
-
-class LiveTokens(NamedTuple):
-    """Flattens what has the leading shape, and gives results that shape back.
-
-    On a CPU masked tokens are left out, which costs no synchronisation there; elsewhere `mask` says whose rows to zero.
-    """
-
-    shape: torch.Size
-    kept: Tensor | None  # indices of the tokens that stay, or None for all
-    mask: Tensor | None
-
-    @classmethod
-    def of(cls, shape: torch.Size, mask: Tensor | None) -> "LiveTokens":
-        if mask is None:
-            return cls(shape, None, None)
-        mask = mask.reshape(-1)
-        return cls(shape, mask.nonzero().squeeze(1), None) if mask.device.type == "cpu" else cls(shape, None, mask)
-
-    def gather(self, x: Tensor) -> Tensor:
-        x = x.reshape(self.shape.numel(), *x.shape[len(self.shape) :])
-        return x if self.kept is None else x.index_select(0, self.kept)
-
-    def scatter(self, x: Tensor) -> Tensor:
-        if self.kept is not None:
-            x = x.new_zeros(self.shape.numel()).index_copy(0, self.kept, x)
-        return x.view(self.shape)
 
 
 def _product(rows_RK: Tensor, matrix: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Every layout is flattened to M tokens of packed sequences, so that one code serv
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,17 +34,21 @@ def soft_min_gae(
     return ValueTargets(*(order.live(x).view(v1.shape) for x in (value, advantage, advantage + value)))
 
 
-def with_values(
-    stats: TokenStats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask
-) -> SafeTerms:
-    """Complete the statistics to `SafeTerms`."""
-    order = _TimeOrder.of(v1, mask, cu_seqlens)
-    penalty = (stats.kl - kl_threshold).relu() ** 2
-    value = soft_min(*(v if mask is None else v.where(mask, 0) for v in (v1, v2)), alpha)
-    with torch.no_grad():
-        target = soft_min(v1 if target_v1 is None else target_v1, v2 if target_v2 is None else target_v2, alpha)
-        value_target = _compute(rewards).flatten() + gamma * order.following(target.flatten())
-    return SafeTerms(*stats, *(order.live(x.flatten()).view(v1.shape) for x in (penalty, value, value_target)))
+def terms_of(statistics: Callable[..., TokenStats]) -> Callable[..., SafeTerms]:
+    """`safe_terms`, given the function for `token_stats` from logits or hidden states."""
+
+    def safe_terms(*inputs, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask, **options) -> SafeTerms:
+        *inputs, v1, v2, rewards = inputs
+        stats = statistics(*inputs, mask=mask, **options)
+        order = _TimeOrder.of(v1, mask, cu_seqlens)
+        penalty = (stats.kl - kl_threshold).relu() ** 2
+        value = soft_min(*(v if mask is None else v.where(mask, 0) for v in (v1, v2)), alpha)
+        with torch.no_grad():
+            target = soft_min(v1 if target_v1 is None else target_v1, v2 if target_v2 is None else target_v2, alpha)
+            value_target = _compute(rewards).flatten() + gamma * order.following(target.flatten())
+        return SafeTerms(*stats, *(order.live(x.flatten()).view(v1.shape) for x in (penalty, value, value_target)))
+
+    return safe_terms
 
 
 class _TimeOrder(NamedTuple):

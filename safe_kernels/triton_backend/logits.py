@@ -1,0 +1,231 @@
+"""Launches of the row kernels, and the statistics of logits that already exist.
+
+Shapes: N tokens, W columns of a tile, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..objective import Results
+from ..results import TokenStats
+from .launch import row_choice
+from .rows import CARRY, STATS, gradient_kernel, statistics_kernel
+
+
+class Rows(NamedTuple):
+    """A tensor [..., W] as N rows in two levels, so that a slice such as `logits[:, :-1]` is read where it lies."""
+
+    tensor: Tensor
+    inner: int
+    stride_outer: int
+    stride_inner: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        """A view where the strides allow one, else a contiguous copy."""
+        width = x.shape[-1]
+        shape = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
+        levels: list[tuple[int, int]] = []
+        for size, stride in shape:
+            if levels and levels[-1][1] == size * stride:
+                levels[-1] = (levels[-1][0] * size, stride)
+            else:
+                levels.append((size, stride))
+        if (width > 1 and x.stride(-1) != 1) or len(levels) > 2:
+            return cls.of(x.contiguous())
+        inner, stride_inner = levels[-1] if levels else (1, 0)
+        return cls(x, max(inner, 1), levels[0][1] if len(levels) == 2 else 0, stride_inner)
+
+    def is_aligned(self) -> bool:
+        return self.stride_outer % 16 == 0 and self.stride_inner % 16 == 0
+
+
+class Asked(NamedTuple):
+    """What is asked of the rows: everything with one entry a row, and how tiles become logits."""
+
+    tokens_N: Tensor
+    vocabulary: int
+    temperature: float | Tensor
+    mask_N: Tensor | None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def rows(self, rows: slice) -> Asked:
+        """For some of the tokens."""
+        temperature = self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
+        mask = None if self.mask_N is None else self.mask_N[rows]
+        return self._replace(tokens_N=self.tokens_N[rows], temperature=temperature, mask_N=mask)
+
+    def arguments(self) -> dict[str, Any]:
+        per_row = isinstance(self.temperature, Tensor)
+        return {
+            "tokens": self.tokens_N,
+            "temperatures": self.temperature if per_row else None,
+            "temperature": 1.0 if per_row else self.temperature,
+            "mask": None if self.mask_N is None else self.mask_N.view(torch.uint8),
+            "N": len(self.tokens_N),
+            "vocabulary": self.vocabulary,
+            "logit_scale": self.logit_scale,
+            "softcap": self.softcap,
+        }
+
+
+def statistics(
+    logits: Rows,
+    ref_logits: Rows | None,
+    asked: Asked,
+    stats: Tensor,
+    *,
+    carry: Tensor | None = None,
+    first_column: int = 0,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+) -> None:
+    """Fill `stats` [8, N] from a tile; with `carry` [9, N], from the state of the tile before, for the tile after."""
+    width, reference = logits.tensor.shape[-1], ref_logits or logits
+    choice = row_choice(width)
+    statistics_kernel[(triton.cdiv(len(asked.tokens_N), choice.rows),)](
+        logits=logits.tensor,
+        ref_logits=None if ref_logits is None else ref_logits.tensor,
+        bias=bias,
+        ref_bias=ref_bias,
+        carry=carry,
+        stats=stats,
+        rows_inner=logits.inner,
+        stride_outer=logits.stride_outer,
+        stride_inner=logits.stride_inner,
+        ref_rows_inner=reference.inner,
+        ref_stride_outer=reference.stride_outer,
+        ref_stride_inner=reference.stride_inner,
+        stride_stats=stats.stride(0),
+        W=width,
+        first_column=first_column,
+        FIRST=first_column == 0,
+        LAST=first_column + width == asked.vocabulary,
+        ALIGNED=width % 16 == 0 and logits.is_aligned() and reference.is_aligned(),
+        R=choice.rows,
+        C=choice.columns,
+        num_warps=choice.num_warps,
+        **asked.arguments(),
+    )
+
+
+def logit_gradient(
+    logits: Rows,
+    ref_logits: Rows | None,
+    asked: Asked,
+    stats: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    out: Rows,
+    *,
+    first_column: int = 0,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+) -> None:
+    """Write d loss / d logits of a tile to `out`, from the gradients [N] of (logprob, entropy, kl); None is none."""
+    width = logits.tensor.shape[-1]
+    grad_logprob, grad_entropy, grad_kl = grads
+    reference = ref_logits if ref_logits is not None and grad_kl is not None else None
+    read = reference or logits
+    choice = row_choice(width)
+    gradient_kernel[(triton.cdiv(len(asked.tokens_N), choice.rows),)](
+        logits=logits.tensor,
+        ref_logits=None if reference is None else reference.tensor,
+        bias=bias,
+        ref_bias=ref_bias,
+        stats=stats,
+        grad_logprob=grad_logprob,
+        grad_entropy=grad_entropy,
+        grad_kl=grad_kl,
+        grad_logits=out.tensor,
+        rows_inner=logits.inner,
+        stride_outer=logits.stride_outer,
+        stride_inner=logits.stride_inner,
+        ref_rows_inner=read.inner,
+        ref_stride_outer=read.stride_outer,
+        ref_stride_inner=read.stride_inner,
+        grad_rows_inner=out.inner,
+        grad_stride_outer=out.stride_outer,
+        grad_stride_inner=out.stride_inner,
+        stride_stats=stats.stride(0),
+        W=width,
+        first_column=first_column,
+        ALIGNED=width % 16 == 0 and logits.is_aligned() and read.is_aligned() and out.is_aligned(),
+        R=choice.rows,
+        C=choice.columns,
+        num_warps=choice.num_warps,
+        **asked.arguments(),
+    )
+
+
+def token_stats(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    ref_logits: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> TokenStats:
+    results = _TokenStats.apply(logits, tokens, ref_logits, temperature, mask, inplace_backward)
+    return TokenStats._make(None if x is None else x.view(tokens.shape) for x in results)
+
+
+def flat(x: Any) -> Any:
+    return x.reshape(-1).contiguous() if isinstance(x, Tensor) else x
+
+
+class _TokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        tokens: Tensor,
+        ref_logits: Tensor | None,
+        temperature: float | Tensor,
+        mask: Tensor | None,
+        inplace_backward: bool,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        asked = Asked(flat(tokens), logits.shape[-1], flat(temperature), flat(mask))
+        stats = new_stats(logits, len(asked.tokens_N))
+        statistics(Rows.of(logits), None if ref_logits is None else Rows.of(ref_logits), asked, stats)
+        ctx.inplace, ctx.asked = inplace_backward, asked
+        ctx.save_for_backward(logits, ref_logits, stats)
+        results = results_of(stats, ref_logits is not None)
+        if results[2] is not None:
+            ctx.mark_non_differentiable(results[2])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, ref_logits, stats = ctx.saved_tensors
+        grad_logprob, grad_entropy, _, grad_kl = (flat(x) for x in grads)
+        source = Rows.of(logits)
+        grad = logits.detach() if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        reference = None if ref_logits is None else Rows.of(ref_logits)
+        logit_gradient(source, reference, ctx.asked, stats, (grad_logprob, grad_entropy, grad_kl), Rows.of(grad))
+        if ctx.inplace:
+            torch.autograd.graph.increment_version(logits)  # autograd does not see what a kernel writes
+        return grad, *(None,) * 5
+
+
+def new_stats(like: Tensor, count: int) -> Tensor:
+    return torch.empty(len(STATS), count, dtype=torch.float32, device=like.device)
+
+
+def new_carry(like: Tensor, count: int) -> Tensor:
+    return torch.empty(len(CARRY), count, dtype=torch.float32, device=like.device)
+
+
+def results_of(stats: Tensor, with_reference: bool) -> Results:
+    """(logprob, entropy, ref_logprob, kl), which own their memory."""
+    logprob, entropy = stats[0].clone(), stats[1].clone()
+    return (logprob, entropy, stats[4].clone(), stats[5].clone()) if with_reference else (logprob, entropy, None, None)

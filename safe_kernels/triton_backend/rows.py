@@ -1,0 +1,257 @@
+"""Kernels that LOAD logits: a program takes a few rows, on the GPU mostly one, and streams over their columns.
+
+The same two kernels serve logits that the caller has (one tile, the whole vocabulary) and the float32 tiles that
+`linear.py` computes (part of the vocabulary: the state is carried from tile to tile, the backward writes over it).
+
+Shapes: N rows, R of them in a program; W columns of a tile, V vocabulary, C columns at a time.
+"""
+
+import triton
+import triton.language as tl
+
+from .online_softmax import (
+    Policy,
+    Reference,
+    empty_policy,
+    empty_reference,
+    finish_policy,
+    finish_reference,
+    kl_gradient,
+    log_probabilities,
+    logit_gradient,
+    update,
+    update_policy,
+)
+
+# Rows of `stats` [8, N], and of `carry` [9, N], the state between two tiles.
+STATS = ("logprob", "entropy", "peak", "log_total", "ref_logprob", "kl", "ref_peak", "ref_log_total")
+CARRY = ("m", "s", "b", "a_token", "n", "r", "c", "outside", "a_ref_token")
+
+RUNTIME = ["rows_inner", "stride_outer", "stride_inner", "ref_rows_inner", "ref_stride_outer", "ref_stride_inner"]
+RUNTIME += ["N", "stride_stats", "W", "first_column", "temperature", "logit_scale"]
+
+
+@triton.jit
+def tanh(x):
+    """To float32 precision everywhere: (1 - t) / (1 + t) loses its digits near 0."""
+    t = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - t) / (1.0 + t)
+    q = x * x
+    near = tl.abs(x) * (1.0 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835 - q * (1382 / 155925))))))
+    return tl.where(x < 0, -1.0, 1.0) * tl.where(q < 0.09, near, far)
+
+
+@triton.jit
+def load_logits(pointer_R, columns, inside, bias, first_column, logit_scale, softcap):
+    """softcap tanh(logit_scale (logit + bias) / softcap) of some columns, -inf where not `inside`."""
+    a = tl.load(pointer_R[:, None] + columns, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        a += tl.load(bias + first_column + columns, mask=inside, other=0.0).to(tl.float32)
+    a *= logit_scale
+    if softcap is not None:
+        a = softcap * tanh(a / softcap)
+    return tl.where(inside, a, -float("inf"))
+
+
+@triton.jit
+def row_pointers(base, row_R, rows_inner, stride_outer, stride_inner, ALIGNED: tl.constexpr):
+    """Two levels of rows, so that a slice such as logits[:, :-1] is read where it lies."""
+    outer_R, inner_R = row_R // rows_inner, row_R % rows_inner
+    offset_R = outer_R * stride_outer.to(tl.int64) + inner_R * stride_inner.to(tl.int64)
+    if ALIGNED:
+        offset_R = offset_R // 16 * 16  # the same number, and the compiler knows: it loads 16 bytes at a time
+    return base + offset_R
+
+
+@triton.jit
+def load_rows(pointer, default, row_R, inside_R):
+    """A vector's entries as float32, or the default where there is no vector."""
+    value_R = tl.zeros_like(row_R).to(tl.float32) + default
+    if pointer is not None:
+        value_R = tl.load(pointer + row_R, mask=inside_R, other=0).to(tl.float32)
+    return value_R
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def statistics_kernel(
+    logits,  # rows at outer * stride_outer + inner * stride_inner, columns of stride 1
+    ref_logits,  # the same, or None
+    tokens,  # [N]
+    temperatures,  # [N], or None: temperature
+    mask,  # [N], or None
+    bias,  # [V], or None
+    ref_bias,
+    carry,  # rows of CARRY, a stride_stats apart; None where FIRST and LAST
+    stats,  # rows of STATS
+    rows_inner,
+    stride_outer,
+    stride_inner,
+    ref_rows_inner,
+    ref_stride_outer,
+    ref_stride_inner,
+    N,
+    stride_stats,
+    W,
+    first_column,  # of this tile in the vocabulary
+    vocabulary,
+    temperature,
+    logit_scale,
+    softcap,  # or None
+    FIRST: tl.constexpr,  # no state to carry in
+    LAST: tl.constexpr,  # no state to carry out
+    ALIGNED: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    inside = row < N
+    live = (load_rows(mask, 1.0, row, inside) != 0) & inside
+    inverse = 1.0 / tl.where(live, load_rows(temperatures, temperature, row, inside), 1.0)
+    width = tl.where(tl.max(live.to(tl.int32), axis=0) > 0, W, 0)  # rows that are all masked cost nothing
+    if ALIGNED:
+        width = width // 16 * 16
+    token = tl.load(tokens + row, mask=inside, other=0)
+    known = (token >= 0) & (token < vocabulary)
+    local = (token - first_column)[:, None]
+    is_here = (local >= 0) & (local < W) & live[:, None]
+    here = tl.max(is_here.to(tl.int32), axis=1) > 0
+    pointer = row_pointers(logits, row, rows_inner, stride_outer, stride_inner, ALIGNED)
+    a_token = tl.sum(load_logits(pointer, local, is_here, bias, first_column, logit_scale, softcap), axis=1)
+    out = stats + row
+    state = out
+    if carry is not None:
+        state = carry + row
+    if FIRST:
+        policy = empty_policy(R)
+    else:
+        m, s = tl.load(state, mask=inside), tl.load(state + stride_stats, mask=inside)
+        policy = Policy(m, s, tl.load(state + 2 * stride_stats, mask=inside))
+        a_token = tl.where(here, a_token, tl.load(state + 3 * stride_stats, mask=inside))
+
+    if ref_logits is None:
+        for start in range(0, width, C):
+            columns = start + tl.arange(0, C)[None, :]
+            seen = (columns < width) & live[:, None]
+            a = load_logits(pointer, columns, seen, bias, first_column, logit_scale, softcap)
+            policy = update_policy(policy, a, inverse)
+    else:
+        ref_pointer = row_pointers(ref_logits, row, ref_rows_inner, ref_stride_outer, ref_stride_inner, ALIGNED)
+        a_ref_token = load_logits(ref_pointer, local, is_here, ref_bias, first_column, logit_scale, softcap)
+        a_ref_token = tl.sum(a_ref_token, axis=1)
+        if FIRST:
+            reference = empty_reference(R)
+        else:
+            n, r = tl.load(state + 4 * stride_stats, mask=inside), tl.load(state + 5 * stride_stats, mask=inside)
+            c, outside = tl.load(state + 6 * stride_stats, mask=inside), tl.load(state + 7 * stride_stats, mask=inside)
+            reference = Reference(n, r, c, outside)
+            a_ref_token = tl.where(here, a_ref_token, tl.load(state + 8 * stride_stats, mask=inside))
+        for start in range(0, width, C):
+            columns = start + tl.arange(0, C)[None, :]
+            seen = (columns < width) & live[:, None]
+            a = load_logits(pointer, columns, seen, bias, first_column, logit_scale, softcap)
+            a_ref = load_logits(ref_pointer, columns, seen, ref_bias, first_column, logit_scale, softcap)
+            policy, reference = update(policy, reference, a, a_ref, inverse)
+        if LAST:
+            ref_logprob, kl, log_r = finish_reference(policy, reference, a_ref_token, inverse)
+            ref_logprob = tl.where(live, tl.where(known, ref_logprob, float("nan")), 0.0)
+            tl.store(out + 4 * stride_stats, ref_logprob, mask=inside)
+            tl.store(out + 5 * stride_stats, tl.where(live, kl, 0.0), mask=inside)
+            tl.store(out + 6 * stride_stats, reference.n, mask=inside)
+            tl.store(out + 7 * stride_stats, log_r, mask=inside)
+        else:
+            tl.store(state + 4 * stride_stats, reference.n, mask=inside)
+            tl.store(state + 5 * stride_stats, reference.r, mask=inside)
+            tl.store(state + 6 * stride_stats, reference.c, mask=inside)
+            tl.store(state + 7 * stride_stats, reference.outside, mask=inside)
+            tl.store(state + 8 * stride_stats, a_ref_token, mask=inside)
+
+    if LAST:
+        logprob, entropy, log_s = finish_policy(policy, a_token, inverse)
+        logprob = tl.where(live, tl.where(known, logprob, float("nan")), 0.0)
+        tl.store(out, logprob, mask=inside)
+        tl.store(out + stride_stats, tl.where(live, entropy, 0.0), mask=inside)
+        tl.store(out + 2 * stride_stats, policy.m, mask=inside)
+        tl.store(out + 3 * stride_stats, log_s, mask=inside)
+    else:
+        tl.store(state, policy.m, mask=inside)
+        tl.store(state + stride_stats, policy.s, mask=inside)
+        tl.store(state + 2 * stride_stats, policy.b, mask=inside)
+        tl.store(state + 3 * stride_stats, a_token, mask=inside)
+
+
+@triton.jit(do_not_specialize=[*RUNTIME, "grad_rows_inner", "grad_stride_outer", "grad_stride_inner"])
+def gradient_kernel(
+    logits,
+    ref_logits,  # or None: no gradient of the KL is asked for
+    tokens,
+    temperatures,
+    mask,
+    bias,
+    ref_bias,
+    stats,  # rows of STATS
+    grad_logprob,  # [N], or None
+    grad_entropy,
+    grad_kl,
+    grad_logits,  # rows as those of logits, with strides of their own; may be the logits
+    rows_inner,
+    stride_outer,
+    stride_inner,
+    ref_rows_inner,
+    ref_stride_outer,
+    ref_stride_inner,
+    grad_rows_inner,
+    grad_stride_outer,
+    grad_stride_inner,
+    N,
+    stride_stats,
+    W,
+    first_column,
+    vocabulary,
+    temperature,
+    logit_scale,
+    softcap,
+    ALIGNED: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """d loss / d (logits as they were loaded), of a tile. A masked row gets zeros."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    inside = row < N
+    live = (load_rows(mask, 1.0, row, inside) != 0) & inside
+    inverse = 1.0 / tl.where(live, load_rows(temperatures, temperature, row, inside), 1.0)
+    token = tl.load(tokens + row, mask=inside, other=0)
+    known = (token >= 0) & (token < vocabulary)
+    g_logprob = grad_logprob
+    g_entropy = grad_entropy
+    if grad_logprob is not None:
+        g_logprob = tl.where(known, load_rows(grad_logprob, 0.0, row, inside), float("nan"))
+    if grad_entropy is not None:
+        g_entropy = load_rows(grad_entropy, 0.0, row, inside)
+    saved = stats + row
+    entropy, peak = tl.load(saved + stride_stats, mask=inside), tl.load(saved + 2 * stride_stats, mask=inside)
+    log_total = tl.load(saved + 3 * stride_stats, mask=inside)
+    pointer = row_pointers(logits, row, rows_inner, stride_outer, stride_inner, ALIGNED)
+    grad_pointer = row_pointers(grad_logits, row, grad_rows_inner, grad_stride_outer, grad_stride_inner, ALIGNED)
+    if ref_logits is not None:
+        ref_pointer = row_pointers(ref_logits, row, ref_rows_inner, ref_stride_outer, ref_stride_inner, ALIGNED)
+        g_kl, kl = load_rows(grad_kl, 0.0, row, inside), tl.load(saved + 5 * stride_stats, mask=inside)
+        ref_peak = tl.load(saved + 6 * stride_stats, mask=inside)
+        ref_log_total = tl.load(saved + 7 * stride_stats, mask=inside)
+    width = W
+    if ALIGNED:
+        width = W // 16 * 16
+    for start in range(0, width, C):
+        columns = start + tl.arange(0, C)[None, :]
+        seen = (columns < width) & live[:, None]
+        a = load_logits(pointer, columns, seen, bias, first_column, logit_scale, softcap)
+        is_token = (columns + first_column) == token[:, None]
+        log_p = log_probabilities(a, peak, log_total, inverse)
+        da = logit_gradient(log_p, is_token, entropy, g_logprob, g_entropy)
+        if ref_logits is not None:
+            a_ref = load_logits(ref_pointer, columns, seen, ref_bias, first_column, logit_scale, softcap)
+            da += kl_gradient(log_p, log_probabilities(a_ref, ref_peak, ref_log_total, inverse), kl, g_kl)
+        du = da * inverse[:, None] * logit_scale
+        if softcap is not None:
+            du *= 1.0 - (a / softcap) * (a / softcap)
+        stored = (columns < width) & inside[:, None]
+        tl.store(grad_pointer[:, None] + columns, tl.where(seen, du, 0.0), mask=stored)
