@@ -56,6 +56,8 @@ class Objective(NamedTuple):
         return self.weight_N * loss, is_clipped, (slope_l, slope_h, slope_k)
 
 
+COEFFICIENTS = tuple(name for name in Objective._fields if not name.endswith("_N"))
+
 # (inputs, objective, which of hidden, weight, bias need a gradient) -> the results of every token, and those gradients
 # in the compute dtype, None where none is needed.
 Sweep = Callable[[LinearInputs, Objective, tuple[bool, ...]], tuple[Results, list[Tensor | None]]]
@@ -64,22 +66,27 @@ Sweep = Callable[[LinearInputs, Objective, tuple[bool, ...]], tuple[Results, lis
 def policy_loss(
     sweep: Sweep,
     live: LiveTokens,
-    inputs: LinearInputs,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
     old_logprob: Tensor,
     advantage: Tensor,
+    *,
     loss_weight: Tensor | None,
-    **coefficients: Any,
+    **options: Any,
 ) -> PolicyLoss:
-    """The public `linear_policy_loss` on flattened inputs."""
-    dtype = torch.float64 if inputs.hidden_NH.dtype == torch.float64 else torch.float32
-    ones = live.zeroed(torch.ones(len(inputs.tokens_N), dtype=dtype, device=inputs.hidden_NH.device))
+    """The public `linear_policy_loss`, by a backend's sweep."""
+    coefficients = {name: options.pop(name) for name in COEFFICIENTS}
+    inputs = LinearInputs.of(live, hidden, weight, tokens, **options)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    ones = live.zeroed(torch.ones(len(inputs.tokens_N), dtype=dtype, device=hidden.device))
     share = ones / ones.sum().clamp(min=1)
 
     def constant(x: Tensor) -> Tensor:
         return live.zeroed(live.gather(x.detach().to(dtype)))
 
-    weight = share if loss_weight is None else constant(loss_weight)
-    objective = Objective(constant(old_logprob), constant(advantage), weight, share, **coefficients)
+    weight_N = share if loss_weight is None else constant(loss_weight)
+    objective = Objective(constant(old_logprob), constant(advantage), weight_N, share, **coefficients)
     loss, clip_fraction, *results = _PolicyLoss.apply(*inputs, sweep, objective, torch.is_grad_enabled())
     return PolicyLoss._make([loss, *(None if x is None else live.scatter(x) for x in results), clip_fraction])
 

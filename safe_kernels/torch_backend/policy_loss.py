@@ -11,38 +11,9 @@ from .linear import GradientSums, asked_of, head_of, loaded_tiles
 from .rows import Gradients, RowStats, logit_gradient, row_statistics
 
 
-def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    old_logprob: Tensor,
-    advantage: Tensor,
-    *,
-    loss_weight: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    entropy_coef: float | Tensor = 0.0,
-    kl_coef: float | Tensor = 0.0,
-    kl_penalty_coef: float | Tensor = 0.0,
-    kl_threshold: float | Tensor = 0.0,
-    mask: Tensor | None = None,
-    **head: Any,
-) -> PolicyLoss:
-    live = LiveTokens.of(tokens.shape, mask)
-    return policy_loss(
-        sweep,
-        live,
-        LinearInputs.of(live, hidden, weight, tokens, **head),
-        old_logprob,
-        advantage,
-        loss_weight,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        entropy_coef=entropy_coef,
-        kl_coef=kl_coef,
-        kl_penalty_coef=kl_penalty_coef,
-        kl_threshold=kl_threshold,
-    )
+def linear_policy_loss(*tensors: Tensor, mask: Tensor | None, **options: Any) -> PolicyLoss:
+    _, _, tokens, *_ = tensors
+    return policy_loss(sweep, LiveTokens.of(tokens.shape, mask), *tensors, **options)
 
 
 def sweep(inputs: LinearInputs, objective: Objective, needed: tuple[bool, ...]) -> tuple[Results, list[Tensor | None]]:

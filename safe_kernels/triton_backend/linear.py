@@ -26,48 +26,13 @@ def linear_token_stats(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *, mask: Tensor | None = None, **head: Any
 ) -> TokenStats:
     live = all_tokens(tokens.shape, mask)
-    results = _LinearTokenStats.apply(*inputs_of(live, hidden, weight, tokens, **head))
+    results = _LinearTokenStats.apply(*LinearInputs.of(live, hidden, weight, tokens, **head))
     return TokenStats._make(None if x is None else live.scatter(x) for x in results)
 
 
-def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    old_logprob: Tensor,
-    advantage: Tensor,
-    *,
-    loss_weight: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    entropy_coef: float | Tensor = 0.0,
-    kl_coef: float | Tensor = 0.0,
-    kl_penalty_coef: float | Tensor = 0.0,
-    kl_threshold: float | Tensor = 0.0,
-    mask: Tensor | None = None,
-    **head: Any,
-) -> PolicyLoss:
-    live = all_tokens(tokens.shape, mask)
-    return policy_loss(
-        sweep,
-        live,
-        inputs_of(live, hidden, weight, tokens, **head),
-        old_logprob,
-        advantage,
-        loss_weight,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        entropy_coef=entropy_coef,
-        kl_coef=kl_coef,
-        kl_penalty_coef=kl_penalty_coef,
-        kl_threshold=kl_threshold,
-    )
-
-
-def inputs_of(live: LiveTokens, *args: Tensor, **head: Any) -> LinearInputs:
-    if head["batch_invariant"]:
-        raise ValueError("batch_invariant=True is not offered by backend='triton'; backend='torch' offers it")
-    return LinearInputs.of(live, *args, **head)
+def linear_policy_loss(*tensors: Tensor, mask: Tensor | None, **options: Any) -> PolicyLoss:
+    _, _, tokens, *_ = tensors
+    return policy_loss(sweep, all_tokens(tokens.shape, mask), *tensors, **options)
 
 
 def all_tokens(shape: torch.Size, mask: Tensor | None) -> LiveTokens:
@@ -176,6 +141,8 @@ def biases(inputs: LinearInputs) -> dict[str, Tensor | None]:
 
 def tiles(inputs: LinearInputs, with_reference: bool, row_step: int, tile_bytes: int | None) -> Iterator[Tile]:
     """Tiles with their products, row by row of tiles; `tile_bytes` None takes whole rows. All share one memory."""
+    if inputs.batch_invariant:
+        raise ValueError("batch_invariant=True is not offered by backend='triton'; backend='torch' offers it")
     count, vocabulary = len(inputs.tokens_N), len(inputs.weight_VH)
     row_step = max(1, min(row_step, count))
     column_step = vocabulary if tile_bytes is None else max(16, tile_bytes // (4 * row_step) // 16 * 16)
