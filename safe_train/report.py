@@ -134,18 +134,19 @@ def idle_mechanisms(run: Path, rows: Rows) -> str:
     """The mechanisms that were switched on and never acted in this run; they cannot have made a difference."""
     config = run / "config.yaml"
     settings = read_yaml(config) if config.is_file() else {}
-    acted = {"clip": any(row["clip_fraction"] > 0 for row in rows if "clip_fraction" in row)}
+    # name: whether it is switched on, whether it acted
+    mechanisms = {"clip": (True, any(row.get("clip_fraction", 0) > 0 for row in rows))}
     if settings.get("controller") == "safe":
-        over = any(row["kl_short"] > row["kl_threshold"] for row in rows)
-        rising = any(row["kl_momentum"] > 0 for row in rows)
-        acted |= {
-            "KL threshold": over,
-            "KL momentum": rising,
-            "entropy gate (nothing to scale)": over or rising or not settings["entropy_gate"],
-            "PID": any(row["pid"] != 0 for row in rows),
-            "phases": len({row["phase"] for row in rows}) > 1 or not settings["phases"],
+        excess, rise, gate = (settings[name] for name in ("kl_excess_coef", "kl_momentum_coef", "entropy_gate"))
+        gains = any(settings[name] for name in ("pid_kp", "pid_ki", "pid_kd"))
+        mechanisms |= {
+            "KL threshold": (excess > 0, any(row["kl_short"] > row["kl_threshold"] for row in rows)),
+            "KL momentum": (rise > 0, any(row["kl_momentum"] > 0 for row in rows)),
+            "entropy gate (nothing to scale)": (gate, any(row["kl_penalty"] > 0 for row in rows)),
+            "PID": (gains, any(row["pid"] != 0 for row in rows)),
+            "phases": (settings["phases"], len({row["phase"] for row in rows}) > 1),
         }
     if settings.get("max_preview_kl") is not None:
-        acted["preview"] = any(row.get("preview_scale", 1) < 1 for row in rows)
-    idle = [name for name, has_acted in acted.items() if not has_acted]
+        mechanisms["preview"] = (True, any(row.get("preview_scale", 1) < 1 for row in rows))
+    idle = [name for name, (is_on, has_acted) in mechanisms.items() if is_on and not has_acted]
     return "never acted: " + ", ".join(idle) if idle else ""

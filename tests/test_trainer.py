@@ -321,6 +321,9 @@ def test_report_names_the_mechanisms_that_never_acted(tmp_path):
 
     tiny.trainer(tmp_path / "a", learning_rate=1e-9).train()
     tiny.trainer(tmp_path / "b", algorithm="grpo").train()
+    off = {"kl_excess_coef": 0, "phases": False, "entropy_gate": False, "pid_kp": 0, "pid_ki": 0, "pid_kd": 0}
+    tiny.trainer(tmp_path / "off", learning_rate=1e-9, **off).train()
+    assert idle_mechanisms(tmp_path / "off", read_metrics(tmp_path / "off")) == "never acted: clip, KL momentum"
     note = idle_mechanisms(tmp_path / "a", read_metrics(tmp_path / "a"))
     assert re.match(r"never acted: clip, KL threshold, KL momentum, entropy gate", note)
     write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "both.png")
