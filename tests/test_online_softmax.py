@@ -1,0 +1,64 @@
+"""The states of the recurrence: two parts of a vocabulary, merged, are the whole."""
+
+import math
+
+import cases
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from safe_kernels.triton_backend.online_softmax import (
+    empty_policy,
+    empty_reference,
+    finish_policy,
+    finish_reference,
+    merge,
+    update,
+)
+
+R, C = 4, 16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@triton.jit
+def merged_kernel(left, left_ref, right, right_ref, out, R: tl.constexpr, C: tl.constexpr):
+    rows, inverse = tl.arange(0, R), tl.full([R], 1.0 / 0.7, tl.float32)
+    at = rows[:, None] * C + tl.arange(0, C)[None, :]
+    first = update(empty_policy(R), empty_reference(R), tl.load(left + at), tl.load(left_ref + at), inverse)
+    second = update(empty_policy(R), empty_reference(R), tl.load(right + at), tl.load(right_ref + at), inverse)
+    policy, reference = merge(first[0], first[1], second[0], second[1], inverse)
+    zero = tl.zeros([R], tl.float32)
+    logprob, entropy, _ = finish_policy(policy, zero, inverse)
+    ref_logprob, kl, _ = finish_reference(policy, reference, zero, inverse)
+    tl.store(out + rows, logprob)
+    tl.store(out + R + rows, entropy)
+    tl.store(out + 2 * R + rows, ref_logprob)
+    tl.store(out + 3 * R + rows, kl)
+
+
+def statistics(a, a_ref, dtype):
+    """(log-prob of a logit of 0, entropy, the same log-prob under the reference, KL)."""
+    logp, logq = (x.to(dtype).div(0.7).log_softmax(-1) for x in (a, a_ref))
+    totals = [x.to(dtype).div(0.7).logsumexp(-1) for x in (a, a_ref)]
+    p, known = logp.exp(), logp > -math.inf
+    entropy = -(p * logp.where(known, 0)).sum(-1)
+    return torch.stack([-totals[0], entropy, -totals[1], (p * (logp - logq).where(known, 0)).sum(-1)])
+
+
+@pytest.mark.parametrize("case", ["plain", "far apart", "an empty part", "reference outside"])
+def test_merged_parts_are_the_whole(case):
+    draw = torch.Generator().manual_seed(0)
+    a, a_ref = 3 * torch.randn(2, R, 2 * C, generator=draw)
+    if case == "far apart":
+        a[:, C:] += 200
+        a_ref[:, :C] += 150
+    if case == "an empty part":
+        a[:, C:] = a_ref[:, C:] = -math.inf
+    if case == "reference outside":
+        a_ref[:, 3] = -math.inf
+    parts = [x.contiguous().to(DEVICE) for x in (a[:, :C], a_ref[:, :C], a[:, C:], a_ref[:, C:])]
+    out = torch.full((4, R), math.nan, device=DEVICE)
+    merged_kernel[(1,)](*parts, out, R=R, C=C)
+    plain, exact = (statistics(a, a_ref, dtype) for dtype in (torch.float32, torch.float64))
+    cases.hold(case, out.cpu(), plain, exact, 2 * C)
