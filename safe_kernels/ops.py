@@ -103,7 +103,7 @@ def linear_token_stats(
         ref_weight: [V, H']; None shares `weight`, and `bias` unless `ref_bias` is given.
         softcap: > 0, or None for none.
         batch_invariant: a row's results and hidden gradient have the same bits whatever the other rows are. On the
-            torch backend that is one row at a time, and slow; the reference refuses it.
+            torch backend that is one row at a time, and slow; the others refuse it.
 
     The other arguments and the results are those of `token_stats`. Gradients go to hidden, weight and bias, as far as
     they require them.

@@ -56,10 +56,6 @@ class TokenBatch:
             response_cu_seqlens=torch.tensor(response_starts, dtype=torch.int32),
         )
 
-    @property
-    def response_lengths(self) -> Tensor:
-        return self.response_cu_seqlens.diff()
-
     def to(self, device: torch.device) -> TokenBatch:
         return TokenBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 

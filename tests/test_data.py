@@ -27,7 +27,7 @@ def test_pack_shifts_labels_and_chooses_response_tokens():
 def test_empty_completion_holds_its_place_and_predicts_nothing():
     batch = TokenBatch.pack([[5, 6], [7], [8]], [[9], [], [1]])
     assert batch.targets_L.tolist() == [9, 1]
-    assert batch.response_lengths.tolist() == [1, 0, 1]
+    assert batch.response_cu_seqlens.diff().tolist() == [1, 0, 1]
 
 
 def test_all_completions_empty():

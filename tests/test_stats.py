@@ -258,6 +258,14 @@ class TestInplaceBackward:
         assert torch.equal(base["logits"].grad, again.grad)
         assert torch.equal(whole[:, :-1], again.grad[:, :-1])
 
+    def test_writes_over_logits_of_any_strides(self, backend):
+        case = logits_case((2, 3, 4), 9)
+        plain = evaluate(token_stats, case, backend, ["logits"])["d logits"]
+        logits = (case["logits"].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_()) * 1
+        assert not logits.is_contiguous()
+        found = evaluate_kept(token_stats, case | {"logits": logits, "inplace_backward": True}, backend, logits)
+        assert torch.equal(found, plain) and torch.equal(logits.detach(), plain)
+
     def test_second_backward_raises(self, backend):
         logits = logits_case()["logits"].requires_grad_() * 1
         stats = token_stats(logits, torch.zeros(3, 7, dtype=torch.long), inplace_backward=True, backend=backend)

@@ -137,7 +137,7 @@ def test_returns_come_from_the_target_heads_and_advantages_from_the_online_ones(
     experience = Experience(trainer.policy, trainer.critic, trainer.sample(0), trainer.args, trainer.device)
     experience.estimate(torch.arange(8.0), 0.0)
     (micro,) = experience
-    lengths = micro.batch.response_lengths.tolist()
+    lengths = micro.batch.response_cu_seqlens.diff().tolist()
     expected = torch.tensor(
         [i * (1 - 1 / 6) ** k for i, n in zip(micro.indices, lengths, strict=True) for k in reversed(range(n))]
     )

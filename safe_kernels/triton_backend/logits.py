@@ -29,6 +29,8 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Rows:
         """A view where the strides allow one, else a contiguous copy."""
+        if x.numel() == 0:
+            return cls(x, 1, 0, 0)
         width = x.shape[-1]
         shape = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
         levels: list[tuple[int, int]] = []
@@ -40,7 +42,7 @@ class Rows(NamedTuple):
         if (width > 1 and x.stride(-1) != 1) or len(levels) > 2:
             return cls.of(x.contiguous())
         inner, stride_inner = levels[-1] if levels else (1, 0)
-        return cls(x, max(inner, 1), levels[0][1] if len(levels) == 2 else 0, stride_inner)
+        return cls(x, inner, levels[0][1] if len(levels) == 2 else 0, stride_inner)
 
     def is_aligned(self) -> bool:
         return self.stride_outer % 16 == 0 and self.stride_inner % 16 == 0
@@ -211,7 +213,10 @@ class _TokenStats(torch.autograd.Function):
         source = Rows.of(logits)
         grad = logits.detach() if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         reference = None if ref_logits is None else Rows.of(ref_logits)
-        logit_gradient(source, reference, ctx.asked, stats, (grad_logprob, grad_entropy, grad_kl), Rows.of(grad))
+        written = Rows.of(grad)
+        logit_gradient(source, reference, ctx.asked, stats, (grad_logprob, grad_entropy, grad_kl), written)
+        if written.tensor is not grad:  # strides that no view in rows can follow
+            grad.copy_(written.tensor)
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)  # autograd does not see what a kernel writes
         return grad, *(None,) * 5
