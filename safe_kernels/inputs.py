@@ -1,6 +1,6 @@
-"""The arguments of the `linear_*` functions, flattened: what every backend with kernels of its own starts from.
+"""The arguments of the public functions, flattened: what every backend with kernels of its own starts from.
 
-Shapes: N tokens, V vocabulary, H hidden width.
+Shapes: N tokens, V vocabulary, H hidden width, S sequences.
 """
 
 from typing import NamedTuple
@@ -9,40 +9,28 @@ import torch
 from torch import Tensor
 
 
-class LiveTokens(NamedTuple):
-    """Flattens what has the leading shape, and gives results that shape back.
-
-    On a CPU masked tokens are left out, which costs no synchronisation there; elsewhere `mask` says whose rows to zero.
-    """
-
-    shape: torch.Size
-    kept: Tensor | None  # indices of the tokens that stay, or None for all
-    mask: Tensor | None
+class LogitsInputs(NamedTuple):
+    logits: Tensor  # [..., V], in the caller's strides
+    tokens_N: Tensor
+    ref_logits: Tensor | None
+    temperature: float | Tensor  # [N]
+    mask_N: Tensor | None
 
     @classmethod
-    def of(cls, shape: torch.Size, mask: Tensor | None) -> "LiveTokens":
-        if mask is None:
-            return cls(shape, None, None)
-        mask = mask.reshape(-1)
-        return cls(shape, mask.nonzero().squeeze(1), None) if mask.device.type == "cpu" else cls(shape, None, mask)
-
-    def gather(self, x: Tensor) -> Tensor:
-        x = x.reshape(self.shape.numel(), *x.shape[len(self.shape) :])
-        return x if self.kept is None else x.index_select(0, self.kept)
-
-    def zeroed(self, x: Tensor) -> Tensor:
-        """0 where masked, as far as the masked tokens are still there."""
-        return x if self.mask is None else x.where(self.mask, 0)
-
-    def scatter(self, x: Tensor) -> Tensor:
-        if self.kept is not None:
-            x = x.new_zeros(self.shape.numel()).index_copy(0, self.kept, x)
-        return x.view(self.shape)
+    def of(
+        cls,
+        logits: Tensor,
+        tokens: Tensor,
+        *,
+        ref_logits: Tensor | None,
+        temperature: float | Tensor,
+        mask: Tensor | None,
+    ) -> "LogitsInputs":
+        ref_logits = None if ref_logits is None else ref_logits.detach()
+        return cls(logits, flat(tokens), ref_logits, flat_temperature(temperature), flat_or_none(mask))
 
 
 class LinearInputs(NamedTuple):
-    """The flattened arguments of a `linear_*` function, in the order of its autograd.Function."""
-
     hidden_NH: Tensor
     weight_VH: Tensor
     bias_V: Tensor | None
@@ -50,7 +38,7 @@ class LinearInputs(NamedTuple):
     ref_weight_VH: Tensor | None  # None: the reference shares the policy's head
     ref_bias_V: Tensor | None
     tokens_N: Tensor
-    temperature: float | Tensor
+    temperature: float | Tensor  # [N]
     mask_N: Tensor | None
     softcap: float | None
     logit_scale: float
@@ -59,31 +47,103 @@ class LinearInputs(NamedTuple):
     @classmethod
     def of(
         cls,
-        live: LiveTokens,
         hidden: Tensor,
         weight: Tensor,
         tokens: Tensor,
         *,
-        bias: Tensor | None = None,
-        ref_hidden: Tensor | None = None,
-        ref_weight: Tensor | None = None,
-        ref_bias: Tensor | None = None,
-        temperature: float | Tensor = 1.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        batch_invariant: bool = False,
+        bias: Tensor | None,
+        ref_hidden: Tensor | None,
+        ref_weight: Tensor | None,
+        ref_bias: Tensor | None,
+        temperature: float | Tensor,
+        mask: Tensor | None,
+        softcap: float | None,
+        logit_scale: float,
+        batch_invariant: bool,
     ) -> "LinearInputs":
         return cls(
-            live.gather(hidden),
+            _rows(hidden),
             weight,
             bias,
-            None if ref_hidden is None else live.gather(ref_hidden.detach()),
+            None if ref_hidden is None else _rows(ref_hidden.detach()),
             None if ref_weight is None else ref_weight.detach(),
             None if ref_bias is None else ref_bias.detach(),
-            live.gather(tokens),
-            live.gather(temperature) if isinstance(temperature, Tensor) else temperature,
-            live.mask,
+            flat(tokens),
+            flat_temperature(temperature),
+            flat_or_none(mask),
             softcap,
             logit_scale,
             batch_invariant,
         )
+
+    def take(self, rows: Tensor) -> "LinearInputs":
+        """For some of the tokens, by their indices; none of them is masked."""
+        return self._replace(
+            hidden_NH=self.hidden_NH[rows],
+            ref_hidden_NH=None if self.ref_hidden_NH is None else self.ref_hidden_NH[rows],
+            tokens_N=self.tokens_N[rows],
+            temperature=self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature,
+            mask_N=None,
+        )
+
+
+class Terms(NamedTuple):
+    """What `safe_terms` takes beyond `token_stats`."""
+
+    v1_N: Tensor
+    v2_N: Tensor
+    rewards_N: Tensor
+    target_v1_N: Tensor
+    target_v2_N: Tensor
+    kl_threshold: float | Tensor
+    alpha: float
+    gamma: float
+    cu_seqlens: Tensor | None  # int32 [S + 1], or None: sequences of `length` tokens
+    length: int
+
+    @classmethod
+    def of(
+        cls,
+        v1: Tensor,
+        v2: Tensor,
+        rewards: Tensor,
+        *,
+        target_v1: Tensor | None,
+        target_v2: Tensor | None,
+        kl_threshold: float | Tensor,
+        alpha: float,
+        gamma: float,
+        cu_seqlens: Tensor | None,
+    ) -> "Terms":
+        return cls(
+            flat(v1),
+            flat(v2),
+            flat(rewards.detach()),
+            flat((v1 if target_v1 is None else target_v1).detach()),
+            flat((v2 if target_v2 is None else target_v2).detach()),
+            kl_threshold,
+            alpha,
+            gamma,
+            cu_seqlens,
+            v1.shape[-1],
+        )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.reshape(-1)
+
+
+def flat_or_none(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1)
+
+
+def flat_temperature(x: float | Tensor) -> float | Tensor:
+    return x.reshape(-1) if isinstance(x, Tensor) else x
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])

@@ -1,26 +1,31 @@
-"""`python -m safe_kernels.inspect`: what every shipped choice of the row kernels compiles to, without a GPU.
+"""`python -m safe_kernels.inspect`: what every shipped choice of the kernels compiles to, without a GPU.
 
 Prints registers and bytes of shared and spilled memory a thread or block, for each target, with no optional argument
-and with all. `--json` prints the same for programs.
+and with all; of the matrix products also what they are made of. `--json` prints the same for programs.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .triton_backend.launch import ROW_CHOICES, RowChoice
+from .triton_backend.fused import CARRY, POLICY_CARRY, fused_kernel, merge_kernel
+from .triton_backend.gemm import product_kernel
+from .triton_backend.launch import GEMMS, MERGE, ROW_CHOICES, ROW_TILES_TOGETHER, SCAN, TERMS_ROWS, GemmChoice
 from .triton_backend.rows import gradient_kernel, statistics_kernel
+from .triton_backend.values import gae_kernel, terms_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -29,78 +34,185 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 POINTERS = {
-    **dict.fromkeys(("logits", "ref_logits", "bias", "ref_bias", "grad_logits"), "*bf16"),
-    **dict.fromkeys(("temperatures", "carry", "stats", "grad_logprob", "grad_entropy", "grad_kl"), "*fp32"),
+    **dict.fromkeys(("logits", "ref_logits", "grad_logits", "bias", "ref_bias"), "*bf16"),
+    **dict.fromkeys(("temperatures", "carry", "stats", "grad_logprob", "grad_entropy", "grad_kl", "out"), "*fp32"),
+    **dict.fromkeys(("v1", "v2", "rewards", "bootstrap", "value", "advantage", "returns"), "*fp32"),
+    **dict.fromkeys(("kl", "target_v1", "target_v2", "threshold_tensor", "terms"), "*fp32"),
+    "cu_seqlens": "*i32",
     "tokens": "*i64",
     "mask": "*u8",
 }
-OPTIONAL = ("ref_logits", "temperatures", "mask", "bias", "ref_bias", "carry", "softcap", "grad_entropy", "grad_kl")
+FLOATS = ("temperature", "logit_scale", "softcap", "gamma", "decay", "alpha", "threshold")
+VALUES = ("v1", "v2", "rewards", "target_v1", "target_v2", "terms")
+OPTIONAL = (
+    *("ref_logits", "temperatures", "mask", "bias", "ref_bias", "carry", "softcap", "grad_entropy", "grad_kl"),
+    *("cu_seqlens", "bootstrap", "threshold_tensor", *VALUES),
+)
+ABSENT = {  # of the fused kernel, by its reference
+    "none": ("ref_hidden", "ref_weight", "ref_bias"),
+    "shared": ("ref_weight",),
+    "own": (),
+}
+INSTRUCTIONS = {"wgmma": "HGMMA", "bulk_loads": "UTMALDG", "tcgen05": r"UTC\w*MMA", "mfma": "v_mfma"}
+
+
+class Case(NamedTuple):
+    kernel: Any
+    label: dict[str, Any]
+    constants: dict[str, Any]
+    options: dict[str, int]
+    types: dict[str, str] = {}
+    required: tuple[str, ...] = ()  # although OPTIONAL elsewhere
+    optional: tuple[bool, ...] = (False, True)  # without and with them
 
 
 def main() -> None:
-    rows = list(measure())
     if "--json" in sys.argv:
-        print(json.dumps(rows))
+        print(json.dumps(list(measure())))
         return
-    for row in rows:
+    for row in measure():
         print("  ".join(f"{name} {value}" for name, value in row.items()))
 
 
 def measure() -> Iterator[dict[str, Any]]:
-    for target in TARGETS:
-        for kernel in (statistics_kernel, gradient_kernel):
-            for choice in ROW_CHOICES:
-                for optional in (False, True):
-                    binary = compiled(kernel, choice, TARGETS[target], optional)
-                    names = {"target": target, "kernel": kernel.__name__, "columns": choice.columns}
-                    yield names | {"arguments": "all" if optional else "required"} | resources(binary)
+    """In threads: most of the time goes into the assembler and other programs."""
+    cases = [(target, case, optional) for target in TARGETS for case in cases_of(target) for optional in case.optional]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(lambda x: measured(*x), cases)
 
 
-def compiled(kernel: Any, choice: RowChoice, target: GPUTarget, optional: bool) -> Any:
+def measured(target: str, case: Case, optional: bool) -> dict[str, Any]:
+    names = {"target": target, "kernel": case.kernel.__name__, "arguments": "all" if optional else "required"}
+    return names | case.label | resources(compiled(case, TARGETS[target], optional))
+
+
+def cases_of(target: str) -> Iterator[Case]:
+    yield from (*row_cases(), *scan_cases(), *merge_cases(), *fused_cases(target), *product_cases(target))
+
+
+def row_cases() -> Iterator[Case]:
+    for kernel in (statistics_kernel, gradient_kernel):
+        for choice in ROW_CHOICES:
+            constants = {"ALIGNED": True, "R": choice.rows, "C": choice.columns}
+            yield Case(kernel, {"columns": choice.columns}, constants, {"num_warps": choice.num_warps})
+
+
+def scan_cases() -> Iterator[Case]:
+    options = {"num_warps": SCAN.num_warps}
+    yield Case(gae_kernel, {"tokens": SCAN.tokens}, {"B": SCAN.tokens}, options, required=VALUES)
+    yield Case(terms_kernel, {"tokens": TERMS_ROWS}, {"R": TERMS_ROWS}, {}, required=VALUES)
+
+
+def merge_cases() -> Iterator[Case]:
+    for reference in (False, True):
+        constants = {"CARRIED": carried(reference), "REFERENCE": reference, "R": MERGE.rows}
+        yield Case(
+            merge_kernel, {"reference": reference}, constants, {"num_warps": MERGE.num_warps}, required=("carry",)
+        )
+
+
+def fused_cases(target: str) -> Iterator[Case]:
+    for reference, absent in ABSENT.items():
+        for bits in (16, 32):
+            choice = GEMMS[target, "statistics" if reference == "none" else "with reference", bits]
+            operands = dict.fromkeys(("hidden", "ref_hidden"), choice.rows)
+            operands |= dict.fromkeys(("weight", "ref_weight"), choice.columns)
+            types = {name: operand(choice, bits, height, choice.inner) for name, height in operands.items()}
+            constants = gemm_constants(choice) | {"CARRIED": carried(reference != "none"), "SPLIT": choice.split}
+            constants |= dict.fromkeys(absent)
+            label = {"reference": reference, "bits": bits}
+            optional = (False, True) if bits == 16 else (True,)  # the slowest to compile, and used least
+            yield Case(fused_kernel, label, constants, gemm_options(choice), types, ("carry",), optional)
+
+
+def product_cases(target: str) -> Iterator[Case]:
+    """Its two uses: a tile of logits, and the sum of gradients."""
+    for bits in (16, 32):
+        choice = GEMMS[target, "product", bits]
+        for y_by_row in (True, False):
+            y_block = (choice.columns, choice.inner) if y_by_row else (choice.inner, choice.columns)
+            types = {"x": operand(choice, bits, choice.rows, choice.inner), "y": operand(choice, bits, *y_block)}
+            constants = gemm_constants(choice) | {"Y_BY_ROW": y_by_row, "ACCUMULATE": not y_by_row}
+            label = {"y_by_row": y_by_row, "bits": bits}
+            yield Case(product_kernel, label, constants, gemm_options(choice), types, optional=(True,))
+
+
+def carried(reference: bool) -> int:
+    return len(CARRY) if reference else POLICY_CARRY
+
+
+def gemm_constants(choice: GemmChoice) -> dict[str, Any]:
+    loads = "descriptors" if choice.descriptors else "aligned"
+    tile = {"M": choice.rows, "C": choice.columns, "K": choice.inner}
+    return {"LOADS": loads, "GROUP": ROW_TILES_TOGETHER, **tile}
+
+
+def gemm_options(choice: GemmChoice) -> dict[str, int]:
+    return {"num_warps": choice.num_warps, "num_stages": choice.num_stages}
+
+
+def operand(choice: GemmChoice, bits: int, *block: int) -> str:
+    dtype = "bf16" if bits == 16 else "fp32"
+    return f"tensordesc<{dtype}[{block[0]}, {block[1]}]>" if choice.descriptors else f"*{dtype}"
+
+
+def compiled(case: Case, target: GPUTarget, optional: bool) -> Any:
     """The kernel with every optional argument, or with none."""
-    names = kernel.arg_names
-    flags = {"FIRST": not optional, "LAST": not optional, "ALIGNED": True, "R": choice.rows, "C": choice.columns}
-    constants: dict[str, Any] = {name: flags[name] for name in names if name in flags}
+    names = case.kernel.arg_names
+    constants = case.constants | {"FIRST": not optional, "LAST": True}
     if not optional:
-        constants |= {name: None for name in names if name in OPTIONAL}
-    signature = {name: "constexpr" if name in constants else kind(name) for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
-    places = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
-    return triton.compile(source, target=target, options={"num_warps": choice.num_warps})
+        constants |= dict.fromkeys(name for name in OPTIONAL if name not in case.required)
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else case.types.get(name) or kind(name) for name in names}
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("H", "ref_H")]
+    source = ASTSource(
+        fn=case.kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    return triton.compile(source, target=target, options=case.options)
 
 
 def kind(name: str) -> str:
     """The type of an argument, as Triton writes it."""
     if name in POINTERS:
         return POINTERS[name]
-    if name in ("temperature", "logit_scale", "softcap"):
+    if name in FLOATS:
         return "fp32"
     return "i64" if "stride" in name else "i32"
 
 
 def resources(binary: Any) -> dict[str, int]:
-    """Registers, shared and spilled memory of a compiled kernel, and its vector loads of 16 bytes."""
+    """Registers, shared and spilled memory of a compiled kernel, its vector loads of 16 bytes and its instructions."""
     if "amdgcn" in binary.asm:
         listing = binary.asm["amdgcn"]
         # A spilled scalar register goes into a vector register, not into memory.
         spilled = sum(int(n) for n in re.findall(r"vgpr_spill_count:\s*(\d+)", listing))
         registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", listing))
-        return {"registers": registers, "shared": binary.metadata.shared, "spilled": spilled,
-                "vector_loads": len(re.findall(r"load_dwordx4", listing))}  # fmt: skip
+        vector_loads = len(re.findall(r"load_dwordx4", listing))
+    else:
+        usage, ptx = cuobjdump(binary, "--dump-resource-usage"), binary.asm["ptx"]
+        found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        spilled, registers = found["STACK"] + found["LOCAL"], found["REG"]
+        vector_loads = len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", ptx))
+        listing = cuobjdump(binary, "--dump-sass") if "cp.async.bulk" in ptx else ""  # which takes a second
+    counts = {name: len(re.findall(rf"\b{pattern}", listing)) for name, pattern in INSTRUCTIONS.items()}
+    return {
+        "registers": registers,
+        "shared": binary.metadata.shared,
+        "spilled": spilled,
+        "vector_loads": vector_loads,
+        **{name: count for name, count in counts.items() if count},
+    }
+
+
+def cuobjdump(binary: Any, what: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
-    return {
-        "registers": found["REG"],
-        "shared": found["SHARED"],
-        "spilled": found["STACK"] + found["LOCAL"],
-        "vector_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", binary.asm["ptx"])),
-    }
+        return subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

@@ -1,21 +1,15 @@
-"""The policy loss in closed form: its gradient is known in the forward, where the logits are at hand.
+"""The policy loss of a token and its slopes: all that its closed form needs of the logits are their statistics.
 
-A backend brings the sweep over the vocabulary; the loss of a token and its slopes are here.
-
-Shapes: N tokens, V vocabulary, H hidden width.
+Shapes: N tokens.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .inputs import LinearInputs, LiveTokens
-from .results import PolicyLoss
+from .inputs import LinearInputs, compute_dtype, flat
 
-Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # logprob, entropy, ref_logprob, kl
 Slopes = tuple[Tensor, Tensor | None, Tensor | None]  # d loss / d (logprob, entropy, kl)
 
 
@@ -33,7 +27,25 @@ class Objective(NamedTuple):
     kl_penalty_coef: float | Tensor
     kl_threshold: float | Tensor
 
-    def rows(self, rows: slice) -> "Objective":
+    @classmethod
+    def of(
+        cls,
+        inputs: LinearInputs,
+        old_logprob: Tensor,
+        advantage: Tensor,
+        loss_weight: Tensor | None,
+        *coefficients: float | Tensor,
+    ) -> "Objective":
+
+        def constant(x: Tensor) -> Tensor:
+            return _live(flat(x.detach()).to(compute_dtype(inputs.hidden_NH)), inputs.mask_N)
+
+        ones = constant(torch.ones_like(inputs.tokens_N))
+        share = ones / ones.sum().clamp(min=1)
+        weight = share if loss_weight is None else constant(loss_weight)
+        return cls._make([constant(old_logprob), constant(advantage), weight, share, *coefficients])
+
+    def take(self, rows: slice | Tensor) -> "Objective":
         """For some of the tokens."""
         return self._replace(**{name: getattr(self, name)[rows] for name in self._fields if name.endswith("_N")})
 
@@ -56,64 +68,10 @@ class Objective(NamedTuple):
         return self.weight_N * loss, is_clipped, (slope_l, slope_h, slope_k)
 
 
-COEFFICIENTS = tuple(name for name in Objective._fields if not name.endswith("_N"))
-
-# (inputs, objective, which of hidden, weight, bias need a gradient) -> the results of every token, and those gradients
-# in the compute dtype, None where none is needed.
-Sweep = Callable[[LinearInputs, Objective, tuple[bool, ...]], tuple[Results, list[Tensor | None]]]
-
-
-def policy_loss(
-    sweep: Sweep,
-    live: LiveTokens,
-    hidden: Tensor,
-    weight: Tensor,
-    tokens: Tensor,
-    old_logprob: Tensor,
-    advantage: Tensor,
-    *,
-    loss_weight: Tensor | None,
-    **options: Any,
-) -> PolicyLoss:
-    """The public `linear_policy_loss`, by a backend's sweep."""
-    coefficients = {name: options.pop(name) for name in COEFFICIENTS}
-    inputs = LinearInputs.of(live, hidden, weight, tokens, **options)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    ones = live.zeroed(torch.ones(len(inputs.tokens_N), dtype=dtype, device=hidden.device))
-    share = ones / ones.sum().clamp(min=1)
-
-    def constant(x: Tensor) -> Tensor:
-        return live.zeroed(live.gather(x.detach().to(dtype)))
-
-    weight_N = share if loss_weight is None else constant(loss_weight)
-    objective = Objective(constant(old_logprob), constant(advantage), weight_N, share, **coefficients)
-    loss, clip_fraction, *results = _PolicyLoss.apply(*inputs, sweep, objective, torch.is_grad_enabled())
-    return PolicyLoss._make([loss, *(None if x is None else live.scatter(x) for x in results), clip_fraction])
-
-
-class _PolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        *values, sweep, objective, grad_enabled = args
-        inputs = LinearInputs(*values)
-        needed = tuple(need and grad_enabled for need in ctx.needs_input_grad[:3])
-        results, gradients = sweep(inputs, objective, needed)
-        logprob, entropy, _, kl = results
-        loss_N, is_clipped_N, _ = objective.evaluate(logprob, entropy, kl)
-        clip_fraction = (objective.share_N * is_clipped_N).sum()
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes, ctx.constants = [None if x is None else x.dtype for x in inputs[:3]], len(args) - 3
-        ctx.mark_non_differentiable(clip_fraction, *(x for x in results if x is not None))
-        return loss_N.sum(), clip_fraction, *results
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        gradients = (None if x is None else (x * grad_loss).to(dtype) for x, dtype in pairs)
-        return *gradients, *(None,) * ctx.constants
-
-
 def is_zero(coefficient: float | Tensor) -> bool:
     """Without asking a tensor: a term that is switched off stays out of the loss even where it is infinite."""
     return not isinstance(coefficient, Tensor) and coefficient == 0
+
+
+def _live(x_N: Tensor, mask_N: Tensor | None) -> Tensor:
+    return x_N if mask_N is None else x_N.where(mask_N, 0)

@@ -10,24 +10,17 @@ TypeError at the call. SAFE_KERNELS_DEBUG=1 also checks what needs a synchronisa
 values of tensors.
 """
 
-import importlib
 import importlib.util
 import os
-from contextlib import AbstractContextManager
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, library, reference
 from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
 
-_BACKENDS = {
-    "reference": "safe_kernels.reference",
-    "torch": "safe_kernels.torch_backend",
-    "triton": "safe_kernels.triton_backend",
-}
+_BACKENDS = ("reference", "torch", "triton")
 
 
 def token_stats(
@@ -62,15 +55,16 @@ def token_stats(
     if inplace_backward:
         checks.does_not_overlap("logits", logits)
     temperature = checks.is_temperature(temperature, tokens, mask)
-    with _full_precision(logits):
-        return _implementation(backend, logits).token_stats(
-            logits,
-            tokens,
-            ref_logits=ref_logits,
-            temperature=temperature,
-            mask=mask,
-            inplace_backward=inplace_backward,
-        )
+    return _call(
+        "token_stats",
+        backend,
+        logits,
+        tokens,
+        ref_logits=ref_logits,
+        temperature=temperature,
+        mask=mask,
+        inplace_backward=inplace_backward,
+    )
 
 
 def linear_token_stats(
@@ -103,7 +97,7 @@ def linear_token_stats(
         ref_weight: [V, H']; None shares `weight`, and `bias` unless `ref_bias` is given.
         softcap: > 0, or None for none.
         batch_invariant: a row's results and hidden gradient have the same bits whatever the other rows are. On the
-            torch backend that is one row at a time, and slow; the others refuse it.
+            torch backend that is one row at a time, and slow; the reference refuses it.
 
     The other arguments and the results are those of `token_stats`. Gradients go to hidden, weight and bias, as far as
     they require them.
@@ -111,10 +105,9 @@ def linear_token_stats(
     head = checks.head_arguments(
         hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
     )
-    with _full_precision(hidden):
-        return _implementation(backend, hidden).linear_token_stats(
-            hidden, weight, tokens, mask=mask, batch_invariant=batch_invariant, **head
-        )
+    return _call(
+        "linear_token_stats", backend, hidden, weight, tokens, mask=mask, batch_invariant=batch_invariant, **head
+    )
 
 
 def safe_terms(
@@ -160,19 +153,20 @@ def safe_terms(
         tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens
     )
     temperature = checks.is_temperature(temperature, tokens, mask)
-    with _full_precision(logits):
-        return _implementation(backend, logits).safe_terms(
-            logits,
-            tokens,
-            v1,
-            v2,
-            rewards,
-            ref_logits=ref_logits,
-            temperature=temperature,
-            mask=mask,
-            inplace_backward=inplace_backward,
-            **values,
-        )
+    return _call(
+        "safe_terms",
+        backend,
+        logits,
+        tokens,
+        v1,
+        v2,
+        rewards,
+        ref_logits=ref_logits,
+        temperature=temperature,
+        mask=mask,
+        inplace_backward=inplace_backward,
+        **values,
+    )
 
 
 def linear_safe_terms(
@@ -208,10 +202,20 @@ def linear_safe_terms(
     values = checks.value_arguments(
         tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens
     )
-    with _full_precision(hidden):
-        return _implementation(backend, hidden).linear_safe_terms(
-            hidden, weight, tokens, v1, v2, rewards, mask=mask, batch_invariant=batch_invariant, **head, **values
-        )
+    return _call(
+        "linear_safe_terms",
+        backend,
+        hidden,
+        weight,
+        tokens,
+        v1,
+        v2,
+        rewards,
+        mask=mask,
+        batch_invariant=batch_invariant,
+        **head,
+        **values,
+    )
 
 
 def soft_min(v1: Tensor, v2: Tensor, alpha: float, *, backend: str | None = None) -> Tensor:
@@ -223,8 +227,7 @@ def soft_min(v1: Tensor, v2: Tensor, alpha: float, *, backend: str | None = None
     """
     checks.per_token(checks.is_floating("v1", v1), v2=v2)
     alpha = checks.is_positive("alpha", alpha)
-    with _full_precision(v1):
-        return _implementation(backend, v1).soft_min(v1, v2, alpha)
+    return _call("soft_min", backend, v1, v2, alpha)
 
 
 def soft_min_gae(
@@ -266,10 +269,19 @@ def soft_min_gae(
     checks.is_time(v1, cu_seqlens, bootstrap)
     gamma, lam = checks.is_number("gamma", gamma, 0, 1), checks.is_number("lam", lam, 0, 1)
     alpha = checks.is_positive("alpha", alpha)
-    with _full_precision(v1):
-        return _implementation(backend, v1).soft_min_gae(
-            v1, v2, rewards, mask, gamma=gamma, lam=lam, alpha=alpha, cu_seqlens=cu_seqlens, bootstrap=bootstrap
-        )
+    return _call(
+        "soft_min_gae",
+        backend,
+        v1,
+        v2,
+        rewards,
+        mask,
+        gamma=gamma,
+        lam=lam,
+        alpha=alpha,
+        cu_seqlens=cu_seqlens,
+        bootstrap=bootstrap,
+    )
 
 
 def linear_policy_loss(
@@ -337,32 +349,36 @@ def linear_policy_loss(
     for name in ("kl_coef", "kl_penalty_coef"):
         if ref_hidden is None and (isinstance(coefficients[name], Tensor) or coefficients[name] != 0):
             raise ValueError(f"{name} is {coefficients[name]} without ref_hidden; it must be 0, or ref_hidden given")
-    with _full_precision(hidden):
-        return _implementation(backend, hidden).linear_policy_loss(
-            hidden,
-            weight,
-            tokens,
-            old_logprob,
-            advantage,
-            loss_weight=loss_weight,
-            clip_low=checks.is_number("clip_low", clip_low, 0),
-            clip_high=checks.is_number("clip_high", clip_high, 0),
-            mask=mask,
-            batch_invariant=batch_invariant,
-            **coefficients,
-            **head,
-        )
+    return _call(
+        "linear_policy_loss",
+        backend,
+        hidden,
+        weight,
+        tokens,
+        old_logprob,
+        advantage,
+        loss_weight=loss_weight,
+        clip_low=checks.is_number("clip_low", clip_low, 0),
+        clip_high=checks.is_number("clip_high", clip_high, 0),
+        mask=mask,
+        batch_invariant=batch_invariant,
+        **coefficients,
+        **head,
+    )
 
 
-def _implementation(backend: str | None, like: Tensor) -> ModuleType:
-    """The backend asked for, or the best one for a tensor like this."""
+def _call(function: str, backend: str | None, like: Tensor, *arguments: Any, **options: Any) -> Any:
+    """By the backend asked for, or the best one for a first argument like this."""
     name = backend or os.environ.get("SAFE_KERNELS_BACKEND") or _best(like)
     if name not in _BACKENDS:
         origin = "backend" if backend else "the environment variable SAFE_KERNELS_BACKEND"
         raise ValueError(f"{origin} is {name!r}; it must be one of {', '.join(map(repr, _BACKENDS))}")
-    if name == "triton" and like.dtype == torch.float64:
+    if name == "triton" and any(_is_wide(x) for x in (like, *arguments, *options.values())):
         raise ValueError("backend 'triton' computes in float32; float64 inputs need backend 'torch' or 'reference'")
-    return importlib.import_module(_BACKENDS[name])
+    if name != "reference":
+        return getattr(library, function)(like, *arguments, **options, backend=name)
+    with torch.autocast(like.device.type, enabled=False):  # it would round logits on their way to the exponent
+        return getattr(reference, function)(like, *arguments, **options)
 
 
 def _best(like: Tensor) -> str:
@@ -371,6 +387,6 @@ def _best(like: Tensor) -> str:
     return "triton" if on_gpu and importlib.util.find_spec("triton") else "torch"
 
 
-def _full_precision(like: Tensor) -> AbstractContextManager[Any]:
-    """Autocast would round logits to a low precision on their way to the exponent."""
-    return torch.autocast(like.device.type, enabled=False)
+def _is_wide(x: object) -> bool:
+    """A scalar does not count."""
+    return isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim() > 0

@@ -103,7 +103,8 @@ def linear_safe_terms(
 
 
 def soft_min(v1, v2, alpha) -> Tensor:
-    v1, v2 = _compute(v1), _compute(v2)
+    v1 = _compute(v1)
+    v2 = v2.to(v1.dtype)
     return -alpha * (torch.logaddexp(-v1 / alpha, -v2 / alpha) - math.log(2))
 
 
@@ -187,10 +188,12 @@ def _at_token(logp, tokens):
 
 def _with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask):
     penalty = (stats.kl - kl_threshold).relu() ** 2
-    value = soft_min(_live(v1, mask), _live(v2, mask), alpha)
+    dtype = stats.logprob.dtype
+    value = soft_min(_live(v1, mask).to(dtype), _live(v2, mask).to(dtype), alpha)
     with torch.no_grad():
-        target = soft_min(v1 if target_v1 is None else target_v1, v2 if target_v2 is None else target_v2, alpha)
-        value_target = torch.zeros_like(target) + _compute(rewards)
+        targets = (v1 if target_v1 is None else target_v1, v2 if target_v2 is None else target_v2)
+        target = soft_min(targets[0].to(dtype), targets[1].to(dtype), alpha)
+        value_target = torch.zeros_like(target) + rewards.to(dtype)
         for steps in _sequences(target, mask, cu_seqlens):
             for t, after in zip(steps, steps[1:], strict=False):
                 value_target[t] += gamma * target[after]

@@ -49,6 +49,8 @@ def kernels(monkeypatch):
     monkeypatch.setattr(triton_linear, "SWEEP_BYTES", 2048)
     monkeypatch.setattr(launch, "NARROW_ROWS", launch.RowChoice(rows=8, columns=16, num_warps=1))
     monkeypatch.setattr(launch, "WIDE_ROWS", launch.RowChoice(rows=8, columns=16, num_warps=1))
+    gemm = launch.GemmChoice(rows=16, columns=16, inner=16, num_warps=1, num_stages=1, split=32)
+    monkeypatch.setattr(launch, "gemm_choice", lambda *_: gemm)
     monkeypatch.setattr(values, "SCAN", launch.ScanChoice(tokens=16, num_warps=1))
     fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True

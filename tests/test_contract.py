@@ -1,6 +1,7 @@
 """Errors, backends, imports and the places the operations must work in."""
 
 import ast
+import functools
 import inspect
 import subprocess
 import sys
@@ -8,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import evaluate, linear_case, logits_case, policy_case, values_case
+from cases import evaluate, linear_case, logits_case, policy_case, some_mask, temperatures, values_case
 
 import safe_kernels
 from safe_kernels import (
+    library,
     linear_policy_loss,
     linear_safe_terms,
     linear_token_stats,
-    ops,
     reference,
     safe_terms,
     soft_min,
@@ -201,50 +202,49 @@ def test_the_definition_has_the_public_signature(op):
     for argument, parameter in public.items():
         assert argument in own or parameter.kind is parameter.KEYWORD_ONLY, argument
     assert op.__doc__
-    for name in ops._BACKENDS:
-        assert callable(getattr(ops._implementation(name, torch.ones(())), op.__name__))
+    assert callable(getattr(library, op.__name__))
 
 
 def test_the_import_needs_torch_alone():
     code = "import sys, torch; before = set(sys.modules); import safe_kernels; print(*(set(sys.modules) - before))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names) == {"safe_kernels"}
-    assert "safe_kernels.torch_backend" not in loaded
+    assert not any(name.startswith("safe_kernels.triton_backend") for name in loaded)
 
 
 def test_imports_run_one_way():
-    """results, inputs -> objective -> the modules of a backend, in order -> the backend; checks, results -> ops."""
-    torch_values = {"results", "torch_backend.values"}
+    """inputs -> objective -> the modules of a backend, in order -> library, by name -> ops."""
+    torch_values, launch, rows = "torch_backend.values", "triton_backend.launch", "triton_backend.rows"
     allowed = {
         "results": set(),
+        "schema": set(),
         "inputs": set(),
-        "objective": {"inputs", "results"},
+        "objective": {"inputs"},
         "checks": set(),
         "reference": {"results"},
-        "ops": {"checks", "results"},
+        "library": {"inputs", "objective", "results", "schema", torch_values},
+        "ops": {"checks", "library", "reference", "results"},
         "__init__": {"ops", "results"},
         "torch_backend.rows": set(),
-        "torch_backend.logits": {"results", "torch_backend.rows"},
-        "torch_backend.linear": {"inputs", "results", "torch_backend.rows", "torch_backend.logits"},
-        "torch_backend.policy_loss": {
-            *("inputs", "objective", "results"),
-            *("torch_backend.rows", "torch_backend.linear"),
-        },
-        "torch_backend.values": {"results"},
-        "torch_backend.__init__": {f"torch_backend.{x}" for x in ("linear", "logits", "policy_loss", "values")},
-        "triton_backend.launch": set(),
+        "torch_backend.values": {"inputs"},
+        "torch_backend.logits": {"inputs", "torch_backend.rows", torch_values},
+        "torch_backend.linear": {"inputs", "objective", "torch_backend.rows", torch_values},
+        "torch_backend.__init__": {f"torch_backend.{x}" for x in ("linear", "logits", "values")},
+        launch: set(),
         "triton_backend.online_softmax": set(),
-        "triton_backend.rows": {"triton_backend.online_softmax"},
-        "triton_backend.logits": {"objective", "results", "triton_backend.launch", "triton_backend.rows"},
+        "triton_backend.values": {"inputs", launch},
+        rows: {"triton_backend.online_softmax", "triton_backend.values"},
+        "triton_backend.logits": {"inputs", launch, rows, "triton_backend.values"},
+        "triton_backend.gemm": {launch},
+        "triton_backend.fused": {
+            *(launch, "triton_backend.online_softmax", rows),
+            *("triton_backend.logits", "triton_backend.gemm"),
+        },
         "triton_backend.linear": {
-            *("inputs", "objective", "results"),
-            *("triton_backend.launch", "triton_backend.logits"),
+            *("inputs", "objective", launch, rows, "triton_backend.values"),
+            *(f"triton_backend.{x}" for x in ("logits", "gemm", "fused")),
         },
-        "triton_backend.values": {"triton_backend.launch", *torch_values},
-        "triton_backend.__init__": {
-            *torch_values,
-            *(f"triton_backend.{x}" for x in ("linear", "logits", "values")),
-        },
+        "triton_backend.__init__": {f"triton_backend.{x}" for x in ("linear", "logits", "values")},
     }
     for module, may in allowed.items():
         path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
@@ -265,20 +265,60 @@ def test_imports_run_one_way():
         assert found <= may, module
 
 
-@pytest.mark.parametrize("op", [token_stats, linear_token_stats, linear_policy_loss])
-def test_under_torch_compile(op):
-    """Graph breaks are allowed, wrong results are not."""
-    case = {token_stats: logits_case, linear_token_stats: linear_case, linear_policy_loss: policy_case}[op]()
-    leaf = "logits" if op is token_stats else "hidden"
+SAFE = {"kl_threshold": 0.1, "alpha": 0.3, "gamma": 0.9, **values_case()}
+COMPILED = {
+    "logits": (token_stats, logits_case(mask=some_mask()), ["logits"]),
+    "in place": (token_stats, logits_case(inplace_backward=True, reference=False), ["logits"]),
+    "hidden": (linear_token_stats, linear_case(bias=True, temperature=temperatures()), ["hidden", "weight", "bias"]),
+    "safe": (safe_terms, logits_case(**SAFE), ["logits", "v1", "v2"]),
+    "linear safe": (linear_safe_terms, linear_case(**SAFE, mask=some_mask()), ["hidden", "v1", "v2"]),
+    "policy loss": (linear_policy_loss, policy_case(kl_coef=torch.tensor(0.1)), ["hidden", "weight"]),
+    "scan": (soft_min_gae, values_case(mask=some_mask()), []),
+}
 
-    def loss(x):
-        result = op(**case | {leaf: x})
-        return result.loss * 2 if op is linear_policy_loss else (result.logprob + result.kl).sum()
 
-    x = case[leaf].clone().requires_grad_()
-    expected = torch.autograd.grad(loss(x), x)[0]
-    found = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(x), x)[0]
-    torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("name", COMPILED)
+def test_in_one_compiled_graph(name, backend):
+    op, case, wrt = COMPILED[name]
+    torch._dynamo.reset()
+
+    def loss(*leaves):
+        leaves = {leaf: x * 1 for leaf, x in zip(wrt, leaves, strict=True)}  # what is overwritten must not be a leaf
+        result = op(**case | leaves, backend=backend)
+        return result.loss * 2 if op is linear_policy_loss else sum((x * x).sum() for x in result if x is not None)
+
+    found = []
+    for run in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        leaves = [case[leaf].clone().requires_grad_() for leaf in wrt]
+        value = run(*leaves)
+        found.append([value.detach(), *(torch.autograd.grad(value, leaves) if wrt else ())])
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_ops_hold_to_what_they_register(name, backend, monkeypatch):
+    """Schemas, shapes without data and gradients, of every op that a forward and backward reach: by `opcheck`."""
+    op, case, wrt = COMPILED[name]
+    seen = []
+    for attribute in [x for x in vars(library) if x.endswith("_op")]:
+        monkeypatch.setattr(library, attribute, functools.partial(_seen, seen, getattr(library, attribute)))
+    if name == "in place":
+        leaf = case["logits"].clone().requires_grad_()
+        op(**case | {"logits": leaf * 1}, backend=backend).entropy.sum().backward()
+    else:
+        evaluate(op, case, backend, wrt)
+    assert len(seen) == (1 if op in (linear_policy_loss, soft_min_gae) else 2)
+    for registered, arguments in seen:
+        torch.library.opcheck(registered, arguments)
+
+
+def _seen(seen, registered, *arguments):
+    copies = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+    if "backward" not in registered._name:
+        copies = [x.requires_grad_(y.requires_grad) if isinstance(y, torch.Tensor) else x
+                  for x, y in zip(copies, arguments, strict=True)]  # fmt: skip
+    seen.append((registered, tuple(copies)))
+    return registered(*arguments)
 
 
 def test_no_grad_keeps_nothing(any_backend):
@@ -295,7 +335,7 @@ def test_double_backward_is_refused():
     case = logits_case()
     logits = case.pop("logits").requires_grad_()
     gradient = torch.autograd.grad((token_stats(logits, **case).entropy ** 2).sum(), logits, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         gradient.sum().backward()
 
 

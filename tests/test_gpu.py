@@ -4,7 +4,14 @@ import cases
 import pytest
 import torch
 
-from safe_kernels import linear_policy_loss, linear_token_stats, soft_min_gae, token_stats
+from safe_kernels import (
+    linear_policy_loss,
+    linear_safe_terms,
+    linear_token_stats,
+    safe_terms,
+    soft_min_gae,
+    token_stats,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = "cuda"
@@ -56,6 +63,70 @@ def test_policy_loss_holds_to_the_reference(dtype):
     cases.hold_to_reference(
         linear_policy_loss, policy_case(128, 151_936, dtype), "triton", ["hidden", "weight"], 151_936
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_fused_products_hold_to_the_reference(vocabulary, dtype):
+    case = head_case(128, vocabulary, dtype) | {"batch_invariant": True}
+    exact, plain = (
+        cases.evaluate(linear_token_stats, case | {"batch_invariant": False}, "reference", ["hidden", "weight"], kind)
+        for kind in (torch.float64, None)
+    )
+    for name, x in cases.evaluate(linear_token_stats, case, "triton", ["hidden", "weight"]).items():
+        cases.hold(name, x, plain[name], exact[name], vocabulary)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_row_has_the_same_bits_in_any_batch(reference):
+    case = head_case(1000, 151_936, torch.bfloat16, reference) | {"batch_invariant": True}
+    whole = cases.evaluate(linear_token_stats, case, "triton")
+    for some in (slice(0, 1), slice(500, 700), slice(999, 1000)):
+        part = {name: x[some] for name, x in case.items() if name in ("hidden", "ref_hidden", "tokens")}
+        alone = cases.evaluate(linear_token_stats, case | part, "triton")
+        assert all(torch.equal(x, whole[name][some]) for name, x in alone.items())
+
+
+@pytest.mark.parametrize("op", [safe_terms, linear_safe_terms])
+def test_safe_terms_hold_to_the_reference(op):
+    shape, vocabulary = (4, 100), 50_257
+    values = cases.values_case(shape) | {
+        "kl_threshold": 0.1,
+        "alpha": 0.3,
+        "gamma": 0.9,
+        "mask": cases.some_mask(shape),
+    }
+    make = cases.logits_case if op is safe_terms else cases.linear_case
+    leaf = "logits" if op is safe_terms else "hidden"
+    cases.hold_to_reference(op, on_device(make(shape, vocabulary, **values)), "triton", [leaf, "v1", "v2"], vocabulary)
+
+
+@pytest.mark.parametrize("op", [token_stats, linear_token_stats, linear_policy_loss])
+def test_in_one_compiled_graph(op):
+    """With the default compiler, which the CPU tests leave out."""
+    make = {
+        token_stats: cases.logits_case,
+        linear_token_stats: cases.linear_case,
+        linear_policy_loss: cases.policy_case,
+    }
+    case, leaf = on_device(make[op]()), "logits" if op is token_stats else "hidden"
+
+    def loss(x):
+        result = op(**case | {leaf: x}, backend="triton")
+        return result.loss if op is linear_policy_loss else (result.logprob * result.entropy + result.kl).sum()
+
+    x = case[leaf].clone().requires_grad_()
+    found = [torch.autograd.grad(run(x), x)[0] for run in (loss, torch.compile(loss, fullgraph=True))]
+    torch.testing.assert_close(*found)
+
+
+def test_on_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    case = {name: x.to("cuda:1") for name, x in cases.logits_case().items()}
+    here = token_stats(**on_device(case), backend="triton")
+    there = token_stats(**case, backend="triton")
+    assert all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(here, there, strict=True))
 
 
 def test_scan_holds_to_the_reference():

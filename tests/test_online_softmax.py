@@ -14,7 +14,9 @@ from safe_kernels.triton_backend.online_softmax import (
     finish_policy,
     finish_reference,
     merge,
+    merge_policy,
     update,
+    update_policy,
 )
 
 R, C = 4, 16
@@ -35,6 +37,17 @@ def merged_kernel(left, left_ref, right, right_ref, out, R: tl.constexpr, C: tl.
     tl.store(out + R + rows, entropy)
     tl.store(out + 2 * R + rows, ref_logprob)
     tl.store(out + 3 * R + rows, kl)
+
+
+@triton.jit
+def merged_policy_kernel(left, right, out, R: tl.constexpr, C: tl.constexpr):
+    rows, inverse = tl.arange(0, R), tl.full([R], 1.0 / 0.7, tl.float32)
+    at = rows[:, None] * C + tl.arange(0, C)[None, :]
+    first = update_policy(empty_policy(R), tl.load(left + at), inverse)
+    policy = merge_policy(first, update_policy(empty_policy(R), tl.load(right + at), inverse), inverse)
+    logprob, entropy, _ = finish_policy(policy, tl.zeros([R], tl.float32), inverse)
+    tl.store(out + rows, logprob)
+    tl.store(out + R + rows, entropy)
 
 
 def statistics(a, a_ref, dtype):
@@ -62,3 +75,6 @@ def test_merged_parts_are_the_whole(case):
     merged_kernel[(1,)](*parts, out, R=R, C=C)
     plain, exact = (statistics(a, a_ref, dtype) for dtype in (torch.float32, torch.float64))
     cases.hold(case, out.cpu(), plain, exact, 2 * C)
+    alone = torch.full((2, R), math.nan, device=DEVICE)
+    merged_policy_kernel[(1,)](left=parts[0], right=parts[2], out=alone, R=R, C=C)
+    assert torch.equal(alone, out[:2])

@@ -107,8 +107,6 @@ def scoring(case, backend):
 @pytest.mark.parametrize("reference", [None, "shared"])
 def test_statistics_have_the_bits_of_the_scoring(backend, options, dtype, reference):
     """Hence a ratio of exactly 1 before the first optimizer step, with and without gradient mode or a reference."""
-    if backend == "triton" and "batch_invariant" in options:
-        pytest.skip("not offered by the Triton backend")
     if "mask" in options:
         options = {"mask": some_mask()}
     case = linear_case(vocabulary=101, dtype=dtype, **options)
@@ -207,3 +205,17 @@ def test_gradcheck(float64_backend, clip, advantage):
         return linear_policy_loss(**case | {"hidden": hidden, "weight": weight}, backend=float64_backend).loss
 
     assert torch.autograd.gradcheck(loss, [case[x].clone().requires_grad_() for x in ("hidden", "weight")])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(backend, use_reentrant):
+    """The forward runs twice: without gradient mode, or with gradients that are dropped, and again in the backward."""
+    case = policy_case(**TERMS["all"])
+    hidden = case.pop("hidden").requires_grad_()
+
+    def loss(hidden):
+        return linear_policy_loss(hidden, **case, backend=backend).loss
+
+    plain = torch.autograd.grad(loss(hidden), hidden)[0]
+    torch.utils.checkpoint.checkpoint(loss, hidden, use_reentrant=use_reentrant).backward()
+    assert torch.equal(hidden.grad, plain)

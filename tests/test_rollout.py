@@ -4,11 +4,11 @@ import pytest
 import tiny
 import torch
 
-from safe_train.config import ConfigError, SafeConfig
+from safe_train.config import SafeConfig
 from safe_train.data import PromptDataset, TokenBatch
 from safe_train.losses import linear_token_stats
 from safe_train.models import make_policy
-from safe_train.rewards import Rewards, load_reward, text_of
+from safe_train.rewards import Rewards
 from safe_train.rollout import sample
 
 
@@ -86,88 +86,3 @@ def test_rewards_see_the_columns_and_chat_messages():
     Rewards([watch])(*rollout.for_rewards())
     assert seen["answer"] == ["dog"] and seen["prompts"] == [row["prompt"]]
     assert seen["completions"] == [[{"role": "assistant", "content": rollout.texts[0]}]]
-
-
-def constant(value):
-    def reward(prompts, completions, **columns):
-        return [value] * len(completions)
-
-    return reward
-
-
-def test_rewards_are_summed_with_their_weights():
-    def ones(completions, **columns):
-        return [1.0] * len(completions)
-
-    def twos(completions, **columns):
-        return [2.0] * len(completions)
-
-    scores = Rewards([ones, twos], [1.0, -0.25])(["a", "b"], ["c", "d"], {})
-    assert scores["reward"].tolist() == [0.5, 0.5] and scores["twos"].tolist() == [2.0, 2.0]
-    with pytest.raises(ConfigError, match="reward_weights must be one number for each reward"):
-        Rewards([ones, twos], [1.0])
-
-
-@pytest.mark.parametrize(
-    ("reward", "error", "message"),
-    [
-        (constant(float("nan")), ValueError, "reward 'reward' returned nan for the completion 'b'"),
-        (constant(None), ValueError, "reward 'reward' returned None"),
-        (lambda **kwargs: [1.0, 2.0], ValueError, "returned 2 values for 1 completions"),
-        (lambda **kwargs: 1 / 0, RuntimeError, "raised ZeroDivisionError"),
-    ],
-)
-def test_a_reward_that_fails_is_named(reward, error, message):
-    with pytest.raises(error, match=message):
-        Rewards([reward])(["a"], ["b"], {})
-
-
-def test_two_rewards_of_one_name_are_refused():
-    with pytest.raises(ConfigError, match="share a name"):
-        Rewards([constant(1), constant(2)])
-
-
-def test_reward_from_a_file(tmp_path):
-    source = tmp_path / "mine.py"
-    source.write_text("def length(completions, **columns):\n    return [float(len(c)) for c in completions]\n")
-    assert load_reward(f"{source}:length")(completions=["abc"]) == [3.0]
-
-
-@pytest.mark.parametrize("name", ["{tmp}/none.py:f", "{tmp}/empty.py:f", "no_such_package:f", "{tmp}/no-model"])
-def test_a_reward_that_does_not_load_is_an_error(name, tmp_path):
-    """The published code falls back to counting words, silently, and its best score is near that count's ceiling."""
-    (tmp_path / "empty.py").write_text("")
-    with pytest.raises(ConfigError, match="cannot load the reward"):
-        load_reward(name.format(tmp=tmp_path))
-
-
-def test_reward_model_scores_prompt_and_completion(tmp_path):
-    from tokenizers.processors import TemplateProcessing
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    torch.manual_seed(0)
-    settings = {"vocab_size": len(tiny.WORDS), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
-    for labels in (1, 3):
-        config = LlamaConfig(**settings, **heads, num_labels=labels)
-        LlamaForSequenceClassification(config).save_pretrained(tmp_path / str(labels))
-        tiny.tokenizer().save_pretrained(tmp_path / str(labels))
-    reward = load_reward(str(tmp_path / "1"))
-    together = reward(["the cat", "a"], [" sat", " dog is good"])
-    alone = reward(["the cat"], [" sat"]) + reward(["a"], [" dog is good"])
-    assert together == pytest.approx(alone, abs=1e-5) and together[0] != together[1]
-    reward.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<eos> $A", special_tokens=[("<eos>", 1)])
-    reward.tokenizer.chat_template = "<eos>{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    chat = [[{"role": role, "content": text}] for role, text in (("user", "the cat"), ("assistant", " sat"))]
-    assert reward(chat[:1], chat[1:]) == pytest.approx(reward(["the cat"], [" sat"]), abs=1e-5)
-    reward.tokenizer.model_max_length = 3
-    assert reward(["the cat sat on"], [" a mat"]) == pytest.approx(reward([""], ["a mat"]), abs=1e-5)
-    with pytest.raises(ConfigError, match="has 3 outputs, it must have 1"):
-        load_reward(str(tmp_path / "3"))
-
-
-def test_vader_prefers_praise():
-    reward = load_reward("vader")
-    good, bad = reward(["", ""], ["a wonderful, lovely day", [{"role": "assistant", "content": "a horrible day"}]])
-    assert good > 0.5 > -0.4 > bad
-    assert text_of([{"role": "assistant", "content": "x"}]) == "x"

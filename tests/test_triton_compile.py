@@ -1,4 +1,4 @@
-"""Every shipped choice of the row kernels, compiled for GPUs that are not here."""
+"""Every shipped choice of the kernels, compiled for GPUs that are not here."""
 
 import json
 import os
@@ -7,27 +7,64 @@ import sys
 
 import pytest
 
+KB = 1024
+SHARED = {"sm_80": 99 * KB, "sm_90": 227 * KB, "sm_100": 227 * KB, "gfx942": 64 * KB}  # sm_80's also run on sm_86
+
 
 @pytest.fixture(scope="module")
-def rows():
-    """Compiled in a process of its own: with the interpreter on there is nothing to compile."""
+def compiled():
+    """In a process of its own: with the interpreter on there is nothing to compile."""
     command = [sys.executable, "-m", "safe_kernels.inspect", "--json"]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
-def test_every_target_kernel_and_choice_is_there(rows):
-    assert len(rows) == 4 * 2 * 2 * 2
-    assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+@pytest.fixture
+def row_kernels(compiled):
+    return [x for x in compiled if x["kernel"] in ("statistics_kernel", "gradient_kernel")]
 
 
-def test_nothing_spills(rows):
-    assert [row for row in rows if row["spilled"]] == []
+@pytest.fixture
+def products(compiled):
+    """The matrix products in 16 bits."""
+    return [x for x in compiled if x.get("bits") == 16]
 
 
-def test_logits_are_loaded_16_bytes_at_a_time(rows):
-    assert [row for row in rows if row["vector_loads"] < 1] == []
+def test_every_target_kernel_and_choice_is_there(compiled, row_kernels, products):
+    assert {x["target"] for x in compiled} == set(SHARED)
+    counts = {"statistics_kernel": 4, "gradient_kernel": 4, "gae_kernel": 2, "terms_kernel": 2, "merge_kernel": 4}
+    counts |= {"fused_kernel": 6 + 3, "product_kernel": 2 + 2}
+    for target in SHARED:
+        found = [x["kernel"] for x in compiled if x["target"] == target]
+        assert {name: found.count(name) for name in found} == counts
+    assert len(products) == 4 * (6 + 2)
 
 
-def test_row_kernels_need_next_to_no_shared_memory(rows):
-    assert max(row["shared"] for row in rows) <= 4096
+def test_nothing_spills(compiled):
+    assert [x for x in compiled if x["spilled"]] == []
+
+
+def test_shared_memory_fits(compiled):
+    assert [x for x in compiled if x["shared"] > SHARED[x["target"]]] == []
+
+
+def test_logits_are_loaded_16_bytes_at_a_time(row_kernels):
+    assert [x for x in row_kernels if x["vector_loads"] < 1] == []
+
+
+def test_row_kernels_need_next_to_no_shared_memory(row_kernels):
+    assert max(x["shared"] for x in row_kernels) <= 4 * KB
+
+
+@pytest.mark.parametrize(
+    ("target", "instructions"),
+    [
+        ("sm_80", ["vector_loads"]),
+        ("sm_90", ["wgmma", "bulk_loads"]),
+        ("sm_100", ["tcgen05", "bulk_loads"]),
+        ("gfx942", ["mfma", "vector_loads"]),
+    ],
+)
+def test_products_are_made_of_what_the_target_has(products, target, instructions):
+    for name in instructions:
+        assert [x for x in products if x["target"] == target and x.get(name, 0) < 1] == [], name

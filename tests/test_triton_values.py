@@ -1,16 +1,10 @@
 """The Triton scan of advantages against the loop of the reference, and what its kernel compiles to."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-from cases import evaluate, hold, some_mask, values_case
+from cases import evaluate, hold, hold_to_reference, linear_case, logits_case, some_mask, values_case
 
 import safe_kernels
 
@@ -30,7 +24,7 @@ def values(kernels, monkeypatch):
 
 def scan(values, case):
     case = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in case.items()}
-    return {name: x.cpu() for name, x in values.soft_min_gae(**case)._asdict().items()}
+    return {name: x.cpu() for name, x in safe_kernels.soft_min_gae(**case, backend="triton")._asdict().items()}
 
 
 def hold_to_loop(values, case):
@@ -144,7 +138,7 @@ def test_empty_shapes(values, shape):
 def test_float64_is_refused(values, name):
     case = values_case(mask=None)
     case[name] = case[name].double()
-    with pytest.raises(ValueError, match=f'{name} is torch.float64.*float32.*backend="torch"'):
+    with pytest.raises(ValueError, match="float32; float64 inputs need backend 'torch'"):
         scan(values, case)
 
 
@@ -160,59 +154,16 @@ def test_batch_shapes_are_not_specialised_on(values):
     assert {"T", "gamma", "decay", "alpha"} <= set(names)
 
 
-def test_kernel_compiles_without_spills():
-    """In a process of its own: with the interpreter on there is nothing to compile."""
-    here = Path(__file__)
-    path = os.pathsep.join([str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", f"import {here.stem}; {here.stem}.print_resources()"]
-    env = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for target, resources in json.loads(done.stdout).items():
-        print(target, resources)
-        assert not any(resources[name] for name in ("STACK", "LOCAL", "spills") if name in resources), target
-
-
-def print_resources():
-    """Of every target, with no optional argument and with all: what the compiled kernel takes."""
-    from triton.backends.compiler import GPUTarget
-
-    targets = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
-    targets["gfx942"] = GPUTarget("hip", "gfx942", 64)
-    cases = [(name, target, optional) for name, target in targets.items() for optional in (False, True)]
-    print(json.dumps({f"{name} {optional}": compiled_resources(target, optional) for name, target, optional in cases}))
-
-
-def compiled_resources(target, optional):
-    import triton
-    from triton.compiler import ASTSource
-
-    from safe_kernels.triton_backend.values import SCAN, gae_kernel
-
-    types = dict.fromkeys(("v1", "v2", "rewards"), "*bf16" if optional else "*fp32")
-    types |= {"mask": "*u8", "cu_seqlens": "*i32", "bootstrap": "*fp32"} if optional else {}
-    types |= dict.fromkeys(("value", "advantage", "returns"), "*fp32")
-    types |= {"T": "i32"} | dict.fromkeys(("gamma", "decay", "alpha"), "fp32")
-    names = gae_kernel.arg_names
-    source = ASTSource(
-        fn=gae_kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(i,): SCAN.tokens if name == "B" else None for i, name in enumerate(names) if name not in types},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"},
-    )
-    found = triton.compile(source, target=target, options={"num_warps": SCAN.num_warps})
-    if target.backend == "hip":
-        lines = [line.split(":") for line in found.asm["amdgcn"].splitlines() if line.count(":") == 1]
-        counts = {name.strip(): value.strip() for name, value in lines}
-        return {
-            "REG": int(counts[".vgpr_count"]),
-            "LOCAL": int(counts[".private_segment_fixed_size"]),
-            "spills": int(counts[".vgpr_spill_count"]) + int(counts[".sgpr_spill_count"]),
-        }
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(found.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [tool, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    fields = [field.split(":") for field in usage.split() if field.count(":") == 1]
-    return {name: int(value) for name, value in fields if name in ("REG", "STACK", "LOCAL")}
+@pytest.mark.parametrize("entrance", [safe_kernels.safe_terms, safe_kernels.linear_safe_terms])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_next_live_token_may_be_blocks_away(entrance, packed):
+    """Gaps of more than the 32 tokens, and packs of more than the 32 sequences, that are looked at together."""
+    shape = (140,) if packed else (2, 70)
+    draw = torch.Generator().manual_seed(0)
+    case = (logits_case if entrance is safe_kernels.safe_terms else linear_case)(shape, 5)
+    case |= values_case(shape) | {"kl_threshold": 0.1, "alpha": 0.3, "gamma": 0.9}
+    case["mask"] = torch.rand(shape, generator=draw) > 0.93
+    if packed:
+        bounds = torch.cat([torch.tensor([0, 140]), torch.randint(100, (40,), generator=draw)])  # some are empty
+        case["cu_seqlens"] = bounds.sort().values.int()
+    hold_to_reference(entrance, case, "triton", vocabulary=5)

@@ -1,18 +1,14 @@
-"""The operations in memory-lean PyTorch: any device, rows in tiles, backward passes of their own."""
+"""The operations in memory-lean PyTorch: any device, rows in tiles."""
 
-from .linear import linear_token_stats
-from .logits import token_stats
-from .policy_loss import linear_policy_loss
-from .values import soft_min, soft_min_gae, terms_of
-
-safe_terms, linear_safe_terms = terms_of(token_stats), terms_of(linear_token_stats)
+from .linear import linear_gradients, linear_statistics, sweep
+from .logits import logits_gradient, logits_statistics
+from .values import soft_min_gae
 
 __all__ = [
-    "linear_policy_loss",
-    "linear_safe_terms",
-    "linear_token_stats",
-    "safe_terms",
-    "soft_min",
+    "linear_gradients",
+    "linear_statistics",
+    "logits_gradient",
+    "logits_statistics",
     "soft_min_gae",
-    "token_stats",
+    "sweep",
 ]

@@ -5,59 +5,77 @@ No tensor of N x V elements is ever made, and no whole float32 copy of a low-pre
 Shapes: N tokens, R rows of a tile, V vocabulary, C columns of a weight tile, H hidden width.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..inputs import LinearInputs, LiveTokens
-from ..results import TokenStats
-from .logits import save, saved
-from .rows import Gradients, RowStats, Tile, Tokens, logit_gradient, restore, row_statistics, take, tiles
+from ..inputs import LinearInputs, Terms
+from ..objective import Objective
+from .rows import Gradients, RowStats, Tile, Tokens, logit_gradient, new_stats, restore, row_statistics, take, tiles
+from .values import found_terms
 
 WEIGHT_TILE_BYTES = 16 << 20
 
 
-def linear_token_stats(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, *, mask: Tensor | None = None, **head: Any
-) -> TokenStats:
-    live = LiveTokens.of(tokens.shape, mask)
-    results = _LinearTokenStats.apply(*LinearInputs.of(live, hidden, weight, tokens, **head))
-    return TokenStats._make(None if x is None else live.scatter(x) for x in results)
+def linear_statistics(inputs: LinearInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
+    kept, some = live(inputs)
+    tokens, with_reference = asked_of(some), inputs.ref_hidden_NH is not None
+    stats = new_stats(tokens, with_reference)
+    for rows, part, tile, _ in loaded_tiles(some, tokens, with_reference):
+        row_statistics(tile, part).write(stats, rows)
+    stats = spread(stats, 1, kept, len(inputs.tokens_N))
+    return stats, found_terms(terms, stats, inputs.mask_N)
 
 
-class _LinearTokenStats(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        ctx.set_materialize_grads(False)
-        inputs = LinearInputs(*args)
-        tokens, with_reference = asked_of(inputs), inputs.ref_hidden_NH is not None
-        stats = RowStats.empty(tokens, with_reference)
-        for rows, some, tile, _ in loaded_tiles(inputs, tokens, with_reference):
-            stats.write(rows, row_statistics(tile, some))
-        results = stats.results(tokens)
-        save(ctx, (*inputs, *stats))
-        if results[2] is not None:
-            ctx.mark_non_differentiable(results[2])
-        return results
+def linear_gradients(
+    inputs: LinearInputs, stats: Tensor, slopes: tuple[Tensor | None, ...], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of (hidden, weight, bias), in the compute dtype; None where none is needed."""
+    kept, some = live(inputs)
+    if kept is not None:
+        stats, slopes = stats[:, kept], tuple(None if x is None else x[kept] for x in slopes)
+    tokens, head, sums, row_stats = asked_of(some), head_of(some), GradientSums(some, needed), RowStats.of(stats)
+    gradients = Gradients.of(tokens, *slopes)
+    for rows, asked, tile, hidden_RH in loaded_tiles(some, tokens, gradients.kl is not None):
+        part = take(row_stats, rows)
+        restore(tile, asked, part)
+        logit_gradient(tile, asked, part, take(gradients, rows))
+        sums.add(rows, head.product_gradient(tile, asked, part), hidden_RH)
+    return sums.spread(kept, len(inputs.tokens_N))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        values, count = saved(ctx), len(LinearInputs._fields)
-        inputs, stats = LinearInputs(*values[:count]), RowStats(*values[count:])
-        tokens, head, sums = asked_of(inputs), head_of(inputs), GradientSums(inputs, ctx.needs_input_grad)
-        grad_logprob, grad_entropy, _, grad_kl = grads
-        gradients = Gradients.of(tokens, grad_logprob, grad_entropy, grad_kl)
-        with torch.autocast(inputs.hidden_NH.device.type, enabled=False):
-            for rows, some, tile, hidden_RH in loaded_tiles(inputs, tokens, grad_kl is not None):
-                part = take(stats, rows)
-                restore(tile, some, part)
-                logit_gradient(tile, some, part, take(gradients, rows))
-                sums.add(rows, head.product_gradient(tile, some, part), hidden_RH)
-        return *sums.rounded(), *(None,) * (count - 3)
+
+def sweep(inputs: LinearInputs, objective: Objective, needed: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+    """Statistics, slopes and gradients of whole rows while their logits are there."""
+    kept, some = live(inputs)
+    objective = objective if kept is None else objective.take(kept)
+    tokens, with_reference, head = asked_of(some), inputs.ref_hidden_NH is not None, head_of(some)
+    stats, sums = new_stats(tokens, with_reference), GradientSums(some, needed)
+    for rows, asked, tile, hidden_RH in loaded_tiles(some, tokens, with_reference):
+        part = row_statistics(tile, asked)
+        part.write(stats, rows)
+        if any(needed):
+            *_, slopes = objective.take(rows).evaluate(part.logprob, part.entropy, part.kl)
+            logit_gradient(tile, asked, part, Gradients.of(asked, *slopes))
+            sums.add(rows, head.product_gradient(tile, asked, part), hidden_RH)
+    return spread(stats, 1, kept, len(inputs.tokens_N)), sums.spread(kept, len(inputs.tokens_N))
+
+
+def live(inputs: LinearInputs) -> tuple[Tensor | None, LinearInputs]:
+    """Without masked tokens where leaving them out costs no synchronisation: on a CPU. With the indices of the rest."""
+    if inputs.mask_N is None or inputs.mask_N.device.type != "cpu":
+        return None, inputs
+    kept = inputs.mask_N.nonzero().squeeze(1)
+    return kept, inputs.take(kept)
+
+
+def spread(x: Tensor, axis: int, kept: Tensor | None, count: int) -> Tensor:
+    """Back among the masked tokens, which are 0."""
+    if kept is None:
+        return x
+    shape = [*x.shape[:axis], count, *x.shape[axis + 1 :]]
+    return x.new_zeros(shape).index_copy_(axis, kept, x)
 
 
 class Head(NamedTuple):
@@ -134,15 +152,12 @@ def loaded_tiles(
 
 
 class GradientSums:
-    """Gradients of hidden, weight and bias, as far as they are needed, in the compute dtype until they are rounded."""
+    """Gradients of hidden, weight and bias in the compute dtype, as far as they are needed."""
 
-    def __init__(self, inputs: LinearInputs, needed: tuple[bool, ...]) -> None:
+    def __init__(self, inputs: LinearInputs, needed: Sequence[bool]) -> None:
         self.head, like = head_of(inputs), asked_of(inputs).known_N
-        leaves = (inputs.hidden_NH, inputs.weight_VH, inputs.bias_V)
-        self.dtypes = [None if x is None else x.dtype for x in leaves]
-        self.sums = [
-            like.new_zeros(x.shape) if x is not None and need else None for x, need in zip(leaves, needed, strict=False)
-        ]
+        leaves = zip((inputs.hidden_NH, inputs.weight_VH, inputs.bias_V), needed, strict=True)
+        self.sums = [like.new_zeros(x.shape) if x is not None and need else None for x, need in leaves]
 
     def add(self, rows: slice, du_RV: Tensor, hidden_RH: Tensor) -> None:
         hidden_NH, weight_VH, bias_V = self.sums
@@ -153,8 +168,9 @@ class GradientSums:
         if bias_V is not None:
             bias_V.add_(du_RV.sum(0))
 
-    def rounded(self) -> list[Tensor | None]:
-        return [None if x is None else x.to(dtype) for x, dtype in zip(self.sums, self.dtypes, strict=True)]
+    def spread(self, kept: Tensor | None, count: int) -> list[Tensor | None]:
+        hidden_NH, *rest = self.sums
+        return [None if hidden_NH is None else spread(hidden_NH, 0, kept, count), *rest]
 
 
 def _product(rows_RK: Tensor, matrix: Tensor) -> Tensor:

@@ -70,25 +70,13 @@ class RowStats(NamedTuple):
     ref_total: Tensor | None = None
 
     @classmethod
-    def empty(cls, tokens: Tokens, with_reference: bool) -> "RowStats":
-        return cls._make(
-            [
-                *(torch.empty_like(tokens.known_N) for _ in range(4)),
-                *(torch.empty_like(tokens.known_N) if with_reference else None for _ in range(4)),
-            ]
-        )
+    def of(cls, stats: Tensor) -> "RowStats":
+        """The rows of `stats` [4, N], or [8, N] with a reference."""
+        return cls(*stats.unbind())
 
-    def write(self, rows: slice, stats: "RowStats") -> None:
-        for whole, part in zip(self, stats, strict=True):
-            if whole is not None and part is not None:
-                whole[rows] = part
-
-    def results(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(logprob, entropy, ref_logprob, kl): 0 where masked, NaN log-probs of an id outside the vocabulary."""
-        logprob, entropy = tokens.known(self.logprob), tokens.live(self.entropy)
-        if self.ref_logprob is None or self.kl is None:
-            return logprob, entropy, None, None
-        return logprob, entropy, tokens.known(self.ref_logprob), tokens.live(self.kl)
+    def write(self, stats: Tensor, rows: slice) -> None:
+        for whole, part in zip(stats.unbind(), self, strict=False):
+            whole[rows] = part
 
 
 class Gradients(NamedTuple):
@@ -121,6 +109,10 @@ class Tile(NamedTuple):
         return cls(x, e, scratch, like.new_empty(rows, vocabulary) if with_reference else None)
 
 
+def new_stats(tokens: Tokens, with_reference: bool) -> Tensor:
+    return tokens.known_N.new_empty(8 if with_reference else 4, len(tokens.known_N))
+
+
 def tiles(
     tokens: Tokens, vocabulary: int, with_reference: bool, one_row: bool = False
 ) -> Iterator[tuple[slice, Tokens, Tile]]:
@@ -137,7 +129,7 @@ def tiles(
 
 
 def row_statistics(tile: Tile, tokens: Tokens) -> RowStats:
-    """Statistics of a loaded tile, which is left centred.
+    """Statistics of a loaded tile, which is left centred: 0 where masked, NaN log-probs of an id outside.
 
     With s = sum e^x:  logprob = x_token - log s,  entropy = log s - sum(e^x x) / s,
     kl = sum(e^x y) / s - log s + log r,  where y = x - x_ref and r = sum e^x_ref.
@@ -147,8 +139,8 @@ def row_statistics(tile: Tile, tokens: Tokens) -> RowStats:
     _centre_policy(tile, peak_R1, temperature)
     total = _row_sum(tile.e)
     log_total = total.log()
-    logprob = ((a_token_R1 - peak_R1) / temperature).squeeze(1) - log_total
-    entropy = log_total - _row_sum(torch.mul(tile.e, tile.x, out=tile.scratch)) / total
+    logprob = tokens.known(((a_token_R1 - peak_R1) / temperature).squeeze(1) - log_total)
+    entropy = tokens.live(log_total - _row_sum(torch.mul(tile.e, tile.x, out=tile.scratch)) / total)
     if tile.y is None:
         return RowStats(logprob, entropy, peak_R1.squeeze(1), total)
 
@@ -156,11 +148,11 @@ def row_statistics(tile: Tile, tokens: Tokens) -> RowStats:
     _centre(tile.y, ref_peak_R1, temperature)
     ref_total = _row_sum(torch.exp(tile.y, out=tile.scratch))
     ref_log_total = ref_total.log()
-    ref_logprob = ((a_token_R1 - ref_peak_R1) / temperature).squeeze(1) - ref_log_total
+    ref_logprob = tokens.known(((a_token_R1 - ref_peak_R1) / temperature).squeeze(1) - ref_log_total)
     _log_ratio(tile.x, tile.y, tile.e)
     kl = _row_sum(torch.mul(tile.e, tile.y, out=tile.scratch)) / total - log_total + ref_log_total
     policy = (logprob, entropy, peak_R1.squeeze(1), total)
-    return RowStats(*policy, ref_logprob, kl, ref_peak_R1.squeeze(1), ref_total)
+    return RowStats(*policy, ref_logprob, tokens.live(kl), ref_peak_R1.squeeze(1), ref_total)
 
 
 def restore(tile: Tile, tokens: Tokens, stats: RowStats) -> None:

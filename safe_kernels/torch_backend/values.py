@@ -4,51 +4,52 @@ Every layout is flattened to M tokens of packed sequences, so that one code serv
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..results import SafeTerms, TokenStats, ValueTargets
+from ..inputs import Terms, compute_dtype
 
 
-def soft_min(v1, v2, alpha) -> Tensor:
-    v1, v2 = _compute(v1), _compute(v2)
+def soft_min(v1: Tensor, v2: Tensor, alpha: float) -> Tensor:
+    v1, v2 = (v.to(compute_dtype(v1)) for v in (v1, v2))
     gap = (v1 - v2).abs() / alpha
     return torch.minimum(v1, v2) + alpha * (math.log(2) - torch.log1p(torch.exp(-gap)))
 
 
-@torch.no_grad()
 def soft_min_gae(
-    v1, v2, rewards, mask, *, gamma=1.0, lam=0.95, alpha=0.3, cu_seqlens=None, bootstrap=None
-) -> ValueTargets:
+    v1: Tensor,
+    v2: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None,
+    gamma: float,
+    lam: float,
+    alpha: float,
+    cu_seqlens: Tensor | None,
+    bootstrap: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """A scan by pointer jumping: after k rounds a token's sum spans the 2^k live tokens that follow it."""
-    order = _TimeOrder.of(v1, mask, cu_seqlens)
-    value, reward = soft_min(v1, v2, alpha).flatten(), _compute(rewards).flatten()
-    delta = reward + gamma * order.following(value, bootstrap) - value
+    value = soft_min(v1, v2, alpha).flatten()
+    order = _TimeOrder.of(value, v1.shape[-1], mask, cu_seqlens)
+    delta = rewards.to(value.dtype).flatten() + gamma * order.following(value, bootstrap) - value
     advantage, follower, decay = torch.cat([order.live(delta), delta.new_zeros(1)]), order.follower, gamma * lam
     for _ in range(max(order.longest - 1, 0).bit_length()):
         advantage, follower, decay = advantage + decay * advantage[follower], follower[follower], decay * decay
     advantage = advantage[:-1]
-    return ValueTargets(*(order.live(x).view(v1.shape) for x in (value, advantage, advantage + value)))
+    value, advantage, returns = (order.live(x).view(v1.shape) for x in (value, advantage, advantage + value))
+    return value, advantage, returns
 
 
-def terms_of(statistics: Callable[..., TokenStats]) -> Callable[..., SafeTerms]:
-    """`safe_terms`, given the function for `token_stats` from logits or hidden states."""
-
-    def safe_terms(*inputs, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask, **options) -> SafeTerms:
-        *inputs, v1, v2, rewards = inputs
-        stats = statistics(*inputs, mask=mask, **options)
-        order = _TimeOrder.of(v1, mask, cu_seqlens)
-        penalty = (stats.kl - kl_threshold).relu() ** 2
-        value = soft_min(*(v if mask is None else v.where(mask, 0) for v in (v1, v2)), alpha)
-        with torch.no_grad():
-            target = soft_min(v1 if target_v1 is None else target_v1, v2 if target_v2 is None else target_v2, alpha)
-            value_target = _compute(rewards).flatten() + gamma * order.following(target.flatten())
-        return SafeTerms(*stats, *(order.live(x.flatten()).view(v1.shape) for x in (penalty, value, value_target)))
-
-    return safe_terms
+def found_terms(terms: Terms | None, stats: Tensor, mask_N: Tensor | None) -> Tensor | None:
+    """(kl_penalty, value, value_target) [3, N] of tokens with statistics [8, N]."""
+    if terms is None:
+        return None
+    v1, v2, rewards, target_v1, target_v2 = (x.to(stats.dtype) for x in terms[:5])
+    order = _TimeOrder.of(v1, terms.length, mask_N, terms.cu_seqlens)
+    penalty = (stats[5] - terms.kl_threshold).relu() ** 2
+    value_target = rewards + terms.gamma * order.following(soft_min(target_v1, target_v2, terms.alpha))
+    return torch.stack([order.live(x) for x in (penalty, soft_min(v1, v2, terms.alpha), value_target)])
 
 
 class _TimeOrder(NamedTuple):
@@ -60,11 +61,12 @@ class _TimeOrder(NamedTuple):
     longest: int  # an upper bound of the sequences' lengths
 
     @classmethod
-    def of(cls, like: Tensor, mask, cu_seqlens) -> "_TimeOrder":
-        count, device = like.numel(), like.device
-        position = torch.arange(count, device=device)
+    def of(cls, like: Tensor, length: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> "_TimeOrder":
+        """Of tokens as many as `like` has, in sequences of `length` unless they are packed."""
+        count = like.numel()
+        position = torch.arange(count, device=like.device)
         if cu_seqlens is None:
-            longest = like.shape[-1]
+            longest = length
             sequence = position // max(longest, 1)
             end = (sequence + 1) * longest
         else:
@@ -87,7 +89,3 @@ class _TimeOrder(NamedTuple):
         follower = self.follower[:-1]
         last = x_M.new_zeros(()) if bootstrap is None else bootstrap.flatten().to(x_M.dtype)[self.sequence]
         return torch.cat([x_M, x_M.new_zeros(1)])[follower].where(follower < len(x_M), last)
-
-
-def _compute(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

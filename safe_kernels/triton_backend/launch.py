@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class RowChoice:
@@ -34,6 +36,69 @@ class ScanChoice:
 
 # Not measured yet: chosen by compilation alone (80 registers at most; with 4 warps 128).
 SCAN = ScanChoice(tokens=1024, num_warps=8)
+TERMS_ROWS = 32  # tokens of a program that looks up the next live token of each
+
+
+@dataclass(frozen=True)
+class GemmChoice:
+    """A program makes tiles of `rows` x `columns`, summing over `inner` at a time."""
+
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False  # bulk loads, where alignment allows
+    split: int = 2048  # columns of the vocabulary that a program of the statistics walks
+
+
+# By architecture, work and bits of the operands. Not measured yet: chosen by compilation alone, the largest tile that
+# does not spill. Beside each the most registers a thread that a reference or an optional argument brings it to.
+GEMMS = {
+    ("sm_80", "statistics", 16): GemmChoice(128, 128, 32, num_warps=8, num_stages=4),  # 255
+    ("sm_80", "with reference", 16): GemmChoice(128, 64, 32, num_warps=8, num_stages=4),  # 255
+    ("sm_80", "product", 16): GemmChoice(128, 64, 32, num_warps=8, num_stages=4),  # 185
+    ("sm_90", "statistics", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=4, descriptors=True),  # 193
+    ("sm_90", "with reference", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 219
+    ("sm_90", "product", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 165
+    ("sm_100", "statistics", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=4, descriptors=True),  # 211
+    ("sm_100", "with reference", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 216
+    ("sm_100", "product", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 149
+    ("gfx942", "statistics", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=2),  # 170
+    ("gfx942", "with reference", 16): GemmChoice(128, 128, 32, num_warps=8, num_stages=2),  # 230
+    ("gfx942", "product", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=2),  # 132
+}
+FLOAT32 = {  # NVIDIA's tensor cores do not multiply float32 exactly, and without them bulk loads cost registers
+    "statistics": GemmChoice(64, 128, 16, num_warps=8, num_stages=2),  # 182
+    "with reference": GemmChoice(64, 64, 32, num_warps=8, num_stages=2),  # 210
+    "product": GemmChoice(64, 64, 16, num_warps=4, num_stages=2),  # 182
+}
+GEMMS |= {(target, work, 32): FLOAT32[work] for target, work, _ in GEMMS}
+ROW_TILES_TOGETHER = 16  # with H = 4096 in bf16 and 128 rows, 16 MB of hidden states: they stay in L2
+
+
+def architecture(device: torch.device) -> str:
+    """The class of choices; what is neither Hopper nor datacentre Blackwell nor AMD gets the smallest."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip is not None:
+        return "gfx942"
+    return {9: "sm_90", 10: "sm_100"}.get(torch.cuda.get_device_capability(device)[0], "sm_80")
+
+
+def gemm_choice(device: torch.device, work: str, bits: int) -> GemmChoice:
+    return GEMMS[architecture(device), work, bits]
+
+
+@dataclass(frozen=True)
+class MergeChoice:
+    """A program merges the splits of `rows` rows, one after another."""
+
+    rows: int
+    num_warps: int
+
+
+MERGE = MergeChoice(rows=32, num_warps=1)
 
 # Workspaces of `linear.py`: a tile of float32 logits, and the whole rows of the closed form. A reference doubles them,
 # low-precision inputs add half of one: less than 400 MB, and 1.2 GB, at 8192 tokens of width 2048.

@@ -8,94 +8,63 @@ Shapes: N tokens, R rows and W columns of a tile, V vocabulary, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..inputs import LinearInputs, LiveTokens
-from ..objective import Objective, Results, policy_loss
-from ..results import PolicyLoss, TokenStats
+from ..inputs import LinearInputs, Terms
+from ..objective import Objective
+from .fused import fused_statistics
+from .gemm import product as product_of_rows
 from .launch import ROWS_OF_A_TILE, SWEEP_BYTES, TILE_BYTES
-from .logits import Asked, Rows, logit_gradient, new_carry, new_stats, results_of, statistics
+from .logits import Asked, Rows, gradient, new_stats, statistics
+from .rows import CARRY
+from .values import terms_of
 
 
-def linear_token_stats(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, *, mask: Tensor | None = None, **head: Any
-) -> TokenStats:
-    live = all_tokens(tokens.shape, mask)
-    results = _LinearTokenStats.apply(*LinearInputs.of(live, hidden, weight, tokens, **head))
-    return TokenStats._make(None if x is None else live.scatter(x) for x in results)
-
-
-def linear_policy_loss(*tensors: Tensor, mask: Tensor | None, **options: Any) -> PolicyLoss:
-    _, _, tokens, *_ = tensors
-    return policy_loss(sweep, all_tokens(tokens.shape, mask), *tensors, **options)
-
-
-def all_tokens(shape: torch.Size, mask: Tensor | None) -> LiveTokens:
-    """Masked tokens stay: the kernels skip their rows without asking the device how many there are."""
-    return LiveTokens(shape, None, None if mask is None else mask.reshape(-1))
-
-
-class _LinearTokenStats(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
-        ctx.set_materialize_grads(False)
-        inputs = LinearInputs(*args)
-        with_reference = inputs.ref_hidden_NH is not None
-        asked, stats = asked_of(inputs), new_stats(inputs.hidden_NH, len(inputs.tokens_N))
-        carry = new_carry(inputs.hidden_NH, len(inputs.tokens_N))
+def linear_statistics(inputs: LinearInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
+    asked, with_reference = asked_of(inputs), inputs.ref_hidden_NH is not None
+    stats = new_stats(inputs.tokens_N, with_reference)
+    if inputs.batch_invariant:
+        matrices = (inputs.hidden_NH, inputs.weight_VH, inputs.ref_hidden_NH, inputs.ref_weight_VH)
+        fused_statistics(*matrices, *biases(inputs).values(), asked, stats)
+    else:
+        carry = stats.new_empty(len(CARRY), len(inputs.tokens_N))
         for tile in tiles(inputs, with_reference, ROWS_OF_A_TILE, TILE_BYTES):
             tile.statistics(inputs, asked, stats, carry)
-        tensors = [x if isinstance(x, Tensor) else None for x in inputs]
-        ctx.save_for_backward(*tensors, stats)
-        ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs]
-        results = results_of(stats, with_reference)
-        if results[2] is not None:
-            ctx.mark_non_differentiable(results[2])
-        return results
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, stats = ctx.saved_tensors
-        inputs = LinearInputs(*(c if x is None else x for x, c in zip(tensors, ctx.constants, strict=True)))
-        grad_logprob, grad_entropy, _, grad_kl = (None if x is None else x.contiguous() for x in grads)
-        asked, sums = asked_of(inputs), GradientSums(inputs, ctx.needs_input_grad)
-        for tile in tiles(inputs, grad_kl is not None, ROWS_OF_A_TILE, TILE_BYTES):
-            slopes = (None if x is None else x[tile.rows] for x in (grad_logprob, grad_entropy, grad_kl))
-            sums.add(tile, tile.gradient(inputs, asked, stats, tuple(slopes)))
-        gradients = (None if x is None else x.to(i.dtype) for x, i in zip(sums.sums, inputs, strict=False))
-        return *gradients, *(None,) * (len(inputs) - 3)
+    return stats, terms_of(terms, stats, inputs.mask_N)
 
 
-def sweep(inputs: LinearInputs, objective: Objective, needed: tuple[bool, ...]) -> tuple[Results, list[Tensor | None]]:
+def linear_gradients(
+    inputs: LinearInputs, stats: Tensor, slopes: tuple[Tensor | None, ...], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of (hidden, weight, bias), in float32; None where none is needed."""
+    asked, sums = asked_of(inputs), GradientSums(inputs, needed)
+    for tile in tiles(inputs, slopes[2] is not None, ROWS_OF_A_TILE, TILE_BYTES):
+        part = tuple(None if x is None else x[tile.rows] for x in slopes)
+        sums.add(tile, tile.gradient(inputs, asked, stats, part))
+    return sums.sums
+
+
+def sweep(inputs: LinearInputs, objective: Objective, needed: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
     """Statistics, slopes and gradients of whole rows while their logits are there: one product forward, one back."""
-    with_reference = inputs.ref_hidden_NH is not None
-    asked, stats = asked_of(inputs), new_stats(inputs.hidden_NH, len(inputs.tokens_N))
-    vocabulary, sums = len(inputs.weight_VH), GradientSums(inputs, needed)
+    with_reference, vocabulary = inputs.ref_hidden_NH is not None, len(inputs.weight_VH)
+    asked, stats = asked_of(inputs), new_stats(inputs.tokens_N, with_reference)
+    sums = GradientSums(inputs, needed)
     for tile in tiles(inputs, with_reference, max(1, SWEEP_BYTES // (4 * vocabulary)), None):
         tile.statistics(inputs, asked, stats, None)
         if any(needed):
-            logprob, entropy, _, kl = results_of(stats[:, tile.rows], with_reference)
-            *_, slopes = objective.rows(tile.rows).evaluate(logprob, entropy, kl)
+            part = stats[:, tile.rows]
+            *_, slopes = objective.take(tile.rows).evaluate(part[0], part[1], part[5] if with_reference else None)
             sums.add(tile, tile.gradient(inputs, asked, stats, slopes))
-    return results_of(stats, with_reference), sums.sums
+    return stats, sums.sums
 
 
 def asked_of(inputs: LinearInputs) -> Asked:
-    temperature, mask = inputs.temperature, inputs.mask_N
-    return Asked(
-        inputs.tokens_N.contiguous(),
-        len(inputs.weight_VH),
-        temperature.contiguous() if isinstance(temperature, Tensor) else temperature,
-        None if mask is None else mask.contiguous(),
-        inputs.logit_scale,
-        inputs.softcap,
-    )
+    asked = Asked.of(inputs.tokens_N, len(inputs.weight_VH), inputs.temperature, inputs.mask_N)
+    return asked._replace(logit_scale=inputs.logit_scale, softcap=inputs.softcap)
 
 
 class Tile(NamedTuple):
@@ -121,7 +90,7 @@ class Tile(NamedTuple):
         """d loss / d (hidden @ weight.T) of the tile, in the dtype of the products; float32 goes over the tile."""
         float32 = self.weight_WH.dtype == torch.float32
         out = self.logits_RW if float32 else torch.empty_like(self.logits_RW, dtype=self.weight_WH.dtype)
-        logit_gradient(
+        gradient(
             Rows.of(self.logits_RW),
             None if self.ref_logits_RW is None else Rows.of(self.ref_logits_RW),
             asked.rows(self.rows),
@@ -141,12 +110,12 @@ def biases(inputs: LinearInputs) -> dict[str, Tensor | None]:
 
 def tiles(inputs: LinearInputs, with_reference: bool, row_step: int, tile_bytes: int | None) -> Iterator[Tile]:
     """Tiles with their products, row by row of tiles; `tile_bytes` None takes whole rows. All share one memory."""
-    if inputs.batch_invariant:
-        raise ValueError("batch_invariant=True is not offered by backend='triton'; backend='torch' offers it")
     count, vocabulary = len(inputs.tokens_N), len(inputs.weight_VH)
-    row_step = max(1, min(row_step, count))
-    column_step = vocabulary if tile_bytes is None else max(16, tile_bytes // (4 * row_step) // 16 * 16)
-    column_step = min(column_step, vocabulary)
+    rows_there = max(1, min(row_step, count))
+    height = row_step if inputs.batch_invariant else rows_there  # then the columns of a tile do not depend on N either
+    column_step = vocabulary if tile_bytes is None else max(16, tile_bytes // (4 * height) // 16 * 16)
+    row_step, column_step = rows_there, min(column_step, vocabulary)
+    product = product_for(inputs)
     buffers = [
         torch.empty(row_step * column_step, dtype=torch.float32, device=inputs.hidden_NH.device)
         for _ in range(1 + with_reference)
@@ -179,10 +148,18 @@ def common(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(dtype)
 
 
-def product(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """out = x @ y with float32 sums and a float32 result."""
+def product_for(inputs: LinearInputs) -> Callable[..., None]:
+    """(x, y, out, accumulate=False): out = x @ y, or out += x @ y, with float32 sums and a float32 result."""
+    return product_of_rows if inputs.batch_invariant else blas_product
+
+
+def blas_product(x: Tensor, y: Tensor, out: Tensor, accumulate: bool = False) -> None:
     if x.dtype == torch.float32:
-        torch.mm(x, y, out=out)
+        torch.addmm(out, x, y, beta=float(accumulate), out=out)
+    elif accumulate:
+        part = torch.empty_like(out)
+        blas_product(x, y, part)
+        out += part
     elif x.is_cuda:
         torch.mm(x, y, out_dtype=torch.float32, out=out)
     else:
@@ -192,27 +169,19 @@ def product(x: Tensor, y: Tensor, out: Tensor) -> None:
 class GradientSums:
     """Gradients of hidden, weight and bias in float32, as far as they are needed."""
 
-    def __init__(self, inputs: LinearInputs, needed: tuple[bool, ...]) -> None:
-        leaves = (inputs.hidden_NH, inputs.weight_VH, inputs.bias_V)
+    def __init__(self, inputs: LinearInputs, needed: Sequence[bool]) -> None:
+        leaves = zip((inputs.hidden_NH, inputs.weight_VH, inputs.bias_V), needed, strict=True)
         self.sums = [
-            torch.zeros_like(x, dtype=torch.float32) if x is not None and need else None
-            for x, need in zip(leaves, needed, strict=False)
+            torch.zeros(x.shape, dtype=torch.float32, device=x.device) if x is not None and need else None
+            for x, need in leaves
         ]
+        self.product = product_for(inputs)
 
     def add(self, tile: Tile, du_RW: Tensor) -> None:
         hidden_NH, weight_VH, bias_V = self.sums
         if hidden_NH is not None:
-            add_product(hidden_NH[tile.rows], du_RW, tile.weight_WH)
+            self.product(du_RW, tile.weight_WH, hidden_NH[tile.rows], accumulate=True)
         if weight_VH is not None:
-            add_product(weight_VH[tile.columns], du_RW.T, tile.hidden_RH)
+            blas_product(du_RW.T, tile.hidden_RH, weight_VH[tile.columns], accumulate=True)
         if bias_V is not None:
             bias_V[tile.columns] += du_RW.sum(0, dtype=torch.float32)
-
-
-def add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
-    if x.dtype == torch.float32:
-        total.addmm_(x, y)
-    else:
-        part = torch.empty_like(total)
-        product(x, y, part)
-        total += part

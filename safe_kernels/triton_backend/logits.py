@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..objective import Results
-from ..results import TokenStats
+from ..inputs import LogitsInputs, Terms
 from .launch import row_choice
-from .rows import CARRY, STATS, gradient_kernel, statistics_kernel
+from .rows import STATS, gradient_kernel, statistics_kernel
+from .values import terms_arguments
 
 
 class Rows(NamedTuple):
@@ -58,6 +57,14 @@ class Asked(NamedTuple):
     logit_scale: float = 1.0
     softcap: float | None = None
 
+    @classmethod
+    def of(cls, tokens_N: Tensor, vocabulary: int, temperature: float | Tensor, mask_N: Tensor | None) -> Asked:
+        """Kernels step through these by one."""
+        if isinstance(temperature, Tensor):
+            temperature = temperature.contiguous()
+        mask_N = None if mask_N is None else mask_N.contiguous()
+        return cls(tokens_N.contiguous(), vocabulary, temperature, mask_N)
+
     def rows(self, rows: slice) -> Asked:
         """For some of the tokens."""
         temperature = self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
@@ -88,8 +95,9 @@ def statistics(
     first_column: int = 0,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
+    **terms: Any,
 ) -> None:
-    """Fill `stats` [8, N] from a tile; with `carry` [9, N], from the state of the tile before, for the tile after."""
+    """Fill `stats` from a tile; with `carry` [9, N], from the state of the tile before, for the tile after."""
     width, reference = logits.tensor.shape[-1], ref_logits or logits
     choice = row_choice(width)
     statistics_kernel[(triton.cdiv(len(asked.tokens_N), choice.rows),)](
@@ -115,24 +123,25 @@ def statistics(
         C=choice.columns,
         num_warps=choice.num_warps,
         **asked.arguments(),
+        **(terms or terms_arguments(None, None)),
     )
 
 
-def logit_gradient(
+def gradient(
     logits: Rows,
     ref_logits: Rows | None,
     asked: Asked,
     stats: Tensor,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    slopes: tuple[Tensor | None, ...],
     out: Rows,
     *,
     first_column: int = 0,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
 ) -> None:
-    """Write d loss / d logits of a tile to `out`, from the gradients [N] of (logprob, entropy, kl); None is none."""
+    """Write d loss / d logits of a tile to `out`, from the slopes [N] of (logprob, entropy, kl); None is none."""
     width = logits.tensor.shape[-1]
-    grad_logprob, grad_entropy, grad_kl = grads
+    grad_logprob, grad_entropy, grad_kl = (None if x is None else x.contiguous() for x in slopes)
     reference = ref_logits if ref_logits is not None and grad_kl is not None else None
     read = reference or logits
     choice = row_choice(width)
@@ -166,71 +175,26 @@ def logit_gradient(
     )
 
 
-def token_stats(
-    logits: Tensor,
-    tokens: Tensor,
-    *,
-    ref_logits: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    mask: Tensor | None = None,
-    inplace_backward: bool = False,
-) -> TokenStats:
-    results = _TokenStats.apply(logits, tokens, ref_logits, temperature, mask, inplace_backward)
-    return TokenStats._make(None if x is None else x.view(tokens.shape) for x in results)
+def logits_statistics(inputs: LogitsInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
+    stats = new_stats(inputs.tokens_N, inputs.ref_logits is not None)
+    reference = None if inputs.ref_logits is None else Rows.of(inputs.ref_logits)
+    found = None if terms is None else stats.new_empty(3, len(inputs.tokens_N))
+    statistics(Rows.of(inputs.logits), reference, asked_of(inputs), stats, **terms_arguments(terms, found))
+    return stats, found
 
 
-def flat(x: Any) -> Any:
-    return x.reshape(-1).contiguous() if isinstance(x, Tensor) else x
+def logits_gradient(inputs: LogitsInputs, stats: Tensor, slopes: tuple[Tensor | None, ...], out: Tensor) -> None:
+    """Write d loss / d logits to `out`, which may be the logits."""
+    reference = None if inputs.ref_logits is None else Rows.of(inputs.ref_logits)
+    written = Rows.of(out)
+    gradient(Rows.of(inputs.logits), reference, asked_of(inputs), stats, slopes, written)
+    if written.tensor is not out:  # strides that no view in rows can follow
+        out.copy_(written.tensor)
 
 
-class _TokenStats(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        tokens: Tensor,
-        ref_logits: Tensor | None,
-        temperature: float | Tensor,
-        mask: Tensor | None,
-        inplace_backward: bool,
-    ) -> tuple[Tensor | None, ...]:
-        ctx.set_materialize_grads(False)
-        asked = Asked(flat(tokens), logits.shape[-1], flat(temperature), flat(mask))
-        stats = new_stats(logits, len(asked.tokens_N))
-        statistics(Rows.of(logits), None if ref_logits is None else Rows.of(ref_logits), asked, stats)
-        ctx.inplace, ctx.asked = inplace_backward, asked
-        ctx.save_for_backward(logits, ref_logits, stats)
-        results = results_of(stats, ref_logits is not None)
-        if results[2] is not None:
-            ctx.mark_non_differentiable(results[2])
-        return results
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, ref_logits, stats = ctx.saved_tensors
-        grad_logprob, grad_entropy, _, grad_kl = (flat(x) for x in grads)
-        source = Rows.of(logits)
-        grad = logits.detach() if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        reference = None if ref_logits is None else Rows.of(ref_logits)
-        written = Rows.of(grad)
-        logit_gradient(source, reference, ctx.asked, stats, (grad_logprob, grad_entropy, grad_kl), written)
-        if written.tensor is not grad:  # strides that no view in rows can follow
-            grad.copy_(written.tensor)
-        if ctx.inplace:
-            torch.autograd.graph.increment_version(logits)  # autograd does not see what a kernel writes
-        return grad, *(None,) * 5
+def asked_of(inputs: LogitsInputs) -> Asked:
+    return Asked.of(inputs.tokens_N, inputs.logits.shape[-1], inputs.temperature, inputs.mask_N)
 
 
-def new_stats(like: Tensor, count: int) -> Tensor:
-    return torch.empty(len(STATS), count, dtype=torch.float32, device=like.device)
-
-
-def new_carry(like: Tensor, count: int) -> Tensor:
-    return torch.empty(len(CARRY), count, dtype=torch.float32, device=like.device)
-
-
-def results_of(stats: Tensor, with_reference: bool) -> Results:
-    """(logprob, entropy, ref_logprob, kl), which own their memory."""
-    logprob, entropy = stats[0].clone(), stats[1].clone()
-    return (logprob, entropy, stats[4].clone(), stats[5].clone()) if with_reference else (logprob, entropy, None, None)
+def new_stats(tokens_N: Tensor, with_reference: bool) -> Tensor:
+    return tokens_N.new_empty(len(STATS) if with_reference else len(STATS) // 2, len(tokens_N), dtype=torch.float32)

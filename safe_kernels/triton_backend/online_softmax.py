@@ -61,11 +61,8 @@ def update_policy(state, a, inverse_temperature):
     m = tl.maximum(state.m, tl.max(a, axis=1))
     x = centred(a, m, inverse_temperature)
     e = tl.exp(x)
-    shift = moved(state.m, m, state.s, inverse_temperature)
-    scale = tl.exp(shift)
-    s = state.s * scale + tl.sum(e, axis=1)
-    b = (state.b + shift * state.s) * scale + tl.sum(tl.where(e > 0, e * x, 0.0), axis=1)
-    return Policy(m, s, b)
+    before = moved_policy(state, m, inverse_temperature)
+    return Policy(m, before.s + tl.sum(e, axis=1), before.b + tl.sum(tl.where(e > 0, e * x, 0.0), axis=1))
 
 
 @triton.jit
@@ -75,37 +72,46 @@ def update(policy, reference, a, a_ref, inverse_temperature):
     n = tl.maximum(reference.n, tl.max(a_ref, axis=1))
     x, y = centred(a, after.m, inverse_temperature), centred(a_ref, n, inverse_temperature)
     e = tl.exp(x)
-    shift = moved(policy.m, after.m, policy.s, inverse_temperature)
-    ref_shift = moved(reference.n, n, reference.r, inverse_temperature)
-    r = reference.r * tl.exp(ref_shift) + tl.sum(tl.exp(y), axis=1)
     is_outside = (a_ref == -float("inf")) & (a > -float("inf"))
     terms = tl.where((e > 0) & (is_outside == 0), e * (x - y), 0.0)
-    c = (reference.c + (shift - ref_shift) * policy.s) * tl.exp(shift) + tl.sum(terms, axis=1)
     outside = tl.maximum(reference.outside, tl.max(is_outside.to(tl.float32), axis=1))
-    return after, Reference(n, r, c, outside)
+    before = moved_reference(policy, reference, after.m, n, inverse_temperature)
+    return after, Reference(n, before.r + tl.sum(tl.exp(y), axis=1), before.c + tl.sum(terms, axis=1), outside)
+
+
+@triton.jit
+def merge_policy(state, other, inverse_temperature):
+    """The states of two disjoint sets of columns, as the state of their union."""
+    m = tl.maximum(state.m, other.m)
+    left, right = moved_policy(state, m, inverse_temperature), moved_policy(other, m, inverse_temperature)
+    return Policy(m, left.s + right.s, left.b + right.b)
 
 
 @triton.jit
 def merge(policy, reference, other_policy, other_reference, inverse_temperature):
-    """The states of two disjoint sets of columns, as the state of their union."""
-    m = tl.maximum(policy.m, other_policy.m)
+    """Both states of two disjoint sets of columns, as those of their union."""
+    merged = merge_policy(policy, other_policy, inverse_temperature)
     n = tl.maximum(reference.n, other_reference.n)
-    left = shifted(policy, reference, m, n, inverse_temperature)
-    right = shifted(other_policy, other_reference, m, n, inverse_temperature)
+    left = moved_reference(policy, reference, merged.m, n, inverse_temperature)
+    right = moved_reference(other_policy, other_reference, merged.m, n, inverse_temperature)
     outside = tl.maximum(reference.outside, other_reference.outside)
-    merged = Policy(m, left[0] + right[0], left[1] + right[1])
-    return merged, Reference(n, left[2] + right[2], left[3] + right[3], outside)
+    return merged, Reference(n, left.r + right.r, left.c + right.c, outside)
 
 
 @triton.jit
-def shifted(policy, reference, m, n, inverse_temperature):
-    """(s, b, r, c) for new maxima."""
+def moved_policy(state, m, inverse_temperature):
+    """The same columns under a maximum that is no smaller."""
+    shift = moved(state.m, m, state.s, inverse_temperature)
+    scale = tl.exp(shift)
+    return Policy(m, state.s * scale, (state.b + shift * state.s) * scale)
+
+
+@triton.jit
+def moved_reference(policy, reference, m, n, inverse_temperature):
     shift = moved(policy.m, m, policy.s, inverse_temperature)
     ref_shift = moved(reference.n, n, reference.r, inverse_temperature)
-    scale = tl.exp(shift)
-    b = (policy.b + shift * policy.s) * scale
-    c = (reference.c + (shift - ref_shift) * policy.s) * scale
-    return policy.s * scale, b, reference.r * tl.exp(ref_shift), c
+    c = (reference.c + (shift - ref_shift) * policy.s) * tl.exp(shift)
+    return Reference(n, reference.r * tl.exp(ref_shift), c, reference.outside)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from .online_softmax import (
     update,
     update_policy,
 )
+from .values import TERMS, store_terms
 
 # Rows of `stats` [8, N], and of `carry` [9, N], the state between two tiles.
 STATS = ("logprob", "entropy", "peak", "log_total", "ref_logprob", "kl", "ref_peak", "ref_log_total")
@@ -43,10 +44,17 @@ def tanh(x):
 
 @triton.jit
 def load_logits(pointer_R, columns, inside, bias, first_column, logit_scale, softcap):
-    """softcap tanh(logit_scale (logit + bias) / softcap) of some columns, -inf where not `inside`."""
-    a = tl.load(pointer_R[:, None] + columns, mask=inside, other=0.0).to(tl.float32)
+    """Logits of some columns of a tile, -inf where not `inside`."""
+    u = tl.load(pointer_R[:, None] + columns, mask=inside, other=0.0).to(tl.float32)
+    return logits_of(u, first_column + columns, inside, bias, logit_scale, softcap)
+
+
+@triton.jit
+def logits_of(u, columns, inside, bias, logit_scale, softcap):
+    """softcap tanh(logit_scale (u + bias) / softcap), -inf where not `inside`."""
+    a = u
     if bias is not None:
-        a += tl.load(bias + first_column + columns, mask=inside, other=0.0).to(tl.float32)
+        a += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     a *= logit_scale
     if softcap is not None:
         a = softcap * tanh(a / softcap)
@@ -72,7 +80,62 @@ def load_rows(pointer, default, row_R, inside_R):
     return value_R
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit
+def load_policy(state, stride, inside):
+    """(state, the token's logit), as `store_policy` left them."""
+    m = tl.load(state, mask=inside, other=0.0)
+    s = tl.load(state + stride, mask=inside, other=0.0)
+    b = tl.load(state + 2 * stride, mask=inside, other=0.0)
+    return Policy(m, s, b), tl.load(state + 3 * stride, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_policy(state, stride, policy, a_token, inside):
+    tl.store(state, policy.m, mask=inside)
+    tl.store(state + stride, policy.s, mask=inside)
+    tl.store(state + 2 * stride, policy.b, mask=inside)
+    tl.store(state + 3 * stride, a_token, mask=inside)
+
+
+@triton.jit
+def load_reference(state, stride, inside):
+    n = tl.load(state + 4 * stride, mask=inside, other=0.0)
+    r = tl.load(state + 5 * stride, mask=inside, other=0.0)
+    c = tl.load(state + 6 * stride, mask=inside, other=0.0)
+    outside = tl.load(state + 7 * stride, mask=inside, other=0.0)
+    return Reference(n, r, c, outside), tl.load(state + 8 * stride, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_reference(state, stride, reference, a_ref_token, inside):
+    tl.store(state + 4 * stride, reference.n, mask=inside)
+    tl.store(state + 5 * stride, reference.r, mask=inside)
+    tl.store(state + 6 * stride, reference.c, mask=inside)
+    tl.store(state + 7 * stride, reference.outside, mask=inside)
+    tl.store(state + 8 * stride, a_ref_token, mask=inside)
+
+
+@triton.jit
+def store_policy_stats(out, stride, policy, a_token, inverse, known, live, inside):
+    """A masked row gets zeros, and the logprob of an id that is no token is NaN."""
+    logprob, entropy, log_s = finish_policy(policy, a_token, inverse)
+    tl.store(out, tl.where(live, tl.where(known, logprob, float("nan")), 0.0), mask=inside)
+    tl.store(out + stride, tl.where(live, entropy, 0.0), mask=inside)
+    tl.store(out + 2 * stride, tl.where(live, policy.m, 0.0), mask=inside)
+    tl.store(out + 3 * stride, tl.where(live, log_s, 0.0), mask=inside)
+
+
+@triton.jit
+def store_reference_stats(out, stride, policy, reference, a_ref_token, inverse, known, live, inside):
+    ref_logprob, kl, log_r = finish_reference(policy, reference, a_ref_token, inverse)
+    tl.store(out + 4 * stride, tl.where(live, tl.where(known, ref_logprob, float("nan")), 0.0), mask=inside)
+    tl.store(out + 5 * stride, tl.where(live, kl, 0.0), mask=inside)
+    tl.store(out + 6 * stride, tl.where(live, reference.n, 0.0), mask=inside)
+    tl.store(out + 7 * stride, tl.where(live, log_r, 0.0), mask=inside)
+    return kl
+
+
+@triton.jit(do_not_specialize=[*RUNTIME, *TERMS])
 def statistics_kernel(
     logits,  # rows at outer * stride_outer + inner * stride_inner, columns of stride 1
     ref_logits,  # the same, or None
@@ -83,6 +146,14 @@ def statistics_kernel(
     ref_bias,
     carry,  # rows of CARRY, a stride_stats apart; None where FIRST and LAST
     stats,  # rows of STATS
+    v1,  # [N], or None: no terms of `safe_terms`, whose arguments these are down to `terms`
+    v2,
+    rewards,
+    target_v1,
+    target_v2,
+    cu_seqlens,  # [S + 1], or None
+    threshold_tensor,  # one number, or None: threshold
+    terms,  # [3, N]
     rows_inner,
     stride_outer,
     stride_inner,
@@ -97,6 +168,11 @@ def statistics_kernel(
     temperature,
     logit_scale,
     softcap,  # or None
+    threshold,
+    alpha,
+    gamma,
+    sequences,
+    length,
     FIRST: tl.constexpr,  # no state to carry in
     LAST: tl.constexpr,  # no state to carry out
     ALIGNED: tl.constexpr,
@@ -124,9 +200,8 @@ def statistics_kernel(
     if FIRST:
         policy = empty_policy(R)
     else:
-        m, s = tl.load(state, mask=inside), tl.load(state + stride_stats, mask=inside)
-        policy = Policy(m, s, tl.load(state + 2 * stride_stats, mask=inside))
-        a_token = tl.where(here, a_token, tl.load(state + 3 * stride_stats, mask=inside))
+        policy, carried = load_policy(state, stride_stats, inside)
+        a_token = tl.where(here, a_token, carried)
 
     if ref_logits is None:
         for start in range(0, width, C):
@@ -141,10 +216,8 @@ def statistics_kernel(
         if FIRST:
             reference = empty_reference(R)
         else:
-            n, r = tl.load(state + 4 * stride_stats, mask=inside), tl.load(state + 5 * stride_stats, mask=inside)
-            c, outside = tl.load(state + 6 * stride_stats, mask=inside), tl.load(state + 7 * stride_stats, mask=inside)
-            reference = Reference(n, r, c, outside)
-            a_ref_token = tl.where(here, a_ref_token, tl.load(state + 8 * stride_stats, mask=inside))
+            reference, ref_carried = load_reference(state, stride_stats, inside)
+            a_ref_token = tl.where(here, a_ref_token, ref_carried)
         for start in range(0, width, C):
             columns = start + tl.arange(0, C)[None, :]
             seen = (columns < width) & live[:, None]
@@ -152,31 +225,35 @@ def statistics_kernel(
             a_ref = load_logits(ref_pointer, columns, seen, ref_bias, first_column, logit_scale, softcap)
             policy, reference = update(policy, reference, a, a_ref, inverse)
         if LAST:
-            ref_logprob, kl, log_r = finish_reference(policy, reference, a_ref_token, inverse)
-            ref_logprob = tl.where(live, tl.where(known, ref_logprob, float("nan")), 0.0)
-            tl.store(out + 4 * stride_stats, ref_logprob, mask=inside)
-            tl.store(out + 5 * stride_stats, tl.where(live, kl, 0.0), mask=inside)
-            tl.store(out + 6 * stride_stats, reference.n, mask=inside)
-            tl.store(out + 7 * stride_stats, log_r, mask=inside)
+            kl = store_reference_stats(out, stride_stats, policy, reference, a_ref_token, inverse, known, live, inside)
+            if v1 is not None:
+                store_terms(
+                    row,
+                    live,
+                    kl,
+                    v1,
+                    v2,
+                    rewards,
+                    target_v1,
+                    target_v2,
+                    mask,
+                    cu_seqlens,
+                    threshold_tensor,
+                    threshold,
+                    alpha,
+                    gamma,
+                    sequences,
+                    length,
+                    N,
+                    terms,
+                )
         else:
-            tl.store(state + 4 * stride_stats, reference.n, mask=inside)
-            tl.store(state + 5 * stride_stats, reference.r, mask=inside)
-            tl.store(state + 6 * stride_stats, reference.c, mask=inside)
-            tl.store(state + 7 * stride_stats, reference.outside, mask=inside)
-            tl.store(state + 8 * stride_stats, a_ref_token, mask=inside)
+            store_reference(state, stride_stats, reference, a_ref_token, inside)
 
     if LAST:
-        logprob, entropy, log_s = finish_policy(policy, a_token, inverse)
-        logprob = tl.where(live, tl.where(known, logprob, float("nan")), 0.0)
-        tl.store(out, logprob, mask=inside)
-        tl.store(out + stride_stats, tl.where(live, entropy, 0.0), mask=inside)
-        tl.store(out + 2 * stride_stats, policy.m, mask=inside)
-        tl.store(out + 3 * stride_stats, log_s, mask=inside)
+        store_policy_stats(out, stride_stats, policy, a_token, inverse, known, live, inside)
     else:
-        tl.store(state, policy.m, mask=inside)
-        tl.store(state + stride_stats, policy.s, mask=inside)
-        tl.store(state + 2 * stride_stats, policy.b, mask=inside)
-        tl.store(state + 3 * stride_stats, a_token, mask=inside)
+        store_policy(state, stride_stats, policy, a_token, inside)
 
 
 @triton.jit(do_not_specialize=[*RUNTIME, "grad_rows_inner", "grad_stride_outer", "grad_stride_inner"])

@@ -1,18 +1,24 @@
-"""Soft-min of two critics and its advantages: one program walks one sequence from its end, a block of time at a time.
+"""Soft-min of two critics: its advantages, one program a sequence, and its one-step targets, a few tokens at a time.
 
-Shapes: S sequences, T the time axis (of one sequence, or of all when packed), B tokens a block. Inside a sequence a
-token has a place, counted from the end: place 0 is the last token, and time runs towards smaller places.
+Shapes: S sequences, T the time axis (of one sequence, or of all when packed), N tokens, R of them in a program, B
+tokens a block. Inside a sequence a token has a place, counted from the end: place 0 is the last token, and time runs
+towards smaller places.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..results import ValueTargets
-from .launch import SCAN
+from ..inputs import Terms
+from .launch import SCAN, TERMS_ROWS
+
+POINTERS = ("v1", "v2", "rewards", "target_v1", "target_v2", "cu_seqlens", "threshold_tensor", "terms")
+TERMS = ["threshold", "alpha", "gamma", "sequences", "length"]  # never specialised on
 
 
 @triton.jit
@@ -34,6 +40,120 @@ def load_live(mask, at, inside):
     if mask is not None:
         live = tl.load(mask + at, mask=inside, other=0) != 0
     return live
+
+
+@triton.jit
+def end_of_sequence(row_R, cu_seqlens, sequences, length, N, B: tl.constexpr):
+    """One past the last token of the sequence that a token is in: the first bound after it."""
+    end_R = tl.minimum((row_R // length + 1) * length, N)
+    if cu_seqlens is not None:
+        end_R = tl.zeros_like(row_R) + N
+        for start in range(1, sequences + 1, B):
+            at = start + tl.arange(0, B)
+            bound = tl.load(cu_seqlens + at, mask=at <= sequences, other=0).to(tl.int64)[None, :]
+            end_R = tl.minimum(end_R, tl.min(tl.where(bound > row_R[:, None], bound, N), axis=1))
+    return end_R
+
+
+@triton.jit
+def follower_of(row_R, live_R, end_R, mask, B: tl.constexpr):
+    """The next live token of a live one, if that comes before the end."""
+    next_R = row_R + 1
+    if mask is not None:
+        searching_R = live_R & (next_R < end_R)
+        while tl.max(searching_R.to(tl.int32), axis=0) > 0:
+            at = next_R[:, None] + tl.arange(0, B)[None, :]
+            found = load_live(mask, at, (at < end_R[:, None]) & searching_R[:, None])
+            nearest_R = tl.min(tl.where(found, at, next_R[:, None] + B), axis=1)
+            next_R = tl.where(searching_R, nearest_R, next_R)
+            searching_R = searching_R & (tl.max(found.to(tl.int32), axis=1) == 0) & (next_R < end_R)
+    return next_R
+
+
+@triton.jit
+def store_terms(
+    row_R,
+    live_R,
+    kl_R,
+    v1,  # [N], as the next four
+    v2,
+    rewards,
+    target_v1,
+    target_v2,
+    mask,  # [N], or None
+    cu_seqlens,  # [S + 1], or None: sequences of `length` tokens
+    threshold_tensor,  # one number, or None: threshold
+    threshold,
+    alpha,
+    gamma,
+    sequences,
+    length,
+    N,
+    terms,  # [3, N]: kl_penalty, value, value_target
+):
+    """What `safe_terms` asks of a token once its KL is known."""
+    B: tl.constexpr = 32
+    if threshold_tensor is not None:
+        threshold = tl.load(threshold_tensor).to(tl.float32)
+    excess_R = kl_R - threshold
+    end_R = end_of_sequence(row_R, cu_seqlens, sequences, length, N, B)
+    next_R = follower_of(row_R, live_R, end_R, mask, B)
+    next_value_R = load_value(target_v1, target_v2, next_R, live_R & (next_R < end_R), alpha)
+    next_value_R = tl.where(next_R < end_R, next_value_R, 0.0)
+    reward_R = tl.load(rewards + row_R, mask=live_R, other=0.0).to(tl.float32)
+    value_R = load_value(v1, v2, row_R, live_R, alpha)
+    penalty_R = tl.where(excess_R <= 0, 0.0, excess_R * excess_R)  # a NaN stays one
+    inside_R = row_R < N
+    tl.store(terms + row_R, tl.where(live_R, penalty_R, 0.0), mask=inside_R)
+    tl.store(terms + N.to(tl.int64) + row_R, tl.where(live_R, value_R, 0.0), mask=inside_R)
+    target_R = reward_R + gamma * next_value_R
+    tl.store(terms + 2 * N.to(tl.int64) + row_R, tl.where(live_R, target_R, 0.0), mask=inside_R)
+
+
+@triton.jit(do_not_specialize=[*TERMS, "N"])
+def terms_kernel(
+    kl,  # [N]
+    v1,
+    v2,
+    rewards,
+    target_v1,
+    target_v2,
+    mask,
+    cu_seqlens,
+    threshold_tensor,
+    threshold,
+    alpha,
+    gamma,
+    sequences,
+    length,
+    N,
+    terms,
+    R: tl.constexpr,
+):
+    """`store_terms` by itself, for statistics that more than one launch has made."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    live = load_live(mask, row, row < N)
+    kl_R = tl.load(kl + row, mask=live, other=0.0)
+    store_terms(
+        row,
+        live,
+        kl_R,
+        v1,
+        v2,
+        rewards,
+        target_v1,
+        target_v2,
+        mask,
+        cu_seqlens,
+        threshold_tensor,
+        threshold,
+        alpha,
+        gamma,
+        sequences,
+        length,
+        N,
+        terms,
+    )
 
 
 @triton.jit
@@ -96,23 +216,47 @@ def gae_kernel(
         tl.store(returns + at, tl.where(live, a + v, 0.0), mask=at >= first)
 
 
-@torch.no_grad()
+def terms_arguments(terms: Terms | None, found: Tensor | None) -> dict[str, Any]:
+    """The arguments that `statistics_kernel` and `terms_kernel` share."""
+    if terms is None:
+        return dict.fromkeys(POINTERS) | dict.fromkeys(TERMS, 0)
+    packed, threshold = terms.cu_seqlens is not None, terms.kl_threshold
+    tensors = (*terms[:5], terms.cu_seqlens, threshold if isinstance(threshold, Tensor) else None)
+    pointers = (None if x is None else x.contiguous() for x in tensors)
+    numbers = (
+        0.0 if isinstance(threshold, Tensor) else threshold,
+        terms.alpha,
+        terms.gamma,
+        len(terms.cu_seqlens) - 1 if packed else 0,
+        terms.length,
+    )
+    return dict(zip((*POINTERS, *TERMS), (*pointers, found, *numbers), strict=True))
+
+
+def terms_of(terms: Terms | None, stats: Tensor, mask_N: Tensor | None) -> Tensor | None:
+    """(kl_penalty, value, value_target) [3, N] of tokens with statistics [8, N]."""
+    if terms is None:
+        return None
+    found = stats.new_empty(3, stats.shape[1])
+    if found.numel() > 0:
+        mask = None if mask_N is None else mask_N.contiguous().view(torch.uint8)
+        arguments = {"kl": stats[5], "mask": mask, "N": stats.shape[1], **terms_arguments(terms, found)}
+        terms_kernel[(triton.cdiv(stats.shape[1], TERMS_ROWS),)](**arguments, R=TERMS_ROWS)
+    return found
+
+
 def soft_min_gae(
     v1: Tensor,
     v2: Tensor,
     rewards: Tensor,
     mask: Tensor | None,
-    *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    alpha: float = 0.3,
-    cu_seqlens: Tensor | None = None,
-    bootstrap: Tensor | None = None,
-) -> ValueTargets:
-    for name, x in (("v1", v1), ("v2", v2), ("rewards", rewards)):
-        if x.dtype == torch.float64:
-            raise ValueError(f'{name} is torch.float64; backend="triton" computes in float32, backend="torch" takes it')
-    found = ValueTargets._make(v1.new_empty(v1.shape, dtype=torch.float32) for _ in ValueTargets._fields)
+    gamma: float,
+    lam: float,
+    alpha: float,
+    cu_seqlens: Tensor | None,
+    bootstrap: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    value, advantage, returns = (v1.new_empty(v1.shape, dtype=torch.float32) for _ in range(3))
     if v1.numel() > 0:
         gae_kernel[(v1.shape[:-1].numel() if cu_seqlens is None else len(cu_seqlens) - 1,)](
             v1=v1.contiguous(),
@@ -121,9 +265,9 @@ def soft_min_gae(
             mask=None if mask is None else mask.contiguous().view(torch.uint8),
             cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
             bootstrap=None if bootstrap is None else bootstrap.contiguous(),
-            value=found.value,
-            advantage=found.advantage,
-            returns=found.returns,
+            value=value,
+            advantage=advantage,
+            returns=returns,
             T=v1.shape[-1],
             gamma=gamma,
             decay=gamma * lam,
@@ -131,4 +275,4 @@ def soft_min_gae(
             B=SCAN.tokens,
             num_warps=SCAN.num_warps,
         )
-    return found
+    return value, advantage, returns

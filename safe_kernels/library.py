@@ -1,0 +1,356 @@
+"""The operations of the fast backends, registered with PyTorch: eager, autograd and torch.compile meet here.
+
+A backend is a module of plain functions on flattened inputs; what a gradient needs, and who asks for one, is decided
+here once for all of them. An op returns plain tensors, empty where there is nothing to return.
+
+    logits_statistics(inputs, terms)              the statistics of rows, `stats` [4 or 8, N], and the terms [3, N]
+    logits_gradient(inputs, stats, slopes, out)   d loss / d logits, written to `out`, which may be the logits
+    linear_statistics, linear_gradients           the same from hidden states; gradients of (hidden, weight, bias)
+    sweep(inputs, objective, needed)              statistics, and the gradients of the closed-form loss
+    soft_min_gae(...)                             value, advantage, returns
+
+`stats` has the rows logprob, entropy, the maximum of the logits and a measure of their sum, as the backend likes it;
+with a reference the same four again: ref_logprob, kl, and so on.
+
+Shapes: N tokens, V vocabulary, H hidden width.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inputs import LinearInputs, LogitsInputs, Terms, compute_dtype
+from .objective import Objective
+from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
+from .schema import Signature
+from .torch_backend.values import soft_min as _soft_min
+
+Slopes = tuple[Tensor | None, Tensor | None, Tensor | None]  # d loss / d (logprob, entropy, kl) [N]; None is none
+
+
+def token_stats(logits: Tensor, tokens: Tensor, *, inplace_backward: bool, backend: str, **options: Any) -> TokenStats:
+    inputs = LogitsInputs.of(logits, tokens, **options)
+    return _token_stats(_logits_op(*_LOGITS.flatten(inputs, None, inplace_backward, backend)), tokens.shape)
+
+
+def linear_token_stats(hidden: Tensor, weight: Tensor, tokens: Tensor, *, backend: str, **head: Any) -> TokenStats:
+    inputs = LinearInputs.of(hidden, weight, tokens, **head)
+    return _token_stats(_linear_op(*_LINEAR.flatten(inputs, None, backend)), tokens.shape)
+
+
+def safe_terms(
+    logits: Tensor,
+    tokens: Tensor,
+    *values: Tensor,
+    ref_logits: Tensor,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    inplace_backward: bool,
+    backend: str,
+    **options: Any,
+) -> SafeTerms:
+    inputs = LogitsInputs.of(logits, tokens, ref_logits=ref_logits, temperature=temperature, mask=mask)
+    terms = Terms.of(*values, **options)
+    found = _logits_op(*_LOGITS.flatten(inputs, terms, inplace_backward, backend))
+    return SafeTerms._make(x.view(tokens.shape) for x in found[:-1])
+
+
+def linear_safe_terms(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, *values: Tensor, backend: str, **options: Any
+) -> SafeTerms:
+    names = ("target_v1", "target_v2", "kl_threshold", "alpha", "gamma", "cu_seqlens")
+    terms = Terms.of(*values, **{name: options.pop(name) for name in names})
+    inputs = LinearInputs.of(hidden, weight, tokens, **options)
+    found = _linear_op(*_LINEAR.flatten(inputs, terms, backend))
+    return SafeTerms._make(x.view(tokens.shape) for x in found[:-1])
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    *,
+    loss_weight: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    entropy_coef: float | Tensor,
+    kl_coef: float | Tensor,
+    kl_penalty_coef: float | Tensor,
+    kl_threshold: float | Tensor,
+    backend: str,
+    **head: Any,
+) -> PolicyLoss:
+    inputs = LinearInputs.of(hidden, weight, tokens, **head)
+    coefficients = (clip_low, clip_high, entropy_coef, kl_coef, kl_penalty_coef, kl_threshold)
+    objective = Objective.of(inputs, old_logprob, advantage, loss_weight, *coefficients)
+    needed = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs[:3])
+    loss, clip_fraction, *results, _, _, _ = _loss_op(*_LOSS.flatten(inputs, objective, *needed, backend))
+    results = _shaped(results, tokens.shape, inputs.ref_hidden_NH is not None)
+    return PolicyLoss._make([loss, *results, clip_fraction])
+
+
+def soft_min(v1: Tensor, v2: Tensor, alpha: float, *, backend: str) -> Tensor:
+    """Plain PyTorch on every backend: an elementwise function of [tokens] earns no kernel."""
+    return _soft_min(v1, v2, alpha)
+
+
+def soft_min_gae(v1: Tensor, v2: Tensor, rewards: Tensor, mask: Tensor | None, **options: Any) -> ValueTargets:
+    values = (v1.detach(), v2.detach(), rewards.detach(), mask)
+    return ValueTargets._make(_gae_op(*values, *(options[name] for name in _GAE.names[len(values) :])))
+
+
+def _token_stats(found: Sequence[Tensor], shape: torch.Size) -> TokenStats:
+    return TokenStats._make(_shaped(found[:4], shape, len(found[-1]) == 8))
+
+
+def _shaped(results: Sequence[Tensor], shape: torch.Size, with_reference: bool) -> list[Tensor | None]:
+    """(logprob, entropy, ref_logprob, kl) in the shape of the tokens; None without a reference."""
+    return [x.view(shape) if with_reference or i < 2 else None for i, x in enumerate(results)]
+
+
+def _register(name: str, signature: Signature, outputs: str, mutates: str = "") -> Callable[..., Any]:
+    """Make an op of a function of the signature's values; it runs on its tensors' device, and autocast is off."""
+
+    def register(body: Callable[..., Any]) -> Any:
+        def run(*flat: Any) -> Any:
+            device = flat[0].device
+            with torch.autocast(device.type, enabled=False), torch.accelerator.device_index(device.index):
+                return body(*signature.restore(flat))
+
+        schema = signature.schema.replace(f"Tensor {mutates},", f"Tensor(a!) {mutates},", 1)
+        mutates_args = (mutates,) if mutates else ()
+        return torch.library.custom_op(
+            f"safe_kernels::{name}", run, mutates_args=mutates_args, schema=f"({schema}) -> {outputs}"
+        )
+
+    return register
+
+
+def _backend(name: str) -> Any:
+    return importlib.import_module(f"safe_kernels.{name}_backend")
+
+
+# What the two statistics return: logprob, entropy, ref_logprob, kl, kl_penalty, value, value_target, stats.
+_STATISTICS = f"({', '.join(['Tensor'] * 8)})"
+_SLOPES = {name: Tensor | None for name in ("grad_logprob", "grad_entropy", "grad_kl")}
+_LOGITS = Signature(inputs=LogitsInputs, terms=Terms | None, inplace_backward=bool, backend=str)
+_LOGITS_BACKWARD = Signature(inputs=LogitsInputs, backend=str, stats=Tensor, **_SLOPES)
+_LINEAR = Signature(inputs=LinearInputs, terms=Terms | None, backend=str)
+_NEEDS = dict.fromkeys(("need_hidden", "need_weight", "need_bias"), bool)
+_LINEAR_BACKWARD = Signature(inputs=LinearInputs, backend=str, stats=Tensor, **_SLOPES, **_NEEDS)
+_LOSS = Signature(inputs=LinearInputs, objective=Objective, **_NEEDS, backend=str)
+_GAE = Signature(
+    v1=Tensor,
+    v2=Tensor,
+    rewards=Tensor,
+    mask=Tensor | None,
+    gamma=float,
+    lam=float,
+    alpha=float,
+    cu_seqlens=Tensor | None,
+    bootstrap=Tensor | None,
+    backend=str,
+)
+
+
+@_register("token_stats", _LOGITS, _STATISTICS)
+def _logits_op(inputs: LogitsInputs, terms: Terms | None, inplace_backward: bool, backend: str) -> tuple[Tensor, ...]:
+    return _found(*_backend(backend).logits_statistics(inputs, terms))
+
+
+@_register("linear_token_stats", _LINEAR, _STATISTICS)
+def _linear_op(inputs: LinearInputs, terms: Terms | None, backend: str) -> tuple[Tensor, ...]:
+    return _found(*_backend(backend).linear_statistics(inputs, terms))
+
+
+def _found(stats: Tensor, terms: Tensor | None) -> tuple[Tensor, ...]:
+    """Outputs that share no memory."""
+    absent = stats.new_empty(0)
+    extra = (absent,) * 3 if terms is None else terms.unbind()
+    return *(x.clone() for x in (*_results(stats), *extra)), stats
+
+
+def _results(stats: Tensor) -> tuple[Tensor, ...]:
+    """(logprob, entropy, ref_logprob, kl); the last two are empty without a reference."""
+    absent = stats.new_empty(0)
+    return (stats[0], stats[1], stats[4], stats[5]) if len(stats) == 8 else (stats[0], stats[1], absent, absent)
+
+
+@_logits_op.register_fake
+def _(*flat: Any) -> tuple[Tensor, ...]:
+    inputs, terms, _, _ = _LOGITS.restore(flat)
+    return _like(inputs.logits, inputs.tokens_N, inputs.ref_logits is not None, terms is not None)
+
+
+@_linear_op.register_fake
+def _(*flat: Any) -> tuple[Tensor, ...]:
+    inputs, terms, _ = _LINEAR.restore(flat)
+    return _like(inputs.hidden_NH, inputs.tokens_N, inputs.ref_hidden_NH is not None, terms is not None)
+
+
+def _like(x: Tensor, tokens_N: Tensor, with_reference: bool, with_terms: bool) -> tuple[Tensor, ...]:
+    dtype, N = compute_dtype(x), len(tokens_N)
+    sizes = [N, N, *[N if with_reference else 0] * 2, *[N if with_terms else 0] * 3]
+    return *(x.new_empty(size, dtype=dtype) for size in sizes), x.new_empty(8 if with_reference else 4, N, dtype=dtype)
+
+
+@_register("token_stats_backward", _LOGITS_BACKWARD, "Tensor")
+def _logits_backward_op(inputs: LogitsInputs, backend: str, stats: Tensor, *slopes: Tensor | None) -> Tensor:
+    out = torch.empty_like(inputs.logits, memory_format=torch.contiguous_format)
+    _backend(backend).logits_gradient(inputs, stats, slopes, out)
+    return out
+
+
+@_register("token_stats_backward_", _LOGITS_BACKWARD, "()", mutates="logits")
+def _logits_backward_inplace_op(inputs: LogitsInputs, backend: str, stats: Tensor, *slopes: Tensor | None) -> None:
+    _backend(backend).logits_gradient(inputs, stats, slopes, inputs.logits)
+
+
+@_register("linear_token_stats_backward", _LINEAR_BACKWARD, "(Tensor, Tensor, Tensor)")
+def _linear_backward_op(inputs: LinearInputs, backend: str, stats: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    slopes, needed = rest[:3], rest[3:]
+    sums = _backend(backend).linear_gradients(inputs, stats, slopes, needed)
+    leaves = (inputs.hidden_NH, inputs.weight_VH, inputs.bias_V)
+    gradients = (None if x is None or leaf is None else x.to(leaf.dtype) for x, leaf in zip(sums, leaves, strict=True))
+    return tuple(stats.new_empty(0) if x is None else x for x in gradients)
+
+
+@_logits_backward_op.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@_logits_backward_inplace_op.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+@_linear_backward_op.register_fake
+def _(*flat: Any) -> tuple[Tensor, ...]:
+    inputs, _, stats, *rest = _LINEAR_BACKWARD.restore(flat)
+    leaves = zip(inputs[:3], rest[3:], strict=True)
+    return tuple(x.new_empty(x.shape) if need else stats.new_empty(0) for x, need in leaves)
+
+
+def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    _, _, ref_logprob, kl, penalty, value, value_target, stats = output
+    absent = [] if len(stats) == 8 else [kl]
+    absent += [] if len(value) == stats.shape[1] else [penalty, value]
+    ctx.mark_non_differentiable(ref_logprob, value_target, stats, *absent)
+    _save(ctx, inputs, stats)
+
+
+def _logits_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    (inputs, terms, inplace, backend), stats = _saved(ctx, _LOGITS)
+    slopes, found = _slopes(inputs.mask_N, terms, stats, grads), [None] * len(_LOGITS.names)
+    if ctx.needs_input_grad[0] and any(x is not None for x in slopes):
+        arguments = _LOGITS_BACKWARD.flatten(inputs._replace(logits=inputs.logits.detach()), backend, stats, *slopes)
+        if inplace:
+            _logits_backward_inplace_op(*arguments)
+        found[0] = arguments[0] if inplace else _logits_backward_op(*arguments)
+    return _with_values(found, _LOGITS, inputs.mask_N, terms, grads)
+
+
+def _linear_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    (inputs, terms, backend), stats = _saved(ctx, _LINEAR)
+    slopes, found = _slopes(inputs.mask_N, terms, stats, grads), [None] * len(_LINEAR.names)
+    if any(ctx.needs_input_grad[:3]) and any(x is not None for x in slopes):
+        needed = ctx.needs_input_grad[:3]
+        gradients = _linear_backward_op(*_LINEAR_BACKWARD.flatten(inputs, backend, stats, *slopes, *needed))
+        found[:3] = [x if need else None for x, need in zip(gradients, needed, strict=True)]
+    return _with_values(found, _LINEAR, inputs.mask_N, terms, grads)
+
+
+def _slopes(mask_N: Tensor | None, terms: Terms | None, stats: Tensor, grads: Sequence[Tensor | None]) -> Slopes:
+    """The penalty's slope goes into that of the KL."""
+    grad_logprob, grad_entropy, _, grad_kl, grad_penalty, *_ = grads
+    if terms is not None and grad_penalty is not None:
+        slope = 2 * (stats[5] - terms.kl_threshold).relu() * grad_penalty
+        grad_kl = slope if grad_kl is None else grad_kl + slope
+    return grad_logprob, grad_entropy, grad_kl
+
+
+def _with_values(
+    found: list[Any], signature: Signature, mask_N: Tensor | None, terms: Terms | None, grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Add d loss / d (v1, v2): a soft-min's slopes are the softmax of -v / alpha."""
+    grad_value = grads[5]
+    if terms is not None and grad_value is not None:
+        gap = (terms.v2_N.to(grad_value) - terms.v1_N.to(grad_value)) / terms.alpha
+        for name, odds in (("v1_N", gap), ("v2_N", -gap)):
+            gradient = grad_value * torch.sigmoid(odds)
+            gradient = gradient if mask_N is None else gradient.where(mask_N, 0)
+            found[signature.names.index(name)] = gradient.to(getattr(terms, name).dtype)
+    return tuple(found)
+
+
+_logits_op.register_autograd(_logits_backward, setup_context=_save_statistics)
+_linear_op.register_autograd(_linear_backward, setup_context=_save_statistics)
+
+
+@_register("linear_policy_loss", _LOSS, f"({', '.join(['Tensor'] * 9)})")
+def _loss_op(inputs: LinearInputs, objective: Objective, *rest: Any) -> tuple[Tensor, ...]:
+    """loss, clip_fraction, logprob, entropy, ref_logprob, kl, and the gradients of (hidden, weight, bias)."""
+    *needed, backend = rest
+    stats, gradients = _backend(backend).sweep(inputs, objective, tuple(needed))
+    logprob, entropy, _, kl = _results(stats)
+    loss_N, is_clipped_N, _ = objective.evaluate(logprob, entropy, kl if len(stats) == 8 else None)
+    clip_fraction = (objective.share_N * is_clipped_N).sum()
+    gradients = (stats.new_empty(0) if x is None else x for x in gradients)
+    return loss_N.sum(), clip_fraction, *(x.clone() for x in _results(stats)), *gradients
+
+
+@_loss_op.register_fake
+def _(*flat: Any) -> tuple[Tensor, ...]:
+    inputs, _, *needed, _ = _LOSS.restore(flat)
+    dtype = compute_dtype(inputs.hidden_NH)
+    results = _like(inputs.hidden_NH, inputs.tokens_N, inputs.ref_hidden_NH is not None, False)[:4]
+    shapes = [x.shape if need else (0,) for x, need in zip(inputs[:3], needed, strict=True)]
+    others = [inputs.hidden_NH.new_empty(shape, dtype=dtype) for shape in ((), (), *shapes)]
+    return *others[:2], *results, *others[2:]
+
+
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.save_for_backward(*output[-3:])
+
+
+def _loss_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    leaves = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+    gradients = [(x * grad_loss).to(dtype) if need else None for x, dtype, need in leaves]
+    return tuple(gradients + [None] * (len(_LOSS.names) - 3))
+
+
+_loss_op.register_autograd(_loss_backward, setup_context=_save_loss)
+
+
+@_register("soft_min_gae", _GAE, "(Tensor, Tensor, Tensor)")
+def _gae_op(*arguments: Any) -> tuple[Tensor, ...]:
+    *values, backend = arguments
+    return tuple(_backend(backend).soft_min_gae(*values))
+
+
+@_gae_op.register_fake
+def _(v1: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(v1.new_empty(v1.shape, dtype=compute_dtype(v1)) for _ in range(3))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], stats: Tensor) -> None:
+    """Keep tensors where autograd watches their versions, the other arguments beside them."""
+    ctx.constants = tuple(None if isinstance(x, Tensor) else x for x in inputs)
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), stats)
+
+
+def _saved(ctx: Any, signature: Signature) -> tuple[Any, Tensor]:
+    *tensors, stats = ctx.saved_tensors
+    flat = [x if c is None else c for x, c in zip(tensors, ctx.constants, strict=True)]
+    return signature.restore(flat), stats

@@ -1,0 +1,233 @@
+"""Statistics straight from hidden states: a matrix product whose logits never leave the registers.
+
+A program takes some rows and one split of the vocabulary, and walks its tiles: the product of a tile accumulates in
+float32 and goes into the streaming state as soon as it is complete. A second kernel merges the states of the splits.
+As in `gemm.py`, the bits of a row do not depend on the other rows.
+
+Shapes: N tokens, V vocabulary, H hidden width; M rows, C columns and K of the width at a time.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .gemm import add_products, add_products_of_two, by_row, loads_of, operand_bits, place, rows_of, source_of
+from .logits import Asked
+from .online_softmax import empty_policy, empty_reference, merge, merge_policy, update, update_policy
+from .rows import (
+    CARRY,
+    load_policy,
+    load_reference,
+    load_rows,
+    logits_of,
+    store_policy,
+    store_policy_stats,
+    store_reference,
+    store_reference_stats,
+)
+
+POLICY_CARRY = CARRY.index("n")  # the rows of CARRY that there are without a reference
+
+RUNTIME = ["N", "temperature", "logit_scale", "stride_stats", "splits"]
+STRIDES = ["stride_hidden", "stride_weight", "stride_ref_hidden", "stride_ref_weight"]
+
+
+@triton.jit(do_not_specialize=[*RUNTIME, *STRIDES])
+def fused_kernel(
+    hidden,  # [N, H], rows stride_hidden apart, or its descriptor; so the three that follow
+    weight,  # [V, H]
+    ref_hidden,  # [N, ref_H], or None: no reference
+    ref_weight,  # [V, ref_H], or None: the reference shares the policy's head
+    bias,  # [V], or None
+    ref_bias,
+    tokens,  # [N]
+    temperatures,  # [N], or None: temperature
+    mask,  # [N], or None
+    carry,  # [splits, 9 or without a reference 4, N]
+    stride_hidden,
+    stride_weight,
+    stride_ref_hidden,
+    stride_ref_weight,
+    N,
+    vocabulary,
+    H,
+    ref_H,
+    splits,
+    temperature,
+    logit_scale,
+    softcap,  # or None
+    LOADS: tl.constexpr,  # "descriptors", "aligned" pointers or "any" pointers
+    CARRIED: tl.constexpr,  # rows of carry a split
+    SPLIT: tl.constexpr,  # columns
+    GROUP: tl.constexpr,
+    M: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+):
+    row_tile, split = place(tl.cdiv(N, M), splits, GROUP)
+    row = row_tile.to(tl.int64) * M + tl.arange(0, M)
+    inside = row < N
+    live = (load_rows(mask, 1.0, row, inside) != 0) & inside
+    inverse = 1.0 / tl.where(live, load_rows(temperatures, temperature, row, inside), 1.0)
+    token = tl.load(tokens + row, mask=inside, other=0).to(tl.int32)  # merge_kernel tells which ids are none
+    first, end = split * SPLIT, tl.minimum((split + 1) * SPLIT, vocabulary)
+    end = tl.where(tl.max(live.to(tl.int32), axis=0) > 0, end, first)  # rows that are all masked cost nothing
+    x = rows_of(hidden, row_tile * M, N, stride_hidden, H, M)
+    policy, a_token = empty_policy(M), tl.zeros([M], tl.float32)
+    state = carry + split.to(tl.int64) * CARRIED * N + row
+
+    if ref_hidden is None:
+        for start in range(first, end, C):
+            columns = start + tl.arange(0, C)[None, :]
+            y = rows_of(weight, start, vocabulary, stride_weight, H, C)
+            u = add_products(tl.zeros([M, C], tl.float32), x, y, LOADS, True, K)
+            a = logits_of(u, columns, columns < end, bias, logit_scale, softcap)
+            a_token += tl.sum(tl.where(columns == token[:, None], a, 0.0), axis=1)
+            policy = update_policy(policy, a, inverse)
+    else:
+        x_ref = rows_of(ref_hidden, row_tile * M, N, stride_ref_hidden, ref_H, M)
+        reference, a_ref_token = empty_reference(M), tl.zeros([M], tl.float32)
+        for start in range(first, end, C):
+            columns = start + tl.arange(0, C)[None, :]
+            zero = tl.zeros([M, C], tl.float32)
+            y = rows_of(weight, start, vocabulary, stride_weight, H, C)
+            if ref_weight is None:
+                u, u_ref = add_products_of_two(zero, zero, x, x_ref, y, LOADS, K)
+            else:
+                u = add_products(zero, x, y, LOADS, True, K)
+                y_ref = rows_of(ref_weight, start, vocabulary, stride_ref_weight, ref_H, C)
+                u_ref = add_products(zero, x_ref, y_ref, LOADS, True, K)
+            a = logits_of(u, columns, columns < end, bias, logit_scale, softcap)
+            a_ref = logits_of(u_ref, columns, columns < end, ref_bias, logit_scale, softcap)
+            a_token += tl.sum(tl.where(columns == token[:, None], a, 0.0), axis=1)
+            a_ref_token += tl.sum(tl.where(columns == token[:, None], a_ref, 0.0), axis=1)
+            policy, reference = update(policy, reference, a, a_ref, inverse)
+        store_reference(state, N, reference, a_ref_token, inside)
+    store_policy(state, N, policy, a_token, inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def merge_kernel(
+    carry,  # as fused_kernel leaves it
+    tokens,  # [N]
+    temperatures,  # [N], or None: temperature
+    mask,  # [N], or None
+    stats,  # rows of STATS
+    stride_stats,
+    N,
+    vocabulary,
+    splits,
+    temperature,
+    CARRIED: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    R: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    inside = row < N
+    live = (load_rows(mask, 1.0, row, inside) != 0) & inside
+    inverse = 1.0 / tl.where(live, load_rows(temperatures, temperature, row, inside), 1.0)
+    token = tl.load(tokens + row, mask=inside, other=0)
+    known = (token >= 0) & (token < vocabulary)
+    step = tl.full([], CARRIED, tl.int64) * N
+    policy, a_token = empty_policy(R), tl.zeros([R], tl.float32)
+    if REFERENCE:
+        reference, a_ref_token = empty_reference(R), tl.zeros([R], tl.float32)
+        for split in range(0, splits):
+            state = carry + split * step + row
+            other, a_here = load_policy(state, N, live)
+            other_reference, a_ref_here = load_reference(state, N, live)
+            policy, reference = merge(policy, reference, other, other_reference, inverse)
+            a_token += a_here
+            a_ref_token += a_ref_here
+        store_reference_stats(stats + row, stride_stats, policy, reference, a_ref_token, inverse, known, live, inside)
+    else:
+        for split in range(0, splits):
+            other, a_here = load_policy(carry + split * step + row, N, live)
+            policy = merge_policy(policy, other, inverse)
+            a_token += a_here
+    store_policy_stats(stats + row, stride_stats, policy, a_token, inverse, known, live, inside)
+
+
+def fused_statistics(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    ref_hidden_NH: Tensor | None,
+    ref_weight_VH: Tensor | None,
+    bias_V: Tensor | None,
+    ref_bias_V: Tensor | None,
+    asked: Asked,
+    stats: Tensor,
+) -> None:
+    """Fill `stats` [8, N] with statistics of hidden @ weight.T; without ref_weight the reference shares the head."""
+    if len(asked.tokens_N) == 0:
+        return
+    matrices = [None if x is None else by_row(x) for x in (hidden_NH, weight_VH, ref_hidden_NH, ref_weight_VH)]
+    given = [x for x in matrices if x is not None]
+    choice = launch.gemm_choice(
+        hidden_NH.device, "statistics" if ref_hidden_NH is None else "with reference", operand_bits(*given)
+    )
+    carried = POLICY_CARRY if ref_hidden_NH is None else len(CARRY)
+    splits = triton.cdiv(asked.vocabulary, choice.split)
+    carry = stats.new_empty(splits, carried, len(asked.tokens_N))
+    multiply(matrices, bias_V, ref_bias_V, asked, carry, choice)
+    merge_splits(carry, asked, stats)
+
+
+def multiply(
+    matrices: list[Tensor | None],
+    bias_V: Tensor | None,
+    ref_bias_V: Tensor | None,
+    asked: Asked,
+    carry: Tensor,
+    choice: launch.GemmChoice,
+) -> None:
+    """Leave the state of every split in `carry` [splits, carried, N]."""
+    splits, carried, count = carry.shape
+    loads = loads_of(choice, *(x for x in matrices if x is not None))
+    blocks = [(height, choice.inner) for height in (choice.rows, choice.columns)]
+    sources = [source_of(x, block, loads) for x, block in zip(matrices, blocks * 2, strict=True)]
+    strides = [0 if x is None else x.stride(0) for x in matrices]
+    hidden, weight, ref_hidden, ref_weight = sources
+    fused_kernel[(triton.cdiv(count, choice.rows) * splits,)](
+        hidden=hidden,
+        weight=weight,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        bias=None if bias_V is None else bias_V.contiguous(),
+        ref_bias=None if ref_bias_V is None or ref_hidden is None else ref_bias_V.contiguous(),
+        carry=carry,
+        stride_hidden=strides[0],
+        stride_weight=strides[1],
+        stride_ref_hidden=strides[2],
+        stride_ref_weight=strides[3],
+        H=matrices[0].shape[1],
+        ref_H=0 if ref_hidden is None else matrices[2].shape[1],
+        splits=splits,
+        LOADS=loads,
+        CARRIED=carried,
+        SPLIT=choice.split,
+        GROUP=launch.ROW_TILES_TOGETHER,
+        M=choice.rows,
+        C=choice.columns,
+        K=choice.inner,
+        num_warps=choice.num_warps,
+        num_stages=choice.num_stages,
+        **asked.arguments(),
+    )
+
+
+def merge_splits(carry: Tensor, asked: Asked, stats: Tensor) -> None:
+    splits, carried, count = carry.shape
+    per_row = ("tokens", "temperatures", "temperature", "mask", "N", "vocabulary")
+    merge_kernel[(triton.cdiv(count, launch.MERGE.rows),)](
+        carry=carry,
+        stats=stats,
+        stride_stats=stats.stride(0),
+        splits=splits,
+        CARRIED=carried,
+        REFERENCE=carried == len(CARRY),
+        R=launch.MERGE.rows,
+        num_warps=launch.MERGE.num_warps,
+        **{name: value for name, value in asked.arguments().items() if name in per_row},
+    )

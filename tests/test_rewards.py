@@ -1,0 +1,238 @@
+"""Rewards: summed, checked and named; from functions, files, models and servers."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import tiny
+import torch
+
+from safe_train.config import ConfigError, SafeConfig
+from safe_train.reward_server import RewardServer
+from safe_train.rewards import Rewards, load_reward, text_of
+
+
+def constant(value):
+    def reward(prompts, completions, **columns):
+        return [value] * len(completions)
+
+    return reward
+
+
+def test_rewards_are_summed_with_their_weights():
+    def ones(completions, **columns):
+        return [1.0] * len(completions)
+
+    def twos(completions, **columns):
+        return [2.0] * len(completions)
+
+    scores = Rewards([ones, twos], [1.0, -0.25])(["a", "b"], ["c", "d"], {})
+    assert scores["reward"].tolist() == [0.5, 0.5] and scores["twos"].tolist() == [2.0, 2.0]
+    with pytest.raises(ConfigError, match="reward_weights must be one number for each reward"):
+        Rewards([ones, twos], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "message"),
+    [
+        (constant(float("nan")), ValueError, "reward 'reward' returned nan for the completion 'b'"),
+        (constant(None), ValueError, "reward 'reward' returned None"),
+        (lambda **kwargs: [1.0, 2.0], ValueError, "returned 2 values for 1 completions"),
+        (lambda **kwargs: 1 / 0, RuntimeError, "raised ZeroDivisionError"),
+    ],
+)
+def test_a_reward_that_fails_is_named(reward, error, message):
+    with pytest.raises(error, match=message):
+        Rewards([reward])(["a"], ["b"], {})
+
+
+def test_two_rewards_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match="share a name"):
+        Rewards([constant(1), constant(2)])
+
+
+def test_reward_from_a_file(tmp_path):
+    source = tmp_path / "mine.py"
+    source.write_text("def length(completions, **columns):\n    return [float(len(c)) for c in completions]\n")
+    assert load_reward(f"{source}:length")(completions=["abc"]) == [3.0]
+
+
+@pytest.mark.parametrize("name", ["{tmp}/none.py:f", "{tmp}/empty.py:f", "no_such_package:f", "{tmp}/no-model"])
+def test_a_reward_that_does_not_load_is_an_error(name, tmp_path):
+    """The published code falls back to counting words, silently, and its best score is near that count's ceiling."""
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ConfigError, match="cannot load the reward"):
+        load_reward(name.format(tmp=tmp_path))
+
+
+def test_reward_model_scores_prompt_and_completion(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    settings = {"vocab_size": len(tiny.WORDS), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    for labels in (1, 3):
+        config = LlamaConfig(**settings, **heads, num_labels=labels)
+        LlamaForSequenceClassification(config).save_pretrained(tmp_path / str(labels))
+        tiny.tokenizer().save_pretrained(tmp_path / str(labels))
+    reward = load_reward(str(tmp_path / "1"))
+    together = reward(["the cat", "a"], [" sat", " dog is good"])
+    alone = reward(["the cat"], [" sat"]) + reward(["a"], [" dog is good"])
+    assert together == pytest.approx(alone, abs=1e-5) and together[0] != together[1]
+    reward.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<eos> $A", special_tokens=[("<eos>", 1)])
+    reward.tokenizer.chat_template = "<eos>{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    chat = [[{"role": role, "content": text}] for role, text in (("user", "the cat"), ("assistant", " sat"))]
+    assert reward(chat[:1], chat[1:]) == pytest.approx(reward(["the cat"], [" sat"]), abs=1e-5)
+    reward.tokenizer.model_max_length = 3
+    assert reward(["the cat sat on"], [" a mat"]) == pytest.approx(reward([""], ["a mat"]), abs=1e-5)
+    with pytest.raises(ConfigError, match="has 3 outputs, it must have 1"):
+        load_reward(str(tmp_path / "3"))
+
+
+def test_vader_prefers_praise():
+    reward = load_reward("vader")
+    good, bad = reward(["", ""], ["a wonderful, lovely day", [{"role": "assistant", "content": "a horrible day"}]])
+    assert good > 0.5 > -0.4 > bad
+    assert text_of([{"role": "assistant", "content": "x"}]) == "x"
+
+
+class Server:
+    """Answers POST requests on loopback as `reply` says: (status, body), or None to say nothing until the end."""
+
+    def __init__(self):
+        self.requests, self.reply, self.over = [], None, threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.requests.append(request)
+                reply = outer.reply(len(outer.requests), request)
+                if reply is None:
+                    outer.over.wait()
+                    return
+                status, body = reply
+                body = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Location", "/elsewhere")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/score"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        self.over.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+    def reward(self, retries=2, timeout=20.0, **settings):
+        args = SafeConfig(reward_retries=retries, reward_timeout=timeout)
+        return RewardServer(self.url, args, first_delay=0.001, **settings)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    server = Server()
+    yield server
+    server.close()
+
+
+def lengths(number, request):
+    return 200, {"scores": [float(len(text)) for text in request["completions"]]}
+
+
+def test_a_server_scores_in_batches_and_sees_the_columns(server):
+    server.reply = lengths
+    texts = [str(10**i) for i in range(5)]
+    reward = server.reward(batch_size=2)
+    assert reward(["p"] * 5, texts, answer=list(range(5))) == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [request["columns"]["answer"] for request in server.requests] == [[0, 1], [2, 3], [4]]
+    assert server.requests[2] == {"prompts": ["p"], "completions": [texts[4]], "columns": {"answer": [4]}}
+
+
+def test_a_server_is_named_by_its_address_among_the_rewards(server):
+    server.reply = lambda number, request: (200, {"rewards": [2, 3]})
+    reward = load_reward(server.url)
+    assert isinstance(reward, RewardServer)
+    scores = Rewards([reward])(["a", "b"], ["c", "d"], {})
+    assert scores[server.url.removeprefix("http://")].tolist() == scores["reward"].tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_server_is_asked_again(server, status):
+    server.reply = lambda number, request: lengths(number, request) if number == 3 else (status, {})
+    assert server.reward()(["p"], ["four"]) == [4.0] and len(server.requests) == 3
+
+
+def test_a_server_that_hangs_is_asked_again(server):
+    server.reply = lambda number, request: lengths(number, request) if number == 2 else None
+    assert server.reward(timeout=0.2)(["p"], ["four"]) == [4.0]
+
+
+@pytest.mark.parametrize(("status", "cause"), [(None, "timed out"), (503, "status 503 Service Unavailable")])
+def test_a_server_that_never_answers_stops_the_run_and_is_named(server, status, cause):
+    server.reply = lambda number, request: None if status is None else (status, {})
+    message = rf"{server.url} gave no answer in 3 attempts of at most 0\.2 s \(last error: .*{cause}"
+    with pytest.raises(RuntimeError, match=message):
+        server.reward(timeout=0.2)(["p"], ["c"])
+    assert len(server.requests) == 3
+
+
+def test_a_server_that_is_not_there_stops_the_run_too(server):
+    reward = server.reward()
+    server.close()
+    with pytest.raises(RuntimeError, match=r"reward '127.*/score' raised RuntimeError: http.* no answer in 3 attempts"):
+        Rewards([reward])(["p"], ["c"], {})
+
+
+@pytest.mark.parametrize("status", [301, 302, 400, 404])
+def test_a_refusal_stops_at_once(server, status):
+    server.reply = lambda number, request: (status, {"detail": "no such model"})
+    with pytest.raises(RuntimeError, match=rf"refused: status {status} .*no such model"):
+        server.reward()(["p"], ["c"])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"<html>hello</html>", "must answer .*scores.*got b'<html>"),
+        (b"[1.0]", "must answer .*scores"),
+        (b"3", "must answer .*scores"),
+        ({"score": [1.0]}, "must answer .*scores"),
+        ({"scores": 1.0}, "list of numbers, got 1.0"),
+        ({"scores": ["good"]}, "list of numbers, got .*good"),
+        ({"scores": [1.0, 2.0]}, "answered 2 scores for 1 completions"),
+        ({"scores": [None]}, "returned None for the completion 'c'"),
+        ({"scores": [float("nan")]}, "returned nan for the completion 'c'"),
+    ],
+)
+def test_a_wrong_answer_is_shown(server, body, message):
+    server.reply = lambda number, request: (200, body)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        Rewards([server.reward()])(["p"], ["c"], {})
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("url", ["http://", "https:///score", "http://me:secret@host/score"])
+def test_an_unusable_server_address_is_an_error(url):
+    with pytest.raises(ConfigError, match="must be http.*host.*without a user or password"):
+        load_reward(url)
+
+
+def test_waiting_leaves_the_random_numbers_of_the_run_alone(server):
+    import random
+
+    server.reply = lambda number, request: lengths(number, request) if number == 3 else (503, {})
+    state = random.getstate()
+    server.reward()(["p"], ["c"])
+    assert random.getstate() == state
