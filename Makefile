@@ -13,13 +13,14 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -
 
 unexport PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 .NOTPARALLEL:
-.PHONY: help demo test check format setup clean
+.PHONY: help demo test check format bench setup clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with SAFE on this machine, and draw a report"
 	@echo "make test    make check, then the tests"
 	@echo "make check   ruff and mypy"
 	@echo "make format  rewrite the sources as 'make check' wants them"
+	@echo "make bench   time and memory beside plain PyTorch, and other projects that are installed (docs/performance.md)"
 	@echo "make setup   only install, into $(VENV)"
 	@echo "make clean   remove $(VENV), caches and build files"
 	@echo
@@ -41,6 +42,9 @@ check: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+bench: $(VENV)/.installed-demo
+	$(BIN)/python bench/run.py $(ARGS)
 
 setup: $(VENV)/.installed-test
 

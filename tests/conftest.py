@@ -43,6 +43,7 @@ def kernels(monkeypatch):
     from safe_kernels.triton_backend import linear as triton_linear
 
     monkeypatch.setattr(rows, "TILE_BYTES", 2048)
+    monkeypatch.setattr(linear, "PRODUCT_BYTES", 4096)
     monkeypatch.setattr(linear, "WEIGHT_TILE_BYTES", 1024)
     monkeypatch.setattr(triton_linear, "ROWS_OF_A_TILE", 8)
     monkeypatch.setattr(triton_linear, "TILE_BYTES", 512)

@@ -1,41 +1,23 @@
-"""What PyTorch allocates while a block runs, counted operator by operator: the same on every machine."""
+"""What PyTorch allocates on the CPU while a block runs, inside operators too: the same on every machine."""
 
-import weakref
+import itertools
+import os
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 
 
-class Allocations(TorchDispatchMode):
-    """`peak`: most bytes alive at once; `largest`: bytes of the largest tensor; `operators`: names of what ran.
+class Allocations:
+    """`peak`: most bytes alive at once; `largest`: bytes of the largest allocation; `operators`: names of what ran."""
 
-    Storages of `known` tensors are not counted. What an operator allocates and frees inside itself is not seen.
-    """
+    def __enter__(self):
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        return self
 
-    def __init__(self, known=()):
-        super().__init__()
-        self.alive, self.peak, self.largest = 0, 0, 0
-        self.operators: set[str] = set()
-        self._storages = {x.untyped_storage()._cdata for x in known if isinstance(x, torch.Tensor)}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        self.operators.add(f"aten.{function.overloadpacket.__name__}")
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self._count(x.untyped_storage())
-        return result
-
-    def _count(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._storages:
-            return
-        self._storages.add(key)
-        self.alive += size
-        self.peak, self.largest = max(self.peak, self.alive), max(self.largest, size)
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key, size):
-        self._storages.discard(key)
-        self.alive -= size
+    def __exit__(self, *error):
+        self._profile.__exit__(*error)
+        events = sorted(self._profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        sizes = [event.nbytes() for event in events if event.name() == "[memory]"]  # negative where memory is freed
+        self.peak, self.largest = max(0, *itertools.accumulate(sizes)), max(0, *sizes)
+        self.operators = {event.name() for event in events}

@@ -8,7 +8,7 @@ from cases import evaluate, hold, hold_to_reference, linear_case, some_mask, tem
 from memory import Allocations
 
 from safe_kernels import linear_policy_loss, linear_token_stats, token_stats
-from safe_kernels.torch_backend import linear, rows
+from safe_kernels.torch_backend import linear
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -129,7 +129,8 @@ def test_nothing_asks_the_device(backend, monkeypatch):
     for op, arguments in ((linear_token_stats, case), (linear_policy_loss, case | policy)):
         with Allocations() as seen:
             evaluate(op, arguments, backend, ["hidden", "weight", "bias"])
-        assert not seen.operators & {"aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal"}
+        assert "aten::mm" in seen.operators or "aten::addmm" in seen.operators
+        assert not seen.operators & {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
 
 
 def _zero_rows_as_off_the_cpu(monkeypatch):
@@ -251,11 +252,11 @@ def test_no_tensor_of_the_size_of_the_logits(backend, op, low_precision, coarse,
     """Forward and backward, with a reference: nothing near N x V, and no float32 copy of a low-precision weight."""
     if backend == "triton" and low_precision and not torch.cuda.is_available():
         pytest.skip("on a CPU the products of the Triton backend stand in for the BLAS library's, in float32")
-    monkeypatch.setattr(rows, "TILE_BYTES", 40 * 1000 * 4)
+    monkeypatch.setattr(linear, "PRODUCT_BYTES", 40 * 1000 * 4)
     case = linear_case((700,), 1000, 64, dtype=torch.bfloat16 if low_precision else torch.float32)
     if op is linear_policy_loss:
         case |= {"old_logprob": torch.zeros(700), "advantage": torch.ones(700), "kl_coef": 0.1}
-    with Allocations(case.values()) as seen:
+    with Allocations() as seen:
         evaluate(op, case, backend, ["hidden"])
     assert seen.largest < 700 * 1000 * 4 / 10
     assert not low_precision or seen.largest < 1000 * 64 * 4
@@ -278,7 +279,7 @@ def test_peak_memory_is_an_eighth_of_the_reference(backend, op, monkeypatch):
         inputs = {
             k: v.clone().requires_grad_(k in ("hidden", "weight")) for k, v in case.items() if hasattr(v, "clone")
         }
-        with Allocations(inputs.values()) as seen:
+        with Allocations() as seen:
             result = op(**case | inputs, backend=name)
             loss = result.loss if op is linear_policy_loss else (result.logprob + 0.1 * result.entropy).sum()
             del result

@@ -1,4 +1,4 @@
-"""Statistics from hidden states: a tile of logits is computed, used and forgotten.
+"""Statistics from hidden states: the logits of some rows are computed, used and forgotten.
 
 No tensor of N x V elements is ever made, and no whole float32 copy of a low-precision weight.
 
@@ -16,6 +16,7 @@ from ..objective import Objective
 from .rows import Gradients, RowStats, Tile, Tokens, logit_gradient, new_stats, restore, row_statistics, take, tiles
 from .values import found_terms
 
+PRODUCT_BYTES = 64 << 20  # the logits of the rows that are multiplied together; a reference doubles it
 WEIGHT_TILE_BYTES = 16 << 20
 
 
@@ -23,8 +24,9 @@ def linear_statistics(inputs: LinearInputs, terms: Terms | None) -> tuple[Tensor
     kept, some = live(inputs)
     tokens, with_reference = asked_of(some), inputs.ref_hidden_NH is not None
     stats = new_stats(tokens, with_reference)
-    for rows, part, tile, _ in loaded_tiles(some, tokens, with_reference):
-        row_statistics(tile, part).write(stats, rows)
+    for product in products(some, tokens, with_reference):
+        for rows, part, tile in product.tiles():
+            row_statistics(tile, part).write(stats[:, product.rows], rows)
     stats = spread(stats, 1, kept, len(inputs.tokens_N))
     return stats, found_terms(terms, stats, inputs.mask_N)
 
@@ -36,13 +38,16 @@ def linear_gradients(
     kept, some = live(inputs)
     if kept is not None:
         stats, slopes = stats[:, kept], tuple(None if x is None else x[kept] for x in slopes)
-    tokens, head, sums, row_stats = asked_of(some), head_of(some), GradientSums(some, needed), RowStats.of(stats)
-    gradients = Gradients.of(tokens, *slopes)
-    for rows, asked, tile, hidden_RH in loaded_tiles(some, tokens, gradients.kl is not None):
-        part = take(row_stats, rows)
-        restore(tile, asked, part)
-        logit_gradient(tile, asked, part, take(gradients, rows))
-        sums.add(rows, head.product_gradient(tile, asked, part), hidden_RH)
+    tokens, head, sums = asked_of(some), head_of(some), GradientSums(some, needed)
+    row_stats, gradients = RowStats.of(stats), Gradients.of(tokens, *slopes)
+    for product in products(some, tokens, gradients.kl is not None):
+        here = take(row_stats, product.rows), take(gradients, product.rows)
+        for rows, asked, tile in product.tiles():
+            part, slope = (take(x, rows) for x in here)
+            restore(tile, asked, part)
+            logit_gradient(tile, asked, part, slope)
+            tile.x.copy_(head.product_gradient(tile, asked, part))
+        sums.add(product)
     return sums.spread(kept, len(inputs.tokens_N))
 
 
@@ -52,13 +57,16 @@ def sweep(inputs: LinearInputs, objective: Objective, needed: Sequence[bool]) ->
     objective = objective if kept is None else objective.take(kept)
     tokens, with_reference, head = asked_of(some), inputs.ref_hidden_NH is not None, head_of(some)
     stats, sums = new_stats(tokens, with_reference), GradientSums(some, needed)
-    for rows, asked, tile, hidden_RH in loaded_tiles(some, tokens, with_reference):
-        part = row_statistics(tile, asked)
-        part.write(stats, rows)
-        if any(needed):
-            *_, slopes = objective.take(rows).evaluate(part.logprob, part.entropy, part.kl)
-            logit_gradient(tile, asked, part, Gradients.of(asked, *slopes))
-            sums.add(rows, head.product_gradient(tile, asked, part), hidden_RH)
+    for product in products(some, tokens, with_reference):
+        goal = objective.take(product.rows)
+        for rows, asked, tile in product.tiles():
+            part = row_statistics(tile, asked)
+            part.write(stats[:, product.rows], rows)
+            if any(needed):
+                *_, slopes = goal.take(rows).evaluate(part.logprob, part.entropy, part.kl)
+                logit_gradient(tile, asked, part, Gradients.of(asked, *slopes))
+                tile.x.copy_(head.product_gradient(tile, asked, part))
+        sums.add(product)
     return spread(stats, 1, kept, len(inputs.tokens_N)), sums.spread(kept, len(inputs.tokens_N))
 
 
@@ -138,17 +146,35 @@ def ref_head_of(inputs: LinearInputs) -> Head:
     return head_of(inputs) if inputs.ref_bias_V is None else head_of(inputs)._replace(bias_V=inputs.ref_bias_V)
 
 
-def loaded_tiles(
-    inputs: LinearInputs, tokens: Tokens, with_reference: bool
-) -> Iterator[tuple[slice, Tokens, Tile, Tensor]]:
-    """The tiles with their logits computed, and the float hidden states [R, H] they came from."""
-    head, ref_head = head_of(inputs), ref_head_of(inputs)
-    for rows, some, tile in tiles(tokens, len(inputs.weight_VH), with_reference, inputs.batch_invariant):
+class Product(NamedTuple):
+    """The logits of some rows, which the gradient may write over, and the hidden states they came from."""
+
+    rows: slice
+    tokens: Tokens
+    logits_RV: Tensor
+    ref_logits_RV: Tensor | None
+    hidden_RH: Tensor
+
+    def tiles(self) -> Iterator[tuple[slice, Tokens, Tile]]:
+        def load(rows: slice) -> tuple[Tensor, Tensor | None]:
+            return self.logits_RV[rows], None if self.ref_logits_RV is None else self.ref_logits_RV[rows]
+
+        return tiles(self.tokens, self.logits_RV.shape[1], load)
+
+
+def products(inputs: LinearInputs, tokens: Tokens, with_reference: bool) -> Iterator[Product]:
+    """So many rows that reading the weight is worth it. All share one memory."""
+    count, vocabulary, like = len(tokens.index_N), len(inputs.weight_VH), tokens.known_N
+    height = 1 if inputs.batch_invariant else max(1, PRODUCT_BYTES // (vocabulary * like.dtype.itemsize))
+    buffers = [like.new_empty(min(height, count), vocabulary) for _ in range(1 + with_reference)]
+    for start in range(0, count, height):
+        rows = slice(start, min(start + height, count))
+        some, (logits, *ref_logits) = take(tokens, rows), [x[: rows.stop - rows.start] for x in buffers]
         hidden_RH = _float_rows(inputs.hidden_NH, rows, some)
-        head.logits(hidden_RH, tile.x)
-        if tile.y is not None and inputs.ref_hidden_NH is not None:
-            ref_head.logits(_float_rows(inputs.ref_hidden_NH, rows, some), tile.y)
-        yield rows, some, tile, hidden_RH
+        head_of(inputs).logits(hidden_RH, logits)
+        if ref_logits and inputs.ref_hidden_NH is not None:
+            ref_head_of(inputs).logits(_float_rows(inputs.ref_hidden_NH, rows, some), ref_logits[0])
+        yield Product(rows, some, logits, ref_logits[0] if ref_logits else None, hidden_RH)
 
 
 class GradientSums:
@@ -159,12 +185,13 @@ class GradientSums:
         leaves = zip((inputs.hidden_NH, inputs.weight_VH, inputs.bias_V), needed, strict=True)
         self.sums = [like.new_zeros(x.shape) if x is not None and need else None for x, need in leaves]
 
-    def add(self, rows: slice, du_RV: Tensor, hidden_RH: Tensor) -> None:
-        hidden_NH, weight_VH, bias_V = self.sums
+    def add(self, product: Product) -> None:
+        """Of a product whose logits have become their gradient."""
+        du_RV, (hidden_NH, weight_VH, bias_V) = product.logits_RV, self.sums
         if hidden_NH is not None:
-            hidden_NH[rows] = self.head.hidden_gradient(du_RV)
+            hidden_NH[product.rows] = self.head.hidden_gradient(du_RV)
         if weight_VH is not None:
-            weight_VH.addmm_(du_RV.T, hidden_RH)
+            weight_VH.addmm_(du_RV.T, product.hidden_RH)
         if bias_V is not None:
             bias_V.add_(du_RV.sum(0))
 

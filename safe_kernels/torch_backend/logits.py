@@ -3,20 +3,31 @@
 Shapes: N tokens, R rows of a tile, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..inputs import LogitsInputs, Terms
-from .rows import Gradients, RowStats, Tile, Tokens, logit_gradient, new_stats, restore, row_statistics, take, tiles
+from .rows import (
+    Gradients,
+    RowStats,
+    Tokens,
+    logit_gradient,
+    new_stats,
+    restore,
+    row_statistics,
+    take,
+    tile_height,
+    tiles,
+)
 from .values import found_terms
 
 
 def logits_statistics(inputs: LogitsInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
     tokens = asked_of(inputs)
     stats = new_stats(tokens, inputs.ref_logits is not None)
-    for rows, some, tile in _loaded_tiles(inputs, tokens, inputs.ref_logits is not None):
+    for rows, some, tile in tiles(tokens, inputs.logits.shape[-1], _loader(inputs, tokens, inputs.ref_logits)):
         row_statistics(tile, some).write(stats, rows)
     return stats, found_terms(terms, stats, inputs.mask_N)
 
@@ -25,7 +36,8 @@ def logits_gradient(inputs: LogitsInputs, stats: Tensor, slopes: tuple[Tensor | 
     """Write d loss / d logits to `out`, which may be the logits."""
     tokens, row_stats = asked_of(inputs), RowStats.of(stats)
     gradients = Gradients.of(tokens, *slopes)
-    for rows, some, tile in _loaded_tiles(inputs, tokens, gradients.kl is not None):
+    reference = None if gradients.kl is None else inputs.ref_logits
+    for rows, some, tile in tiles(tokens, inputs.logits.shape[-1], _loader(inputs, tokens, reference)):
         part = take(row_stats, rows)
         restore(tile, some, part)
         _store_rows(out, rows, logit_gradient(tile, some, part, take(gradients, rows)))
@@ -36,15 +48,23 @@ def asked_of(inputs: LogitsInputs) -> Tokens:
     return Tokens.of(inputs.tokens_N, vocabulary, inputs.temperature, inputs.mask_N, inputs.logits.dtype)
 
 
-def _loaded_tiles(inputs: LogitsInputs, tokens: Tokens, with_reference: bool) -> Iterator[tuple[slice, Tokens, Tile]]:
-    """The tiles with logits; a masked row is loaded as zeros."""
-    for rows, some, tile in tiles(tokens, inputs.logits.shape[-1], with_reference):
-        for buffer, source in ((tile.x, inputs.logits), (tile.y, inputs.ref_logits)):
-            if buffer is not None and source is not None:
-                buffer.copy_(_rows(source, rows))
-                if some.mask_N is not None:
-                    buffer.masked_fill_(~some.mask_N[:, None], 0)
-        yield rows, some, tile
+def _loader(
+    inputs: LogitsInputs, tokens: Tokens, ref_logits: Tensor | None
+) -> Callable[[slice], tuple[Tensor, Tensor | None]]:
+    """Copies rows of the logits into buffers of the compute dtype; a masked row becomes zeros."""
+    vocabulary, like = inputs.logits.shape[-1], tokens.known_N
+    height = min(tile_height(vocabulary, like.dtype), len(like))
+    x, y = like.new_empty(height, vocabulary), None if ref_logits is None else like.new_empty(height, vocabulary)
+
+    def fill(buffer: Tensor, source: Tensor, rows: slice) -> Tensor:
+        buffer = buffer[: rows.stop - rows.start].copy_(_rows(source, rows))
+        return buffer if tokens.mask_N is None else buffer.masked_fill_(~tokens.mask_N[rows, None], 0)
+
+    def load(rows: slice) -> tuple[Tensor, Tensor | None]:
+        reference = None if y is None or ref_logits is None else fill(y, ref_logits, rows)
+        return fill(x, inputs.logits, rows), reference
+
+    return load
 
 
 def _rows(x: Tensor, rows: slice) -> Tensor:

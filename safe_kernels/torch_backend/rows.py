@@ -1,6 +1,6 @@
 """Statistics of full rows of logits, and the gradient back to them: each written once, for every entrance.
 
-A tile holds R full rows in the compute dtype (float32, or float64 for float64 inputs), in buffers that are reused:
+A tile holds R full rows in the compute dtype (float32, or float64 for float64 inputs), few enough for the cache:
 
     load             x = a, the logits after scale, bias and softcap;  y = a_ref, the same of the reference
     row_statistics   x = (a - peak) / T;  e = exp(x);  y = x - (a_ref - ref_peak) / T
@@ -13,13 +13,13 @@ Shapes: N tokens, R rows of a tile, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-TILE_BYTES = 64 << 20  # one buffer of a tile, which has three, or four with a reference
+TILE_BYTES = 2 << 20  # one buffer of a tile: its three, or four with a reference, stay in the caches of two cores
 FLOOR = -1e4  # exp is 0 from here down in every dtype: the exponent no longer matters, if only it is finite
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
@@ -103,29 +103,27 @@ class Tile(NamedTuple):
     scratch: Tensor
     y: Tensor | None
 
-    @classmethod
-    def empty(cls, rows: int, vocabulary: int, with_reference: bool, like: Tensor) -> "Tile":
-        x, e, scratch = (like.new_empty(rows, vocabulary) for _ in range(3))
-        return cls(x, e, scratch, like.new_empty(rows, vocabulary) if with_reference else None)
-
 
 def new_stats(tokens: Tokens, with_reference: bool) -> Tensor:
     return tokens.known_N.new_empty(8 if with_reference else 4, len(tokens.known_N))
 
 
 def tiles(
-    tokens: Tokens, vocabulary: int, with_reference: bool, one_row: bool = False
+    tokens: Tokens, vocabulary: int, load: Callable[[slice], tuple[Tensor, Tensor | None]]
 ) -> Iterator[tuple[slice, Tokens, Tile]]:
-    """Yield (rows, their tokens, a tile to load). All tiles share one memory.
-
-    The number of rows depends on V alone: functions that are given the same rows see them in the same tiles.
-    """
+    """Yield (rows, their tokens, a tile). `load` gives logits, and the reference's, that the tile may write over."""
     count, like = len(tokens.index_N), tokens.known_N
-    height = 1 if one_row else max(1, TILE_BYTES // (vocabulary * like.dtype.itemsize))
-    whole = Tile.empty(min(height, count), vocabulary, with_reference, like)
+    height = tile_height(vocabulary, like.dtype)
+    e, scratch = (like.new_empty(min(height, count), vocabulary) for _ in range(2))
     for start in range(0, count, height):
         rows = slice(start, min(start + height, count))
-        yield rows, take(tokens, rows), take(whole, slice(0, rows.stop - rows.start))
+        x, y = load(rows)
+        yield rows, take(tokens, rows), Tile(x, e[: len(x)], scratch[: len(x)], y)
+
+
+def tile_height(vocabulary: int, dtype: torch.dtype) -> int:
+    """It depends on V alone: functions that are given the same rows see them in the same tiles."""
+    return max(2, TILE_BYTES // (vocabulary * dtype.itemsize))
 
 
 def row_statistics(tile: Tile, tokens: Tokens) -> RowStats:
@@ -181,9 +179,9 @@ def logit_gradient(tile: Tile, tokens: Tokens, stats: RowStats, grads: Gradients
         constant = constant + grads.kl * (stats.ref_total.log() - stats.total.log() - finite_kl)
     factor = constant[:, None] * per_total_R1
     if grads.entropy is not None:
-        factor = torch.addcmul(factor, tile.x, grads.entropy[:, None] * per_total_R1, value=-1, out=tile.scratch)
+        factor = torch.mul(tile.x, -grads.entropy[:, None] * per_total_R1, out=tile.scratch).add_(factor)
     if grads.kl is not None and tile.y is not None:
-        factor = torch.addcmul(factor, tile.y, grads.kl[:, None] * per_total_R1, out=tile.scratch)
+        factor = torch.add(tile.y.mul_(grads.kl[:, None] * per_total_R1), factor, out=tile.scratch)
     tile.e.mul_(factor)
     if grads.logprob is not None:
         tile.e.scatter_add_(1, tokens.index_N[:, None], grads.logprob[:, None] * per_temperature)

@@ -1,0 +1,94 @@
+"""The same workloads at another revision: a process of its own in a temporary worktree, with the bench of this tree.
+
+The revision runs each workload right after this tree has. Plain PyTorch is timed in both processes: where its ratio is
+not 1, the machine has drifted, by that much.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model import Roofs
+from rows import Row
+from workloads import Workload
+
+if TYPE_CHECKING:
+    from run import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Revision:
+    """A context; `measured` gives the revision's rows of plain PyTorch and of this project."""
+
+    def __init__(self, revision: str, settings: Settings) -> None:
+        self.revision, self.settings = revision, settings
+        self.folder = tempfile.TemporaryDirectory(prefix="safe-kernels-")
+        self.tree = Path(self.folder.name) / "tree"
+
+    def __enter__(self) -> Revision:
+        command = ["git", "-C", str(ROOT), "worktree", "add", "--detach", "--quiet", str(self.tree), self.revision]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"--compare {self.revision}: {done.stderr.strip()}")
+        paths = [str(self.tree), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(self.tree), json.dumps(dataclasses.asdict(self.settings))],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait()
+        subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(self.tree)], check=True)
+        self.folder.cleanup()
+
+    def measured(self, workload: Workload) -> list[Row]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(dataclasses.asdict(workload)) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"--compare {self.revision}: its process ended, code {self.process.wait()}; see its error above")
+        return [Row(**{**row, "provider": f"{row['provider']} @{self.revision}"}) for row in json.loads(line)]
+
+
+def ratios(rows: list[Row]) -> str:
+    """This tree's time over the revision's, of each provider that both have."""
+    found = {(row.provider, row.part): row.seconds for row in rows if row.seconds is not None}
+    lines = []
+    for (name, part), seconds in found.items():
+        before, _, revision = name.partition(" @")
+        if revision and (before, part) in found:
+            lines.append(f"  {before}, {part}: {found[before, part] / seconds:.3f} of its time at {revision}")
+    return "\n".join(lines)
+
+
+def serve(tree: str, given: dict[str, Any]) -> None:
+    """In the process of the revision: a workload a line in, its rows a line out."""
+    from run import Settings, measured
+
+    import safe_kernels
+
+    if not Path(safe_kernels.__file__).is_relative_to(tree):
+        sys.exit(f"safe_kernels was imported from {safe_kernels.__file__}, not from the revision in {tree}")
+    settings = Settings(**{**given, "roofs": {dtype: Roofs(**x) for dtype, x in given["roofs"].items()}})
+    answers, sys.stdout = sys.stdout, sys.stderr  # what the kernels print is no answer
+    for line in sys.stdin:
+        rows = measured(Workload(**json.loads(line)), settings, only=("pytorch", "safe-kernels"))
+        print(json.dumps([dataclasses.asdict(row) for row in rows]), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,156 @@
+"""The correctness gate: no speed is shown for a provider whose results or gradients are wrong on the same inputs.
+
+The rule is that of the tests: the error against float64 is at most twice that of plain PyTorch in the same dtype, plus
+a few ulps (of log V for results, of the largest entry for gradients). Plain PyTorch comes in two kinds: with float32
+logits ("green"), and with logits in the dtype of the inputs, as most trainers compute them ("rounds": right, but only
+as precise as that). What is worse than both is "red".
+
+Some of the rows are judged on every output and gradient; then all rows run at once, and the same ones are judged again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from peers import PER_TOKEN, Case, Results, operation, rounded_logits, with_policy_loss
+from torch import Tensor
+from workloads import Workload
+
+ULPS = 4
+ROWS = 32
+SUMS = ("loss", "d weight")  # over rows: judged where the rows run alone
+
+
+class Error(NamedTuple):
+    """The worst error of one result against float64, what was allowed, and that of plain PyTorch."""
+
+    error: float
+    allowed: float
+    plain: float
+
+    @property
+    def excess(self) -> float:
+        """How many times what is allowed; a NaN is beyond all bounds."""
+        ratio = self.error / self.allowed
+        return math.inf if math.isnan(ratio) else ratio
+
+
+class Verdict(NamedTuple):
+    gate: str  # green, rounds or red
+    errors: dict[str, Error]
+
+    def worst(self) -> str:
+        name, found = max(self.errors.items(), key=lambda item: item[1].excess)
+        return f"{name}: error {found.error:.2g}, allowed {found.allowed:.2g}, plain PyTorch {found.plain:.2g}"
+
+
+class Gate:
+    """Exact results, and those of plain PyTorch, for some rows of a case: made once for all providers."""
+
+    def __init__(self, workload: Workload, case: Case) -> None:
+        self.workload, self.case = workload, case
+        first = next(case[name] for name in PER_TOKEN if case.get(name) is not None)
+        rows = min(len(first), 2 if workload.T else ROWS)
+        self.rows = torch.linspace(0, len(first) - 1, rows).long().to(first.device)
+        self.part = {name: x[self.rows] if name in PER_TOKEN and x is not None else x for name, x in case.items()}
+        draw = torch.Generator(first.device).manual_seed(1)
+        self.upstream = {
+            name: torch.ones((), device=first.device)
+            if name == "loss"
+            else torch.randn(len(first), generator=draw, device=first.device)
+            for name in workload.graded(workload.outputs)
+        }
+        self._expected: dict[tuple[str, ...], dict[str, Results]] = {}
+
+    def judge(self, run: Callable[[Case], Results], outputs: tuple[str, ...]) -> Verdict:
+        """Of one provider, on the outputs that it has."""
+        asked = tuple(name for name in self.workload.outputs if name in outputs)
+        expected = self.expected(asked)
+        found = self._evaluate(run, self.part, asked, self._of_rows(self.upstream), self._leaves(-1))
+        whole = self._evaluate(run, self.case, asked, self.upstream, self._leaves(-2))
+        found |= {f"{name}, all rows": x[self.rows] for name, x in whole.items() if name not in SUMS}
+        for gate in [name for name in expected if name != "exact"]:
+            errors = {}
+            for name, x in found.items():
+                result = name.removesuffix(", all rows")
+                errors[name] = self._error(gate, name, x, expected["exact"][result], expected[gate][result])
+            if all(error.excess <= 1 for error in errors.values()):
+                return Verdict(gate, errors)
+        return Verdict("red", errors)
+
+    def expected(self, asked: tuple[str, ...]) -> dict[str, Results]:
+        """Results of the rows: "exact" in float64, and by gate what plain PyTorch makes of them."""
+        if asked not in self._expected:
+            workload, upstream = self.workload, self._of_rows(self.upstream)
+
+            def plain(case: Case) -> Results:
+                found = operation(workload.entrance)(**case)._asdict()
+                return {name: x for name, x in found.items() if x is not None}
+
+            kinds: dict[str, tuple[Callable[[Case], Results], torch.dtype | None]]
+            kinds = {"exact": (plain, torch.float64), "green": (plain, None)}
+            if workload.entrance in ("hidden", "loss") and workload.dtype in ("bfloat16", "float16"):
+                rounded = rounded_logits if workload.entrance == "hidden" else with_policy_loss(rounded_logits)
+                kinds["rounds"] = (rounded, None)
+            self._expected[asked] = {
+                kind: self._evaluate(run, self.part, asked, upstream, self._leaves(-1), dtype)
+                for kind, (run, dtype) in kinds.items()
+            }
+        return self._expected[asked]
+
+    def _leaves(self, part: int) -> list[str]:
+        passes = self.workload.passes
+        return self.workload.leaves(passes[part if len(passes) > 2 or part == -1 else -1])
+
+    def _of_rows(self, upstream: Results) -> Results:
+        return {name: x[self.rows] if x.dim() else x for name, x in upstream.items()}
+
+    def _evaluate(
+        self,
+        run: Callable[[Case], Results],
+        case: Case,
+        asked: tuple[str, ...],
+        upstream: Results,
+        leaves: list[str],
+        dtype: torch.dtype | None = None,
+    ) -> Results:
+        """The outputs asked for, and the gradients of the leaves for fixed incoming gradients."""
+        case = {name: _copy(x, name in leaves, dtype) for name, x in case.items()}
+        for name in leaves:
+            case[name].requires_grad_()
+        results = run(case)
+        found = {name: results[name].detach() for name in asked}
+        if leaves:
+            gradients = backward(self.workload, results, asked, case, leaves, upstream)
+            found |= {f"d {name}": x for name, x in zip(leaves, gradients, strict=True)}
+        return found
+
+    def _error(self, gate: str, name: str, actual: Tensor, exact: Tensor, plain: Tensor) -> Error:
+        exact = exact.double()
+        error = (actual.double() - exact).abs().max().item()
+        plain_error = (plain.double() - exact).abs().max().item()
+        is_gradient = name.startswith("d ")
+        scale = exact.abs().max().item() if is_gradient else max(1.0, math.log(max(self.workload.V, 1)))
+        dtype = getattr(torch, self.workload.dtype) if is_gradient or gate == "rounds" else torch.float32
+        eps = torch.finfo(dtype).eps
+        return Error(error, 2 * plain_error + ULPS * eps * scale, plain_error)
+
+
+def backward(
+    workload: Workload, results: Results, asked: tuple[str, ...], case: Case, leaves: list[str], upstream: Results
+) -> tuple[Tensor, ...]:
+    """Gradients of the leaves, for the incoming gradients of the outputs asked for."""
+    graded = workload.graded(asked)
+    incoming = [upstream[name].to(results[name].dtype) for name in graded]
+    return torch.autograd.grad([results[name] for name in graded], [case[name] for name in leaves], incoming)
+
+
+def _copy(x: object, is_leaf: bool, dtype: torch.dtype | None) -> object:
+    if not isinstance(x, Tensor):
+        return x
+    if dtype is not None and x.is_floating_point():
+        return x.detach().to(dtype, copy=True)
+    return x.detach().clone() if is_leaf else x.detach()

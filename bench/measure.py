@@ -1,0 +1,190 @@
+"""Timing, peak memory, roofs, and the identity of the machine."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from model import Roofs
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from workloads import Workload
+
+ROOT = Path(__file__).resolve().parents[1]
+FEWEST = 3  # repeats
+LONGEST = 5.0  # seconds of a call that is worth repeating
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: the median, and the 10th and 90th percentile, of so many repeats."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+
+class TooSlow(Exception):
+    """A call takes so long that repeats would cost minutes."""
+
+
+def timed(
+    calls: dict[str, list[Callable[[], object]]], device: str, budget: float, most: int = 100
+) -> dict[str, Timing | Exception]:
+    """For each name, about `budget` seconds of repeats going round its calls, which do the same work on other memory.
+
+    All take turns, so that a drift of the machine meets all of them. A name whose first calls fail gets the error.
+    """
+    clock = _seconds_on_gpu if device == "cuda" else _seconds_on_cpu
+    found: dict[str, Timing | Exception] = {}
+    repeats: dict[str, int] = {}
+    for name, own in calls.items():
+        try:
+            clock(own[:1])  # compiles and allocates
+            (guess,) = clock(own[-1:])
+            if guess > LONGEST:
+                raise TooSlow(f"one call took {guess:.1f} s")
+            repeats[name] = max(FEWEST, min(most, int(budget / max(guess, 1e-7))))
+        except Exception as error:  # too little memory, or whatever a peer raises at this shape
+            found[name] = error.with_traceback(None)  # whose frames would keep their tensors
+    rounds = max(repeats.values(), default=0)
+    turns = [(name, r) for r in range(rounds) for name, n in repeats.items() if (r + 1) * n // rounds > r * n // rounds]
+    seconds = clock([calls[name][r % len(calls[name])] for name, r in turns])
+    for name, count in repeats.items():
+        own_seconds = sorted(x for x, (other, _) in zip(seconds, turns, strict=True) if other == name)
+        tenth = (count - 1) // 10
+        found[name] = Timing(statistics.median(own_seconds), own_seconds[tenth], own_seconds[-1 - tenth], count)
+    return found
+
+
+def _seconds_on_cpu(calls: list[Callable[[], object]]) -> list[float]:
+    found = []
+    for call in calls:
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def _seconds_on_gpu(calls: list[Callable[[], object]]) -> list[float]:
+    """By events on the stream; nothing waits for the host between calls."""
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
+    torch.cuda.synchronize()
+    for call, (start, end) in zip(calls, marks, strict=True):
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in marks]
+
+
+def cold_copies(case: dict[str, Any], device: str) -> int:
+    """How many sets of the inputs total three times the L2 cache, so that each call finds its own evicted."""
+    if device != "cuda":
+        return 1
+    size = sum(x.nbytes for x in case.values() if isinstance(x, Tensor))
+    return max(1, math.ceil(3 * torch.cuda.get_device_properties(0).L2_cache_size / size))
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """Most bytes that PyTorch's allocator held at once for `call`, its results counted: in a run of its own.
+
+    Buffers that a BLAS library takes for itself are not seen.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call()
+    kineto = profiled.profiler
+    assert kineto is not None and kineto.kineto_results is not None
+    events = [(e.start_ns(), e.nbytes()) for e in kineto.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [size for _, size in sorted(events, key=lambda event: event[0])]
+    return max(0, *itertools.accumulate(sizes))
+
+
+def roofs(dtype: str, device: str) -> Roofs:
+    """The rates of a large copy and of a large matmul, measured now."""
+    size, width = (1 << 30, 8192) if device == "cuda" else (1 << 28, 2048)
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    draw = torch.Generator(device).manual_seed(0)
+    x, y = (torch.randn(width, width, generator=draw, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    out = torch.empty_like(x)
+    calls: dict[str, list[Callable[[], object]]] = {
+        "copy": [lambda: target.copy_(source)],
+        "matmul": [lambda: torch.mm(x, y, out=out)],
+    }
+    found = timed(calls, device, 0.5)
+    copy, matmul = found["copy"], found["matmul"]
+    if isinstance(copy, Exception) or isinstance(matmul, Exception):
+        raise RuntimeError(f"the roofs could not be measured: {copy}, {matmul}")
+    return Roofs(2.0 * width**3 / matmul.median, 2.0 * source.nbytes / copy.median)
+
+
+def timed_roofs(workloads: list[Workload], device: str) -> dict[str, Roofs]:
+    return {dtype: roofs(dtype, device) for dtype in sorted({w.dtype for w in workloads})}
+
+
+def machine(device: str) -> dict[str, str]:
+    """What the figures depend on; the value of "name" is that of the results file."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if importlib.util.find_spec("triton"):
+        versions["triton"] = importlib.import_module("triton").__version__
+    if device == "cuda":
+        processor = torch.cuda.get_device_name()
+        versions |= {"cuda": str(torch.version.cuda), "driver": _driver()}
+    else:
+        processor = f"{_processor()} {os.cpu_count()} cores"
+        versions["threads"] = str(torch.get_num_threads())
+    name = re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
+    return {"name": name, "processor": processor, "system": platform.platform(), **versions}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return re.sub(r"\((R|TM)\)", "", names[0]) if names else platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def commit(given: str | None) -> tuple[str, bool | None]:
+    """The commit of this tree, and whether files that matter differ from it; `given` serves a tree without git."""
+    if given is not None:
+        return given, None
+    try:
+        head = _git("rev-parse", "--short=10", "HEAD")
+        changed = [line for line in _git("status", "--porcelain").splitlines() if "bench/results/" not in line]
+    except (OSError, subprocess.CalledProcessError):
+        sys.exit("This tree is not a git repository: name its commit with --commit, so that rows can be traced.")
+    return head, bool(changed)
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
