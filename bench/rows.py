@@ -11,7 +11,7 @@ from typing import Any
 
 from workloads import SEED, Workload
 
-BASELINE = "pytorch"
+BASELINES = ("pytorch", "published layout")
 ALL_PASSES = "all passes"
 
 
@@ -70,7 +70,7 @@ def table(workload: Workload, rows: list[Row]) -> str:
     parts = [part for part in dict.fromkeys(row.part for row in rows) if part != ALL_PASSES]
     width = max(28, *(len(row.provider) for row in rows))
     lines = [str(workload), f"  {'':{width}}  {'gate':6}" + "".join(f"  {part:>37}" for part in parts)]
-    base = {row.part: row.seconds for row in rows if row.provider == BASELINE}
+    base = {row.part: row.seconds for row in rows if row.provider in BASELINES}
     for name in dict.fromkeys(row.provider for row in rows):
         of_name = {row.part: row for row in rows if row.provider == name}
         first = next(iter(of_name.values()))

@@ -36,11 +36,13 @@ from gate import Gate, backward  # noqa: E402
 from model import Roofs, cost  # noqa: E402
 from peers import NO_KL, Case, Provider, interpret_trl, providers  # noqa: E402
 from rows import ALL_PASSES, Row, Run, append, record, table  # noqa: E402
+from trainer import measured as measured_step  # noqa: E402
+from trainer import trainer_workloads  # noqa: E402
 from workloads import Workload, gate_workloads, kernel_workloads, make_case  # noqa: E402
 
-SUITES: dict[str, Callable[[str, bool], list[Workload]]] = {"kernels": kernel_workloads}
+SUITES: dict[str, Callable[[str, bool], list[Workload]]] = {"kernels": kernel_workloads, "trainer": trainer_workloads}
 RESULTS = ROOT / "bench" / "results"
-SECONDS, QUICK_SECONDS = 1.5, 0.3  # of repeats for each pass of each provider
+SECONDS, QUICK_SECONDS = 0.8, 0.3  # of repeats for each pass of each provider
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
                 left = "\n  ".join(str(w) for _, w in workloads[i:])
                 print(f"--minutes {args.minutes:g} are over; not measured:\n  {left}")
                 break
-            found = measured(workload, settings, title=f"{i + 1}/{len(workloads)}")
-            if other is not None:
+            measured_by = measured_step if suite == "trainer" else measured
+            found = measured_by(workload, settings, title=f"{i + 1}/{len(workloads)}")
+            if other is not None and suite != "trainer":
                 found += other.measured(workload)
             append(path, [record(run, suite, workload, row) for row in found])
             print(table(workload, found), ratios(found), sep="\n", flush=True)

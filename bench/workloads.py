@@ -22,6 +22,7 @@ PASSES = {
     "hidden": (FORWARD, FROZEN, TRAINED),
     "loss": (FROZEN, TRAINED),
     "gae": (FORWARD,),
+    "step": ("rollout", "score", "update", "loss part"),
 }
 SEED = 0
 

@@ -15,7 +15,7 @@ sys.path.append(str(BENCH))
 model, peers, rows, run, tune, workloads = (
     importlib.import_module(name) for name in ("model", "peers", "rows", "run", "tune", "workloads")
 )
-compare, gate, measure = (importlib.import_module(name) for name in ("compare", "gate", "measure"))
+compare, gate, measure, trainer = (importlib.import_module(x) for x in ("compare", "gate", "measure", "trainer"))
 
 TOY = workloads.Workload("hidden", "toy", 24, 32, 203)
 FIELDS = {f.name for part in (rows.Run, rows.Row, workloads.Workload) for f in dataclasses.fields(part)} | {"suite"}
@@ -41,6 +41,7 @@ def few(monkeypatch):
     monkeypatch.setattr(peers, "PROVIDERS", offered)
     cases = [dataclasses.replace(TOY, kl=True), dataclasses.replace(TOY, entrance="logits", masked=0.3)]
     monkeypatch.setitem(run.SUITES, "kernels", lambda device, quick: [*cases, workloads.gae(3, 20)])
+    monkeypatch.setitem(run.SUITES, "trainer", lambda device, quick: [])
     monkeypatch.setattr(run, "QUICK_SECONDS", 0.0)
     monkeypatch.setattr(measure, "roofs", lambda dtype, device: model.Roofs(1e11, 1e10))
 
@@ -215,3 +216,23 @@ def test_every_launch_choice_that_is_searched_exists():
     for knob in tune.knobs(torch.device("cpu")):
         with knob.set(knob.choices[0]):
             assert knob.current() == knob.choices[0]
+
+
+STEP = workloads.Workload("step", "two layers", 2 * 16, 64, 301, T=16, kl=True)
+
+
+def test_both_layouts_take_the_same_step():
+    """Loss and gradients of a whole update, behind the same rule; and memory without the logits."""
+    found = {(row.provider, row.part): row for row in trainer.measured(STEP, settings())}
+    assert {part for _, part in found} == set(workloads.PASSES["step"])
+    ours, published = (found[name, "update"] for name in ("safe-kernels", "published layout"))
+    assert ours.gate == "green" and ours.errors["worst gradient"]["error"] <= ours.errors["worst gradient"]["allowed"]
+    assert published.peak_bytes > ours.peak_bytes > 0
+
+
+def test_a_wrong_update_is_red(monkeypatch):
+    right = trainer.Published.loss
+    monkeypatch.setattr(trainer.Published, "loss", lambda self, hidden: right(self, hidden) * 1.0001)
+    rows = trainer.measured(STEP, settings())
+    assert any(row.status == "red" for row in rows)
+    assert not any(row.provider.startswith("safe-kernels") and row.seconds and row.part != "rollout" for row in rows)

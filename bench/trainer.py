@@ -1,0 +1,281 @@
+"""The training step: this project's layout beside the published one, on the same model, tokens and advantages.
+
+    safe-kernels       packed sequences, the reference is the policy without its adapters, no logits are stored
+    published layout   padded sequences, a second copy of the model as the reference, plain PyTorch on float32 logits
+
+The passes: rollout (generation, which both share), score (statistics under policy and reference), update (forward and
+backward of one pass of optimisation) and loss part (the update behind the backbone: from hidden states to their
+gradient). The model is built from its configuration with random weights, and nothing is downloaded.
+
+Shapes: B sequences of T tokens, half of them prompt; L response tokens, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import measure
+import torch
+from gate import ULPS, Error
+from rows import ALL_PASSES, BASELINES, Row
+from torch import Tensor
+from workloads import SEED, Workload
+
+from safe_kernels import reference
+from safe_train import losses
+from safe_train.config import SafeConfig
+from safe_train.critic import Critic
+from safe_train.data import Prompt, TokenBatch
+from safe_train.models import Policy, make_policy
+from safe_train.rollout import sample
+
+ROLLOUT, SCORE, UPDATE, LOSS = "rollout", "score", "update", "loss part"
+BACKBONES = {  # as the models' own configurations have them
+    "Qwen2.5-3B": {"num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+                   "intermediate_size": 11_008},
+    "two layers": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                   "intermediate_size": 512},
+}  # fmt: skip
+KL_COEF, KL_THRESHOLD = 0.1, 0.01
+
+
+def trainer_workloads(device: str, quick: bool) -> list[Workload]:
+    """16 completions of 128 tokens to prompts of 128; on a CPU the vocabulary is a real one and the backbone is not."""
+    if device == "cuda":
+        return [Workload("step", "Qwen2.5-3B", 16 * 256, 2048, 151_936, T=256, kl=True, dtype="bfloat16")]
+    return [Workload("step", "two layers", (4 if quick else 16) * 64, 256, 49_152, T=64, kl=True)]
+
+
+class Inputs(NamedTuple):
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    old_logprob_L: Tensor
+    advantage_L: Tensor
+    returns_L: Tensor
+    old_values_KL: Tensor
+
+
+class Layout:
+    """One way to lay out the same step. `hidden` and `loss` are differentiable; their sum of work is the update."""
+
+    name: str
+    extra_bytes = 0  # of weights that only this layout holds
+
+    def __init__(self, policy: Policy, inputs: Inputs, args: SafeConfig, device: str):
+        self.policy, self.inputs, self.args = policy, inputs, args
+        torch.manual_seed(SEED)
+        self.critic = Critic(policy.hidden_size, args.critic).to(device)
+        self.trained = [p for p in (*policy.parameters(), *self.critic.heads.parameters()) if p.requires_grad]
+        self.micro: Any = SimpleNamespace(
+            logprob_L=inputs.old_logprob_L,
+            advantage_L=inputs.advantage_L,
+            returns_L=inputs.returns_L,
+            values_KL=inputs.old_values_KL[: len(self.critic.heads)],
+        )
+        self.weight_L = torch.full_like(inputs.old_logprob_L, 1 / len(inputs.old_logprob_L))
+
+    def score(self) -> tuple[Tensor | None, ...]:
+        """(logprob, entropy, ref_logprob, kl) of the response tokens."""
+        raise NotImplementedError
+
+    def hidden(self) -> Tensor:
+        raise NotImplementedError
+
+    def response_states(self, hidden: Tensor) -> Tensor:
+        """[L, H]: the states that predict response tokens."""
+        raise NotImplementedError
+
+    def loss(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def update(self) -> tuple[Tensor, ...]:
+        """The loss, and the gradients of the adapters and the critic."""
+        hidden = self.hidden()
+        values_KL = self.critic(self.response_states(hidden))
+        value_loss = losses.value_loss(values_KL, self.micro, self.weight_L, self.args)
+        total = self.loss(hidden) + self.args.value_coef * value_loss
+        return total.detach(), *torch.autograd.grad(total, self.trained)
+
+    def loss_part(self) -> Callable[[], Tensor]:
+        with torch.no_grad():
+            hidden = self.hidden()
+        hidden.requires_grad_()
+        return lambda: torch.autograd.grad(self.loss(hidden), hidden)[0]
+
+
+class Ours(Layout):
+    name = "safe-kernels"
+
+    def __init__(self, policy: Policy, inputs: Inputs, args: SafeConfig, device: str):
+        super().__init__(policy, inputs, args, device)
+        self.micro.batch = TokenBatch.pack(inputs.prompts, inputs.completions).to(torch.device(device))
+        self.micro.ref_hidden_LH = policy.reference(self.micro.batch)
+        self.control: Any = SimpleNamespace(kl_coef=KL_COEF, kl_threshold=KL_THRESHOLD)
+
+    @torch.no_grad()
+    def score(self) -> tuple[Tensor | None, ...]:
+        batch = self.micro.batch
+        ref_hidden_LH = self.policy.reference(batch)
+        found = losses.statistics(self.policy(batch), self.policy.head(), batch.targets_L, ref_hidden_LH)
+        return found.logprob, found.entropy, found.ref_logprob, found.kl
+
+    def hidden(self) -> Tensor:
+        return self.policy(self.micro.batch)
+
+    def response_states(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def loss(self, hidden: Tensor) -> Tensor:
+        head = self.policy.head()
+        return losses.policy_loss(hidden, head, self.micro, self.weight_L, self.control, self.args).loss
+
+
+class OursAsPPO(Ours):
+    """One critic instead of two: what SAFE costs beyond PPO."""
+
+    name = "safe-kernels, ppo"
+
+    def __init__(self, policy: Policy, inputs: Inputs, args: SafeConfig, device: str):
+        super().__init__(policy, inputs, SafeConfig(algorithm="ppo", kl_penalty_coef=args.kl_penalty_coef), device)
+
+
+class Published(Layout):
+    """Logits of whole padded sequences, under two copies of the model."""
+
+    name = BASELINES[1]
+
+    def __init__(self, policy: Policy, inputs: Inputs, args: SafeConfig, device: str, base: Any):
+        super().__init__(policy, inputs, args, device)
+        self.reference = copy.deepcopy(base).requires_grad_(False)
+        self.extra_bytes = sum(p.nbytes for p in self.reference.parameters())
+        rows = [prompt + completion for prompt, completion in zip(inputs.prompts, inputs.completions, strict=True)]
+        self.ids_BT = torch.tensor(rows, device=device)
+        self.first = len(inputs.prompts[0]) - 1  # predicts the first response token
+        with torch.no_grad():
+            self.ref_hidden = self.states(self.reference)
+
+    @torch.no_grad()
+    def score(self) -> tuple[Tensor | None, ...]:
+        return self.statistics(self.hidden(), self.states(self.reference))
+
+    def hidden(self) -> Tensor:
+        return self.states(self.policy.causal_lm)
+
+    def response_states(self, hidden: Tensor) -> Tensor:
+        return hidden[:, self.first : -1].flatten(0, 1)
+
+    def loss(self, hidden: Tensor) -> Tensor:
+        logprob, entropy, _, kl = self.statistics(hidden, self.ref_hidden)
+        assert logprob is not None and entropy is not None and kl is not None
+        ratio, advantage_L = (logprob - self.inputs.old_logprob_L).exp(), self.inputs.advantage_L
+        clipped = ratio.clamp(1 - self.args.clip_low, 1 + self.args.clip_high)
+        token_loss = -torch.minimum(ratio * advantage_L, clipped * advantage_L) - self.args.entropy_coef * entropy
+        penalty = (kl - KL_THRESHOLD).relu() ** 2
+        return (token_loss + KL_COEF * kl + self.args.kl_penalty_coef * penalty).mean()
+
+    def statistics(self, hidden: Tensor, ref_hidden: Tensor) -> tuple[Tensor | None, ...]:
+        logits = self.policy.causal_lm.get_output_embeddings()(hidden)[:, :-1]
+        with torch.no_grad():
+            ref_logits = self.reference.get_output_embeddings()(ref_hidden)[:, :-1]
+        found = reference.token_stats(logits, self.ids_BT[:, 1:], ref_logits=ref_logits)
+        return tuple(None if x is None else x[:, self.first :].flatten() for x in found)
+
+    def states(self, model: Any) -> Tensor:
+        return model.model(input_ids=self.ids_BT, use_cache=False).last_hidden_state
+
+
+def measured(workload: Workload, settings: Any, title: str = "") -> list[Row]:
+    """Rows of both layouts, behind a gate: loss and gradients as exact as those of the published layout."""
+    device, args = settings.device, SafeConfig(kl_penalty_coef=0.1, lora_r=128)
+    policy, base = build(workload, args, device)
+    inputs = make_inputs(workload, device)
+    layouts = [
+        Published(policy, inputs, args, device, base),
+        *(L(policy, inputs, args, device) for L in (Ours, OursAsPPO)),
+    ]
+    errors = gate(policy, base, inputs, args, device, layouts[:2])
+    red = any(error.excess > 1 for error in errors.values())
+    first = Row(ALL_PASSES, Ours.name, None, "red" if red else "ok", gate="red" if red else "green",
+                errors={name: error._asdict() for name, error in errors.items()})  # fmt: skip
+    rows = [first] if red else []
+    calls = {ROLLOUT: {Ours.name: generation(policy, inputs, workload)}}
+    calls |= {part: {x.name: call(x) for x in layouts} for part, call in PASSES.items()}
+    for part, by_name in calls.items():
+        timings = measure.timed({name: [call] for name, call in by_name.items()}, device, settings.seconds)
+        for layout in layouts:
+            if layout.name in timings and not (red and isinstance(layout, Ours)):
+                rows.append(timed_row(part, layout, timings[layout.name], by_name[layout.name], device, first))
+    return rows
+
+
+PASSES: dict[str, Callable[[Layout], Callable[[], Any]]] = {
+    SCORE: lambda layout: layout.score,
+    UPDATE: lambda layout: layout.update,
+    LOSS: lambda layout: layout.loss_part(),
+}
+
+
+def timed_row(part: str, layout: Layout, timing: Any, call: Any, device: str, first: Row) -> Row:
+    judged = {"gate": first.gate, "errors": first.errors} if isinstance(layout, Ours) else {"gate": "green"}
+    if isinstance(timing, Exception):
+        return Row(part, layout.name, None, "cannot run", f"{type(timing).__name__}: {timing}"[:300], **judged)
+    peak = measure.peak_bytes(call, device) + layout.extra_bytes
+    return Row(part, layout.name, None, "ok", **judged, seconds=timing.median, seconds_low=timing.low,
+               seconds_high=timing.high, repeats=timing.repeats, peak_bytes=peak, gradient_bytes=0)  # fmt: skip
+
+
+def build(workload: Workload, args: SafeConfig, device: str) -> tuple[Policy, Any]:
+    """The policy, with adapters that are not zero, and the model it was made from."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    torch.manual_seed(SEED)
+    config = Qwen2Config(
+        vocab_size=workload.V, hidden_size=workload.H, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None,
+        pad_token_id=None, **BACKBONES[workload.model],
+    )  # fmt: skip
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, workload.dtype))
+    policy = make_policy(copy.deepcopy(base), args)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return policy, base
+
+
+def make_inputs(workload: Workload, device: str) -> Inputs:
+    draw = torch.Generator().manual_seed(SEED)
+    half = workload.T // 2
+    ids = torch.randint(workload.V, (workload.N // workload.T, workload.T), generator=draw).tolist()
+    noise = torch.randn(5, workload.N // 2, generator=draw).to(device)
+    uniform = -torch.full_like(noise[0], float(torch.log(torch.tensor(float(workload.V)))))
+    prompts, completions = [row[:half] for row in ids], [row[half:] for row in ids]
+    return Inputs(prompts, completions, uniform + 0.3 * noise[0], noise[1], noise[2], noise[3:])
+
+
+def gate(
+    policy: Policy, base: Any, inputs: Inputs, args: SafeConfig, device: str, layouts: list[Layout]
+) -> dict[str, Error]:
+    """Loss and gradients of the update; exact is the published layout in float64, on a GPU in float32."""
+    wide = torch.float64 if device == "cpu" else torch.float32
+    widened = inputs._replace(old_logprob_L=inputs.old_logprob_L.to(wide), advantage_L=inputs.advantage_L.to(wide))
+    judge = Published(copy.deepcopy(policy).to(wide), widened, args, device, copy.deepcopy(base).to(wide))
+    exact, (plain, found) = judge.update(), [layout.update() for layout in layouts]
+    errors = {}
+    for i, (e, p, f) in enumerate(zip(exact, plain, found, strict=True)):
+        error, own = ((x.to(wide) - e.to(wide)).abs().max().item() for x in (f, p))
+        scale = max(e.abs().max().item(), 1e-30)
+        errors["loss" if i == 0 else f"gradient {i}"] = Error(
+            error, 2 * own + ULPS * torch.finfo(p.dtype).eps * scale, own
+        )
+    worst = max((name for name in errors if name != "loss"), key=lambda name: errors[name].excess)
+    return {"loss": errors["loss"], "worst gradient": errors[worst]}
+
+
+def generation(policy: Policy, inputs: Inputs, workload: Workload) -> Callable[[], Any]:
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, batch_decode=lambda rows, **_: [""] * len(rows))
+    prompts = [Prompt("", ids, {}) for ids in inputs.prompts]
+    args = SafeConfig(max_new_tokens=workload.T // 2)
+    return lambda: sample(policy, tokenizer, prompts, args)
