@@ -1,5 +1,10 @@
 """The Triton backend at full size on a GPU: `pytest -m gpu`. What fits the interpreter is tested elsewhere."""
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import cases
 import pytest
 import torch
@@ -169,3 +174,33 @@ def test_memory_with_a_frozen_head(op, limit):
     loss = result.loss if op is linear_policy_loss else (result.logprob + result.entropy + result.kl).sum()
     loss.backward()
     assert torch.cuda.max_memory_allocated() - before - case["hidden"].grad.nbytes <= limit
+
+
+def test_nothing_reads_or_writes_out_of_bounds():
+    """Every op on odd small shapes, under NVIDIA's memory checker."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        pytest.skip("compute-sanitizer is not installed")
+    command = [tool, "--error-exitcode", "1", sys.executable, __file__]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def odd_shapes():
+    values = cases.values_case(mask=cases.some_mask()) | {"kl_threshold": 0.1, "alpha": 0.3, "gamma": 0.9}
+    wrong = torch.tensor([[-100, 37, 5, 1 << 40, 0, 36, -1]]).expand(3, 7)
+    evaluated = [
+        (token_stats, cases.logits_case(tokens=wrong), ["logits"]),
+        (linear_token_stats, cases.linear_case(bias=True), ["hidden", "weight", "bias"]),
+        (linear_token_stats, cases.linear_case(reference="own", batch_invariant=True), ["hidden"]),
+        (linear_policy_loss, cases.policy_case(kl_coef=0.1), ["hidden", "weight"]),
+        (safe_terms, cases.logits_case(**values), ["logits", "v1"]),
+        (soft_min_gae, cases.values_case((5, 1030), mask=None), []),
+    ]
+    for op, case, wrt in evaluated:
+        cases.evaluate(op, on_device(case), "triton", wrt)
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    odd_shapes()
