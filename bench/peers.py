@@ -84,6 +84,11 @@ def ours(entrance: str, backend: str, **options: Any) -> Callable[[Case], Result
     return run
 
 
+def over_the_logits(run: Callable[[Case], Results]) -> Callable[[Case], Results]:
+    """As in a trainer, the logits are not a leaf."""
+    return lambda case: run(case | {"logits": case["logits"].view_as(case["logits"])})
+
+
 def plain(entrance: str) -> Callable[[Case], Results]:
     def run(case: Case) -> Results:
         return {name: x for name, x in operation(entrance)(**case)._asdict().items() if x is not None}
@@ -290,7 +295,7 @@ def _of_this_project() -> list[Provider]:
             Provider("safe-kernels triton", entrance, outputs, ours(entrance, "triton"), None, KERNELS, True),
         ]
     for backend, reason in (("torch", ""), ("triton", KERNELS)):
-        run = ours("logits", backend, inplace_backward=True)
+        run = over_the_logits(ours("logits", backend, inplace_backward=True))
         found.append(Provider(f"safe-kernels {backend}, in place", "logits", WITH_KL, run, None, reason, True))
     fused = ours("hidden", "triton", batch_invariant=True)
     found.append(Provider("safe-kernels triton, batch-invariant", "hidden", WITH_KL, fused, None, KERNELS, True))

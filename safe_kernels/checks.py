@@ -63,12 +63,12 @@ def per_token(tokens: Tensor, **tensors: Tensor | None) -> None:
             is_on(name, x, tokens.device)
 
 
-def is_temperature(temperature: object, tokens: Tensor, mask: Tensor | None) -> float | Tensor:
+def is_temperature(temperature: object, tokens: Tensor, mask: Tensor | None, like: Tensor) -> float | Tensor:
     """As a float, or a tensor with one entry a token."""
     if not isinstance(temperature, Tensor):
         return is_positive("temperature", temperature)
     if temperature.dim() == 0:
-        temperature = temperature.expand(tokens.shape)
+        temperature = temperature.to(torch.promote_types(like.dtype, torch.float32)).expand(tokens.shape)
     per_token(tokens, temperature=temperature)
     if debugging():
         live = temperature if mask is None else temperature[mask]
@@ -81,7 +81,7 @@ def is_number(name: str, x: object, low: float = -math.inf, high: float = math.i
     if isinstance(x, bool) or not isinstance(x, Real):
         raise TypeError(f"{name} is {type(x).__name__}; it must be a number")
     number = float(x)
-    if not (math.isfinite(number) and low <= number <= high):
+    if not (-math.inf < number < math.inf and low <= number <= high):  # which torch.compile can trace
         allowed = "finite" if low == -math.inf else f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise ValueError(f"{name} is {x}; it must be {allowed}")
     return number
@@ -145,7 +145,7 @@ def head_arguments(
         "ref_hidden": ref_hidden,
         "ref_weight": ref_weight,
         "ref_bias": ref_bias,
-        "temperature": is_temperature(temperature, tokens, mask),
+        "temperature": is_temperature(temperature, tokens, mask, hidden),
         "softcap": None if softcap is None else is_positive("softcap", softcap),
         "logit_scale": is_number("logit_scale", logit_scale),
     }
@@ -166,8 +166,11 @@ def value_arguments(
     """Check what `safe_terms` takes beyond `token_stats`; return its keyword arguments."""
     per_token(tokens, v1=v1, v2=v2, rewards=rewards, target_v1=target_v1, target_v2=target_v2)
     is_time(tokens, cu_seqlens)
+    kl_threshold = is_coefficient("kl_threshold", kl_threshold)
+    if isinstance(kl_threshold, Tensor):
+        kl_threshold = kl_threshold.to(tokens.device, non_blocking=True)
     return {
-        "kl_threshold": is_coefficient("kl_threshold", kl_threshold),
+        "kl_threshold": kl_threshold,
         "alpha": is_positive("alpha", alpha),
         "gamma": is_number("gamma", gamma, 0, 1),
         "target_v1": target_v1,
@@ -230,7 +233,12 @@ def _is_whole(name: str, weight: object) -> None:
         )
 
 
-def does_not_overlap(name: str, x: Tensor) -> None:
+def may_be_overwritten(name: str, x: Tensor) -> None:
+    if x.is_leaf and x.requires_grad:
+        raise ValueError(
+            f"{name} is a leaf that requires a gradient: inplace_backward=True would make {name}.grad and {name} one "
+            "tensor. It must be computed from others, as a model's are"
+        )
     reach = 0
     for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
         if stride <= reach:

@@ -132,7 +132,7 @@ def product_cases(target: str) -> Iterator[Case]:
         for y_by_row in (True, False):
             y_block = (choice.columns, choice.inner) if y_by_row else (choice.inner, choice.columns)
             types = {"x": operand(choice, bits, choice.rows, choice.inner), "y": operand(choice, bits, *y_block)}
-            constants = gemm_constants(choice) | {"Y_BY_ROW": y_by_row, "ACCUMULATE": not y_by_row}
+            constants = gemm_constants(choice) | {"Y_BY_ROW": y_by_row}
             label = {"y_by_row": y_by_row, "bits": bits}
             yield Case(product_kernel, label, constants, gemm_options(choice), types, optional=(True,))
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from .inputs import LinearInputs, LogitsInputs, Terms, compute_dtype
 from .objective import Objective
 from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
 from .schema import Signature
-from .torch_backend.values import soft_min as _soft_min
 
 Slopes = tuple[Tensor | None, Tensor | None, Tensor | None]  # d loss / d (logprob, entropy, kl) [N]; None is none
 
@@ -98,7 +98,7 @@ def linear_policy_loss(
 
 def soft_min(v1: Tensor, v2: Tensor, alpha: float, *, backend: str) -> Tensor:
     """Plain PyTorch on every backend: an elementwise function of [tokens] earns no kernel."""
-    return _soft_min(v1, v2, alpha)
+    return reference.soft_min(v1, v2, alpha)
 
 
 def soft_min_gae(v1: Tensor, v2: Tensor, rewards: Tensor, mask: Tensor | None, **options: Any) -> ValueTargets:
@@ -107,7 +107,7 @@ def soft_min_gae(v1: Tensor, v2: Tensor, rewards: Tensor, mask: Tensor | None, *
 
 
 def _token_stats(found: Sequence[Tensor], shape: torch.Size) -> TokenStats:
-    return TokenStats._make(_shaped(found[:4], shape, len(found[-1]) == 8))
+    return TokenStats._make(_shaped(found[:4], shape, found[-1].shape[0] == 8))
 
 
 def _shaped(results: Sequence[Tensor], shape: torch.Size, with_reference: bool) -> list[Tensor | None]:
@@ -146,6 +146,7 @@ _LINEAR = Signature(inputs=LinearInputs, terms=Terms | None, backend=str)
 _NEEDS = dict.fromkeys(("need_hidden", "need_weight", "need_bias"), bool)
 _LINEAR_BACKWARD = Signature(inputs=LinearInputs, backend=str, stats=Tensor, **_SLOPES, **_NEEDS)
 _LOSS = Signature(inputs=LinearInputs, objective=Objective, **_NEEDS, backend=str)
+_SCALED = Signature(gradient=Tensor, factor=Tensor, dtype=str)
 _GAE = Signature(
     v1=Tensor,
     v2=Tensor,
@@ -196,7 +197,7 @@ def _(*flat: Any) -> tuple[Tensor, ...]:
 
 
 def _like(x: Tensor, tokens_N: Tensor, with_reference: bool, with_terms: bool) -> tuple[Tensor, ...]:
-    dtype, N = compute_dtype(x), len(tokens_N)
+    dtype, N = compute_dtype(x), tokens_N.shape[0]  # len() would make a number of a symbolic size
     sizes = [N, N, *[N if with_reference else 0] * 2, *[N if with_terms else 0] * 3]
     return *(x.new_empty(size, dtype=dtype) for size in sizes), x.new_empty(8 if with_reference else 4, N, dtype=dtype)
 
@@ -239,18 +240,30 @@ def _(*flat: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) if need else stats.new_empty(0) for x, need in leaves)
 
 
-def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    _, _, ref_logprob, kl, penalty, value, value_target, stats = output
-    absent = [] if len(stats) == 8 else [kl]
-    absent += [] if len(value) == stats.shape[1] else [penalty, value]
-    ctx.mark_non_differentiable(ref_logprob, value_target, stats, *absent)
-    _save(ctx, inputs, stats)
+# What a backward does not read; and what it reads only for the gradient of logits, hidden states or head.
+_UNREAD = {"rewards_N", "target_v1_N", "target_v2_N", "cu_seqlens"}
+_LARGE = {"logits", "ref_logits", "hidden_NH", "weight_VH", "bias_V", "ref_hidden_NH", "ref_weight_VH", "ref_bias_V"}
+
+
+def _statistics_context(signature: Signature, leaves: int) -> Callable[..., None]:
+    """What autograd keeps of a forward; the first `leaves` arguments may want a gradient."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        _, _, ref_logprob, kl, penalty, value, value_target, stats = output
+        absent = [] if stats.shape[0] == 8 else [kl]
+        absent += [penalty, value] if signature.restore(inputs)[1] is None else []
+        ctx.mark_non_differentiable(ref_logprob, value_target, stats, *absent)
+        unread = _UNREAD if any(ctx.needs_input_grad[:leaves]) else _UNREAD | _LARGE
+        kept = (None if name in unread else x for name, x in zip(signature.names, inputs, strict=True))
+        _save(ctx, tuple(kept), stats)
+
+    return setup_context
 
 
 def _logits_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     (inputs, terms, inplace, backend), stats = _saved(ctx, _LOGITS)
-    slopes, found = _slopes(inputs.mask_N, terms, stats, grads), [None] * len(_LOGITS.names)
+    slopes, found = _slopes(terms, stats, grads), [None] * len(_LOGITS.names)
     if ctx.needs_input_grad[0] and any(x is not None for x in slopes):
         arguments = _LOGITS_BACKWARD.flatten(inputs._replace(logits=inputs.logits.detach()), backend, stats, *slopes)
         if inplace:
@@ -261,7 +274,7 @@ def _logits_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
 
 def _linear_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     (inputs, terms, backend), stats = _saved(ctx, _LINEAR)
-    slopes, found = _slopes(inputs.mask_N, terms, stats, grads), [None] * len(_LINEAR.names)
+    slopes, found = _slopes(terms, stats, grads), [None] * len(_LINEAR.names)
     if any(ctx.needs_input_grad[:3]) and any(x is not None for x in slopes):
         needed = ctx.needs_input_grad[:3]
         gradients = _linear_backward_op(*_LINEAR_BACKWARD.flatten(inputs, backend, stats, *slopes, *needed))
@@ -269,7 +282,7 @@ def _linear_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     return _with_values(found, _LINEAR, inputs.mask_N, terms, grads)
 
 
-def _slopes(mask_N: Tensor | None, terms: Terms | None, stats: Tensor, grads: Sequence[Tensor | None]) -> Slopes:
+def _slopes(terms: Terms | None, stats: Tensor, grads: Sequence[Tensor | None]) -> Slopes:
     """The penalty's slope goes into that of the KL."""
     grad_logprob, grad_entropy, _, grad_kl, grad_penalty, *_ = grads
     if terms is not None and grad_penalty is not None:
@@ -292,8 +305,8 @@ def _with_values(
     return tuple(found)
 
 
-_logits_op.register_autograd(_logits_backward, setup_context=_save_statistics)
-_linear_op.register_autograd(_linear_backward, setup_context=_save_statistics)
+_logits_op.register_autograd(_logits_backward, setup_context=_statistics_context(_LOGITS, 1))
+_linear_op.register_autograd(_linear_backward, setup_context=_statistics_context(_LINEAR, 3))
 
 
 @_register("linear_policy_loss", _LOSS, f"({', '.join(['Tensor'] * 9)})")
@@ -326,8 +339,19 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 def _loss_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     leaves = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-    gradients = [(x * grad_loss).to(dtype) if need else None for x, dtype, need in leaves]
+    gradients = [_scaled_op(x, grad_loss, str(dtype)) if need else None for x, dtype, need in leaves]
     return tuple(gradients + [None] * (len(_LOSS.names) - 3))
+
+
+@_register("scaled", _SCALED, "Tensor")
+def _scaled_op(gradient: Tensor, factor: Tensor, dtype: str) -> Tensor:
+    """An op, because autograd must not take a constant gradient for something that it can differentiate again."""
+    return (gradient * factor).to(getattr(torch, dtype.removeprefix("torch.")))
+
+
+@_scaled_op.register_fake
+def _(gradient: Tensor, factor: Tensor, dtype: str) -> Tensor:
+    return torch.empty_like(gradient, dtype=getattr(torch, dtype.removeprefix("torch.")))
 
 
 _loss_op.register_autograd(_loss_backward, setup_context=_save_loss)
@@ -345,9 +369,13 @@ def _(v1: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], stats: Tensor) -> None:
-    """Keep tensors where autograd watches their versions, the other arguments beside them."""
-    ctx.constants = tuple(None if isinstance(x, Tensor) else x for x in inputs)
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), stats)
+    """Keep tensors where autograd watches their versions, the other arguments beside them.
+
+    Those of torch.inference_mode, as a reference's may be, have no versions.
+    """
+    watched = [x if isinstance(x, Tensor) and not x.is_inference() else None for x in inputs]
+    ctx.constants = tuple(x if w is None else None for x, w in zip(inputs, watched, strict=True))
+    ctx.save_for_backward(*watched, stats)
 
 
 def _saved(ctx: Any, signature: Signature) -> tuple[Any, Tensor]:

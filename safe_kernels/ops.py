@@ -45,16 +45,16 @@ def token_stats(
         ref_logits: [..., V]; never receives a gradient. A reference of -inf where the policy is not has kl = inf.
         temperature: > 0, a number or [...]; divides the logits of both.
         mask: [...] bool.
-        inplace_backward: write the gradient over `logits`. A second backward, or another operation that needs the
-            logits afterwards, raises.
+        inplace_backward: write the gradient over `logits`, which must not be a leaf. A second backward, or another
+            operation that needs the logits afterwards, raises.
 
     Returns:
         TokenStats; `ref_logprob` and `kl` are None without `ref_logits`.
     """
     checks.logits_arguments(logits, tokens, ref_logits, mask)
     if inplace_backward:
-        checks.does_not_overlap("logits", logits)
-    temperature = checks.is_temperature(temperature, tokens, mask)
+        checks.may_be_overwritten("logits", logits)
+    temperature = checks.is_temperature(temperature, tokens, mask, logits)
     return _call(
         "token_stats",
         backend,
@@ -148,11 +148,11 @@ def safe_terms(
     checks.is_floating("ref_logits", ref_logits)
     checks.logits_arguments(logits, tokens, ref_logits, mask)
     if inplace_backward:
-        checks.does_not_overlap("logits", logits)
+        checks.may_be_overwritten("logits", logits)
     values = checks.value_arguments(
         tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens
     )
-    temperature = checks.is_temperature(temperature, tokens, mask)
+    temperature = checks.is_temperature(temperature, tokens, mask, logits)
     return _call(
         "safe_terms",
         backend,
@@ -369,11 +369,12 @@ def linear_policy_loss(
 
 def _call(function: str, backend: str | None, like: Tensor, *arguments: Any, **options: Any) -> Any:
     """By the backend asked for, or the best one for a first argument like this."""
-    name = backend or os.environ.get("SAFE_KERNELS_BACKEND") or _best(like)
+    wide = any(_is_wide(x) for x in (like, *arguments, *options.values()))
+    name = backend or os.environ.get("SAFE_KERNELS_BACKEND") or ("torch" if wide else _best(like))
     if name not in _BACKENDS:
         origin = "backend" if backend else "the environment variable SAFE_KERNELS_BACKEND"
         raise ValueError(f"{origin} is {name!r}; it must be one of {', '.join(map(repr, _BACKENDS))}")
-    if name == "triton" and any(_is_wide(x) for x in (like, *arguments, *options.values())):
+    if name == "triton" and wide:
         raise ValueError("backend 'triton' computes in float32; float64 inputs need backend 'torch' or 'reference'")
     if name != "reference":
         return getattr(library, function)(like, *arguments, **options, backend=name)
@@ -382,8 +383,8 @@ def _call(function: str, backend: str | None, like: Tensor, *arguments: Any, **o
 
 
 def _best(like: Tensor) -> str:
-    """Triton on GPUs; PyTorch on CPUs, for float64, and where Triton is not installed."""
-    on_gpu = like.device.type in ("cuda", "xpu") and like.dtype != torch.float64
+    """Triton on GPUs; PyTorch on CPUs, and where Triton is not installed."""
+    on_gpu = like.device.type in ("cuda", "xpu")
     return "triton" if on_gpu and importlib.util.find_spec("triton") else "torch"
 
 

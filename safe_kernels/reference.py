@@ -23,6 +23,8 @@ def token_stats(logits, tokens, *, ref_logits=None, temperature=1.0, mask=None, 
         return TokenStats(_live(logprob, mask), _live(entropy, mask), None, None)
     logq = _log_softmax(ref_logits.detach(), temperature, mask)
     kl = (p * (logp - logq).masked_fill(p == 0, 0)).sum(-1)
+    outside = ((logq == -math.inf) & (logp > -math.inf)).any(-1)  # even where p is too small for its dtype
+    kl = torch.where(outside & (kl < math.inf), math.inf, kl)
     return TokenStats(*(_live(x, mask) for x in (logprob, entropy, _at_token(logq, tokens), kl)))
 
 
@@ -105,7 +107,8 @@ def linear_safe_terms(
 def soft_min(v1, v2, alpha) -> Tensor:
     v1 = _compute(v1)
     v2 = v2.to(v1.dtype)
-    return -alpha * (torch.logaddexp(-v1 / alpha, -v2 / alpha) - math.log(2))
+    # The minimum, and what the other value adds: for any alpha nothing cancels.
+    return torch.minimum(v1, v2) - alpha * torch.log1p(torch.expm1(-(v1 - v2).abs() / alpha) / 2)
 
 
 @torch.no_grad()

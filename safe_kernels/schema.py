@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-_NAMES = {Tensor: "Tensor", float: "float", int: "int", bool: "bool", str: "str"}
+_NAMES = {Tensor: "Tensor", float: "float", int: "SymInt", bool: "bool", str: "str"}
 
 
 class Signature:

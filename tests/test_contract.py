@@ -175,18 +175,18 @@ class TestDebug:
 
 
 def test_the_environment_chooses_the_backend(monkeypatch):
-    called = []
-    monkeypatch.setattr(reference, "soft_min", lambda *args: called.append("reference"))
-    soft_min(ones, ones, 0.3)
+    called, case = [], logits_case()
+    monkeypatch.setattr(reference, "token_stats", lambda *args, **options: called.append("reference"))
+    token_stats(**case)
     assert not called
     monkeypatch.setenv("SAFE_KERNELS_BACKEND", "reference")
-    soft_min(ones, ones, 0.3)
+    token_stats(**case)
     assert called == ["reference"]
-    soft_min(ones, ones, 0.3, backend="torch")
+    token_stats(**case, backend="torch")
     assert called == ["reference"]
     monkeypatch.setenv("SAFE_KERNELS_BACKEND", "fast")
     with pytest.raises(ValueError, match="environment variable SAFE_KERNELS_BACKEND is 'fast'; it must be one of"):
-        soft_min(ones, ones, 0.3)
+        token_stats(**case)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -222,11 +222,11 @@ def test_imports_run_one_way():
         "objective": {"inputs"},
         "checks": set(),
         "reference": {"results"},
-        "library": {"inputs", "objective", "results", "schema", torch_values},
+        "library": {"inputs", "objective", "reference", "results", "schema"},
         "ops": {"checks", "library", "reference", "results"},
         "__init__": {"ops", "results"},
         "torch_backend.rows": set(),
-        "torch_backend.values": {"inputs"},
+        "torch_backend.values": {"inputs", "reference"},
         "torch_backend.logits": {"inputs", "torch_backend.rows", torch_values},
         "torch_backend.linear": {"inputs", "objective", "torch_backend.rows", torch_values},
         "torch_backend.__init__": {f"torch_backend.{x}" for x in ("linear", "logits", "values")},
@@ -331,12 +331,74 @@ def test_no_grad_keeps_nothing(any_backend):
         assert torch.equal(token_stats(**case, backend=any_backend).kl, stats.kl)
 
 
-def test_double_backward_is_refused():
-    case = logits_case()
-    logits = case.pop("logits").requires_grad_()
-    gradient = torch.autograd.grad((token_stats(logits, **case).entropy ** 2).sum(), logits, create_graph=True)[0]
+@pytest.mark.parametrize("op", [token_stats, linear_token_stats, linear_policy_loss])
+def test_double_backward_is_refused(op):
+    make = {token_stats: logits_case, linear_token_stats: linear_case, linear_policy_loss: policy_case}[op]
+    case = make()
+    leaf = case.pop("logits" if op is token_stats else "hidden").requires_grad_()
+    result = op(leaf, **case)
+    value = result.loss**2 if op is linear_policy_loss else (result.entropy**2).sum()
+    gradient = torch.autograd.grad(value, leaf, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        gradient.sum().backward()
+        gradient.pow(2).sum().backward()
+
+
+def graphs(function, *calls):
+    """How often dynamo compiles for these arguments."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for arguments in calls:
+        compiled(*arguments)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("op", [token_stats, linear_token_stats, linear_policy_loss, safe_terms])
+def test_another_number_of_tokens_is_compiled_once(op, backend):
+    """The first is taken as fixed, the second makes it a symbol."""
+    make = {token_stats: logits_case, safe_terms: logits_case, linear_policy_loss: policy_case}.get(op, linear_case)
+
+    def case(tokens):
+        extra = values_case((tokens,)) | {"kl_threshold": 0.1, "alpha": 0.3} if op is safe_terms else {}
+        return list((make((tokens,)) | extra).items())
+
+    names = [name for name, _ in case(4)]
+    calls = [[x for _, x in case(tokens)] for tokens in (4, 5, 6, 7)]
+    assert graphs(lambda *x: op(**dict(zip(names, x, strict=True)), backend=backend)[0], *calls) <= 2
+
+
+def test_another_float_is_compiled_again():
+    case = linear_case()
+    assert graphs(lambda t: linear_token_stats(**case, temperature=t).logprob, [0.7], [0.8], [0.9]) <= 3
+
+
+def test_tensors_of_inference_mode(backend):
+    """As a reference model's hidden states may be."""
+    case = linear_case()
+    with torch.inference_mode():
+        case |= {name: case[name].clone() for name in ("ref_hidden", "tokens")}
+    case["hidden"].requires_grad_()
+    linear_token_stats(**case, backend=backend).kl.sum().backward()
+    assert case["hidden"].grad.isfinite().all()
+
+
+def test_what_a_backward_does_not_read_may_change(backend):
+    values = values_case()
+    case = logits_case(**values, kl_threshold=0.1, alpha=0.3)
+    case["logits"].requires_grad_()
+    case["v1"].requires_grad_()
+    found = safe_terms(**case, backend=backend)
+    case["rewards"].zero_()
+    (found.kl_penalty.sum() + found.value.sum()).backward()
+    assert case["logits"].grad is not None
+
+
+def test_frozen_logits_are_not_kept(backend):
+    case = logits_case(**values_case(), kl_threshold=0.1, alpha=0.3)
+    case["v1"].requires_grad_()
+    found = safe_terms(**case, backend=backend)
+    case["logits"].zero_()  # would be noticed
+    found.value.sum().backward()
 
 
 def test_tokens_in_int32(any_backend):

@@ -19,7 +19,7 @@ shapes = st.tuples(st.integers(1, 5), st.integers(1, 9))
 vocabularies = st.integers(1, 120)
 scales = st.sampled_from([0.01, 1.0, 5.0, 50.0])
 temperatures = st.sampled_from([0.3, 1.0, 2.5])
-alphas = st.sampled_from([1e-2, 0.3, 10.0])
+alphas = st.sampled_from([1e-2, 0.3, 10.0, 1e3, 1e7])
 cases = st.builds(
     logits_case, shape=shapes, vocabulary=vocabularies, scale=scales, seed=seeds, temperature=temperatures
 )

@@ -219,3 +219,16 @@ def test_activation_checkpointing(backend, use_reentrant):
     plain = torch.autograd.grad(loss(hidden), hidden)[0]
     torch.utils.checkpoint.checkpoint(loss, hidden, use_reentrant=use_reentrant).backward()
     assert torch.equal(hidden.grad, plain)
+
+
+def test_small_loss_weights_lose_nothing_in_float16(backend):
+    """Thousands of tokens make each weight small, and a loss scale comes only after the gradient has been rounded."""
+    case = policy_case((4,), vocabulary=300, dtype=torch.float16, loss_weight=torch.full((4,), 1 / 8192))
+    hold_to_reference(linear_policy_loss, case, backend, ["weight"], 300)
+    found = {}
+    for name in (backend, "reference"):
+        weight = case["weight"].clone().requires_grad_()
+        loss = linear_policy_loss(**case | {"weight": weight}, backend=name).loss * 2.0**16
+        found[name] = torch.autograd.grad(loss, weight)[0].float()
+    error = (found[backend] - found["reference"]).norm() / found["reference"].norm()
+    assert error < 2e-3 and (found[backend] == 0).sum() <= (found["reference"] == 0).sum()

@@ -304,3 +304,14 @@ def evaluate_kept(op, case, backend, logits):
     upstream = {name: torch.randn(x.shape, generator=draw) for name, x in stats._asdict().items()}
     sum((x * upstream[name]).sum() for name, x in stats._asdict().items() if x.requires_grad).backward()
     return found[0]
+
+
+def test_a_ratio_that_is_infinite_where_the_policy_underflows(any_backend):
+    case = {"logits": torch.tensor([[0.0, -200.0]]), "ref_logits": torch.tensor([[0.0, -math.inf]])}
+    assert token_stats(**case, tokens=torch.tensor([0]), backend=any_backend).kl == math.inf
+
+
+def test_a_leaf_is_not_overwritten(any_backend):
+    logits = torch.randn(3, 5).requires_grad_()
+    with pytest.raises(ValueError, match="is a leaf"):
+        token_stats(logits, torch.zeros(3, dtype=torch.long), inplace_backward=True, backend=any_backend)

@@ -147,8 +147,10 @@ def row_statistics(tile: Tile, tokens: Tokens) -> RowStats:
     ref_total = _row_sum(torch.exp(tile.y, out=tile.scratch))
     ref_log_total = ref_total.log()
     ref_logprob = tokens.known(((a_token_R1 - ref_peak_R1) / temperature).squeeze(1) - ref_log_total)
-    _log_ratio(tile.x, tile.y, tile.e)
+    _log_ratio(tile.x, tile.y)
     kl = _row_sum(torch.mul(tile.e, tile.y, out=tile.scratch)) / total - log_total + ref_log_total
+    # Of numbers, only a probability too small for its dtype times an infinite ratio is NaN.
+    kl = kl.masked_fill(kl.isnan() & ~(total + ref_total).isnan(), math.inf)
     policy = (logprob, entropy, peak_R1.squeeze(1), total)
     return RowStats(*policy, ref_logprob, tokens.live(kl), ref_peak_R1.squeeze(1), ref_total)
 
@@ -158,7 +160,7 @@ def restore(tile: Tile, tokens: Tokens, stats: RowStats) -> None:
     _centre_policy(tile, stats.peak[:, None], tokens.temperature_N1)
     if tile.y is not None and stats.ref_peak is not None:
         _centre(tile.y, stats.ref_peak[:, None], tokens.temperature_N1)
-        _log_ratio(tile.x, tile.y, tile.e)
+        _log_ratio(tile.x, tile.y)
 
 
 def logit_gradient(tile: Tile, tokens: Tokens, stats: RowStats, grads: Gradients) -> Tensor:
@@ -197,9 +199,9 @@ def _centre_policy(tile: Tile, peak_R1: Tensor, temperature: float | Tensor) -> 
     torch.exp(_centre(tile.x, peak_R1, temperature).clamp_(min=FLOOR), out=tile.e)
 
 
-def _log_ratio(x_RV: Tensor, y_RV: Tensor, e_RV: Tensor) -> None:
-    """y = x - y, but 0 where the policy's term is 0; inf where the reference alone is -inf."""
-    torch.sub(x_RV, y_RV, out=y_RV).masked_fill_(e_RV == 0, 0)
+def _log_ratio(x_RV: Tensor, y_RV: Tensor) -> None:
+    """y = x - y, but 0 where the policy is -inf; inf where the reference alone is."""
+    torch.sub(x_RV, y_RV, out=y_RV).masked_fill_(x_RV <= FLOOR, 0)
 
 
 def _row_sum(x_RV: Tensor) -> Tensor:

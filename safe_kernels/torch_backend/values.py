@@ -3,19 +3,13 @@
 Every layout is flattened to M tokens of packed sequences, so that one code serves [..., T] and cu_seqlens.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..inputs import Terms, compute_dtype
-
-
-def soft_min(v1: Tensor, v2: Tensor, alpha: float) -> Tensor:
-    v1, v2 = (v.to(compute_dtype(v1)) for v in (v1, v2))
-    gap = (v1 - v2).abs() / alpha
-    return torch.minimum(v1, v2) + alpha * (math.log(2) - torch.log1p(torch.exp(-gap)))
+from ..inputs import Terms
+from ..reference import soft_min
 
 
 def soft_min_gae(

@@ -108,7 +108,6 @@ def product_kernel(
     width,
     LOADS: tl.constexpr,
     Y_BY_ROW: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     GROUP: tl.constexpr,
     M: tl.constexpr,
     C: tl.constexpr,
@@ -121,13 +120,11 @@ def product_kernel(
     row, column = x_rows.row[:, None], y_rows.row[None, :]
     pointer = out + row.to(tl.int64) * stride_out + column
     inside = (row < rows) & (column < columns)
-    if ACCUMULATE:
-        total += tl.load(pointer, mask=inside, other=0.0)
     tl.store(pointer, total, mask=inside)
 
 
-def product(x_MK: Tensor, y_KN: Tensor, out_MN: Tensor, accumulate: bool = False) -> None:
-    """out = x @ y, or out += x @ y, with float32 sums and a float32 result whose rows depend on no other rows."""
+def product(x_MK: Tensor, y_KN: Tensor, out_MN: Tensor) -> None:
+    """out = x @ y with float32 sums and a float32 result whose rows depend on no other rows."""
     if out_MN.numel() == 0:
         return
     (rows, width), columns = x_MK.shape, y_KN.shape[1]
@@ -148,7 +145,6 @@ def product(x_MK: Tensor, y_KN: Tensor, out_MN: Tensor, accumulate: bool = False
         width=width,
         LOADS=loads,
         Y_BY_ROW=y_by_row,
-        ACCUMULATE=accumulate,
         GROUP=launch.ROW_TILES_TOGETHER,
         M=choice.rows,
         C=choice.columns,

@@ -105,3 +105,4 @@ MERGE = MergeChoice(rows=32, num_warps=1)
 ROWS_OF_A_TILE = 8192
 TILE_BYTES = 96 << 20
 SWEEP_BYTES = 384 << 20
+PART_BYTES = 64 << 20  # of a product on its way to a float32 sum

@@ -18,7 +18,7 @@ from ..inputs import LinearInputs, Terms
 from ..objective import Objective
 from .fused import fused_statistics
 from .gemm import product as product_of_rows
-from .launch import ROWS_OF_A_TILE, SWEEP_BYTES, TILE_BYTES
+from .launch import PART_BYTES, ROWS_OF_A_TILE, SWEEP_BYTES, TILE_BYTES
 from .logits import Asked, Rows, gradient, new_stats, statistics
 from .rows import CARRY
 from .values import terms_of
@@ -44,7 +44,7 @@ def linear_gradients(
     asked, sums = asked_of(inputs), GradientSums(inputs, needed)
     for tile in tiles(inputs, slopes[2] is not None, ROWS_OF_A_TILE, TILE_BYTES):
         part = tuple(None if x is None else x[tile.rows] for x in slopes)
-        sums.add(tile, tile.gradient(inputs, asked, stats, part))
+        sums.add(tile, *tile.gradient(inputs, asked, stats, part))
     return sums.sums
 
 
@@ -53,12 +53,12 @@ def sweep(inputs: LinearInputs, objective: Objective, needed: Sequence[bool]) ->
     with_reference, vocabulary = inputs.ref_hidden_NH is not None, len(inputs.weight_VH)
     asked, stats = asked_of(inputs), new_stats(inputs.tokens_N, with_reference)
     sums = GradientSums(inputs, needed)
-    for tile in tiles(inputs, with_reference, max(1, SWEEP_BYTES // (4 * vocabulary)), None):
+    for tile in tiles(inputs, with_reference, SWEEP_BYTES // (4 * vocabulary), None):
         tile.statistics(inputs, asked, stats, None)
         if any(needed):
             part = stats[:, tile.rows]
             *_, slopes = objective.take(tile.rows).evaluate(part[0], part[1], part[5] if with_reference else None)
-            sums.add(tile, tile.gradient(inputs, asked, stats, slopes))
+            sums.add(tile, *tile.gradient(inputs, asked, stats, slopes))
     return stats, sums.sums
 
 
@@ -86,10 +86,18 @@ class Tile(NamedTuple):
             **biases(inputs),
         )
 
-    def gradient(self, inputs: LinearInputs, asked: Asked, stats: Tensor, slopes: tuple[Tensor | None, ...]) -> Tensor:
-        """d loss / d (hidden @ weight.T) of the tile, in the dtype of the products; float32 goes over the tile."""
-        float32 = self.weight_WH.dtype == torch.float32
-        out = self.logits_RW if float32 else torch.empty_like(self.logits_RW, dtype=self.weight_WH.dtype)
+    def gradient(
+        self, inputs: LinearInputs, asked: Asked, stats: Tensor, slopes: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """d loss / d (hidden @ weight.T) of the tile in the dtype of the products, and what to multiply it with.
+
+        float32 goes over the tile. float16 would lose the small entries, so it holds them scaled up.
+        """
+        dtype, factor = self.weight_WH.dtype, None
+        out = self.logits_RW if dtype == torch.float32 else torch.empty_like(self.logits_RW, dtype=dtype)
+        if dtype == torch.float16:
+            scale = scale_of(slopes)
+            slopes, factor = tuple(None if x is None else x * scale for x in slopes), 1 / scale
         gradient(
             Rows.of(self.logits_RW),
             None if self.ref_logits_RW is None else Rows.of(self.ref_logits_RW),
@@ -100,7 +108,14 @@ class Tile(NamedTuple):
             first_column=self.columns.start,
             **biases(inputs),
         )
-        return out
+        return out, factor
+
+
+def scale_of(slopes: tuple[Tensor | None, ...]) -> Tensor:
+    """The power of two that brings the largest slope to between 64 and 128; a 0-dim tensor, which nobody waits for."""
+    largest = torch.stack([x.abs().amax() for x in slopes if x is not None]).amax()
+    usable = (largest > 0) & largest.isfinite()
+    return torch.exp2(6 - torch.floor(torch.log2(largest.where(usable, 1)))).clamp(max=2.0**100)
 
 
 def biases(inputs: LinearInputs) -> dict[str, Tensor | None]:
@@ -111,6 +126,7 @@ def biases(inputs: LinearInputs) -> dict[str, Tensor | None]:
 def tiles(inputs: LinearInputs, with_reference: bool, row_step: int, tile_bytes: int | None) -> Iterator[Tile]:
     """Tiles with their products, row by row of tiles; `tile_bytes` None takes whole rows. All share one memory."""
     count, vocabulary = len(inputs.tokens_N), len(inputs.weight_VH)
+    row_step = row_step // 16 * 16 or max(1, row_step)  # so that vectors of a tile's rows begin at 16 bytes
     rows_there = max(1, min(row_step, count))
     height = row_step if inputs.batch_invariant else rows_there  # then the columns of a tile do not depend on N either
     column_step = vocabulary if tile_bytes is None else max(16, tile_bytes // (4 * height) // 16 * 16)
@@ -149,17 +165,13 @@ def common(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product_for(inputs: LinearInputs) -> Callable[..., None]:
-    """(x, y, out, accumulate=False): out = x @ y, or out += x @ y, with float32 sums and a float32 result."""
+    """(x, y, out): out = x @ y with float32 sums and a float32 result."""
     return product_of_rows if inputs.batch_invariant else blas_product
 
 
-def blas_product(x: Tensor, y: Tensor, out: Tensor, accumulate: bool = False) -> None:
+def blas_product(x: Tensor, y: Tensor, out: Tensor) -> None:
     if x.dtype == torch.float32:
-        torch.addmm(out, x, y, beta=float(accumulate), out=out)
-    elif accumulate:
-        part = torch.empty_like(out)
-        blas_product(x, y, part)
-        out += part
+        torch.mm(x, y, out=out)
     elif x.is_cuda:
         torch.mm(x, y, out_dtype=torch.float32, out=out)
     else:
@@ -177,11 +189,32 @@ class GradientSums:
         ]
         self.product = product_for(inputs)
 
-    def add(self, tile: Tile, du_RW: Tensor) -> None:
+    def add(self, tile: Tile, du_RW: Tensor, factor: Tensor | None) -> None:
+        """Of a tile's gradient `du_RW`, times `factor` if that is given."""
         hidden_NH, weight_VH, bias_V = self.sums
         if hidden_NH is not None:
-            self.product(du_RW, tile.weight_WH, hidden_NH[tile.rows], accumulate=True)
+            add_product(hidden_NH[tile.rows], self.product, du_RW, tile.weight_WH, factor)
         if weight_VH is not None:
-            blas_product(du_RW.T, tile.hidden_RH, weight_VH[tile.columns], accumulate=True)
+            add_product(weight_VH[tile.columns], blas_product, du_RW.T, tile.hidden_RH, factor)
         if bias_V is not None:
-            bias_V[tile.columns] += du_RW.sum(0, dtype=torch.float32)
+            add(bias_V[tile.columns], du_RW.sum(0, dtype=torch.float32), factor)
+
+
+def add_product(total: Tensor, product: Callable[..., None], x: Tensor, y: Tensor, factor: Tensor | None) -> None:
+    """total += x @ y, some rows at a time: a float32 product of all would be as large as a head's gradient."""
+    if x.dtype == torch.float32 and product is blas_product:
+        total.addmm_(x, y)
+        return
+    step = max(1, PART_BYTES // (4 * total.shape[1]))
+    part = total.new_empty(min(step, len(total)), total.shape[1])
+    for start in range(0, len(total), step):
+        rows = total[start : start + step]
+        product(x[start : start + step], y, part[: len(rows)])
+        add(rows, part[: len(rows)], factor)
+
+
+def add(total: Tensor, part: Tensor, factor: Tensor | None) -> None:
+    if factor is None:
+        total += part
+    else:
+        total.addcmul_(part, factor)

@@ -23,8 +23,15 @@ TERMS = ["threshold", "alpha", "gamma", "sequences", "length"]  # never speciali
 
 @triton.jit
 def soft_min(v1, v2, alpha):
-    """-alpha log((e^(-v1 / alpha) + e^(-v2 / alpha)) / 2), for any gap."""
-    return tl.minimum(v1, v2) - alpha * tl.log(0.5 + 0.5 * tl.exp(-tl.abs(v1 - v2) / alpha))
+    """-alpha log((e^(-v1 / alpha) + e^(-v2 / alpha)) / 2), for any gap.
+
+    From the minimum; or, where that would cancel, from the mean: less alpha log cosh(gap / 2) as a series.
+    """
+    gap = tl.abs(v1 - v2) / alpha
+    far = tl.minimum(v1, v2) - alpha * tl.log(0.5 + 0.5 * tl.exp(-gap))
+    q = 0.25 * gap * gap
+    near = 0.5 * v1 + 0.5 * v2 - alpha * q * (0.5 - q * (1 / 12 - q * (1 / 45 - q * (17 / 2520))))
+    return tl.where(gap < 0.5, near, far)
 
 
 @triton.jit
