@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from .triton_backend.fused import CARRY, POLICY_CARRY, fused_kernel, merge_kernel
 from .triton_backend.gemm import product_kernel
-from .triton_backend.launch import GEMMS, MERGE, ROW_CHOICES, ROW_TILES_TOGETHER, SCAN, TERMS_ROWS, GemmChoice
+from .triton_backend.launch import GEMMS, LOOK_UP, MERGE, ROW_CHOICES, ROW_TILES_TOGETHER, SCAN, GemmChoice
 from .triton_backend.rows import gradient_kernel, statistics_kernel
 from .triton_backend.values import gae_kernel, terms_kernel
 
@@ -100,7 +100,8 @@ def row_cases() -> Iterator[Case]:
 def scan_cases() -> Iterator[Case]:
     options = {"num_warps": SCAN.num_warps}
     yield Case(gae_kernel, {"tokens": SCAN.tokens}, {"B": SCAN.tokens}, options, required=VALUES)
-    yield Case(terms_kernel, {"tokens": TERMS_ROWS}, {"R": TERMS_ROWS}, {}, required=VALUES)
+    constants, options = {"R": LOOK_UP.tokens}, {"num_warps": LOOK_UP.num_warps}
+    yield Case(terms_kernel, {"tokens": LOOK_UP.tokens}, constants, options, required=VALUES)
 
 
 def merge_cases() -> Iterator[Case]:

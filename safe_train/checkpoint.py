@@ -1,94 +1,224 @@
 """Checkpoints that hold everything a run needs to continue as if it had never stopped.
 
 A checkpoint is written to a temporary folder and renamed when complete, so a kill at any instant leaves either all of
-it or none. The `policy` folder inside it loads with transformers or peft. Nothing is unpickled.
+it or none. The `policy` folder inside it loads with transformers or peft. Nothing is unpickled. It is the same whatever
+the number of processes that wrote it, and resumes on any other; they must all see the folder.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
+import pickle
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor.experimental import implicit_replication
 
+from safe_train import parallel, sharding
 from safe_train.config import ConfigError
 from safe_train.controller import Moments
 from safe_train.models import Policy
+from safe_train.randomness import random_numbers, random_states, restore_random_states
 
 if TYPE_CHECKING:
     from safe_train.trainer import SafeTrainer
+
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError)
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read: cut short, or overwritten."""
+
+
+class Contents(NamedTuple):
+    state: dict[str, Any]
+    policy: Mapping[str, Tensor]
+    critic: Mapping[str, Tensor]
+    optimizers: dict[str, Any]
+    random: dict[str, Tensor]
 
 
 class Checkpoints:
     def __init__(self, output_dir: str | Path, keep: int):
         self.folder, self.keep = Path(output_dir) / "checkpoints", keep
+        self.wound_back_to = self.folder / "wound_back_to.json"
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        return sorted(self.folder.glob("step-*"), key=step_of)
+
+    def candidates(self) -> list[Path]:
+        """Where to resume, best first: not later than the checkpoint that the run was last wound back to."""
+        complete = self.complete()[::-1]
+        if not self.wound_back_to.exists():
+            return complete
+        target = self.folder / json.loads(self.wound_back_to.read_text())["checkpoint"]
+        return [path for path in complete if step_of(path) <= step_of(target)] if target in complete else [target]
 
     def save(self, trainer: SafeTrainer) -> Path:
         final = self.folder / f"step-{trainer.step}"
+        sharding.reshard(trainer.policy)
+        # All processes take part in gathering what is sharded; one of them writes.
+        self.write(final, trainer, policy_weights(trainer.policy), optimizers(trainer))
+        return final
+
+    @parallel.main_only
+    def write(self, final: Path, trainer: SafeTrainer, policy: dict[str, Tensor], optimizers: dict[str, Any]) -> None:
+        for left_over in self.folder.glob("unfinished-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
         unfinished = self.folder / f"unfinished-{trainer.step}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save_policy(trainer.policy, unfinished / "policy")
-        torch.save(optimizers(trainer), unfinished / "optimizers.pt")
-        if trainer.critic is not None:
-            save_file(trainer.critic.state_dict(), unfinished / "critic.safetensors")
-        save_file(random_states(), unfinished / "random.safetensors")
-        (unfinished / "state.json").write_text(json.dumps(state(trainer), indent=2))
-        for path in (unfinished, *unfinished.rglob("*")):
-            flush(path)
+        try:
+            unfinished.mkdir(parents=True)
+            write_files(unfinished, trainer, policy, optimizers)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what each writer makes of a full disk
+            shutil.rmtree(unfinished, ignore_errors=True)
+            last = self.complete()[-1:]
+            left = f"{last[0]} is whole: continue from it with --resume" if last else "there is no earlier one"
+            raise OSError(f"cannot write the checkpoint {final}: {error}. {left}, when there is room") from error
         if final.exists():
             discard(final)
         unfinished.rename(final)
         flush(self.folder)
         self.prune(final)
-        return final
 
     def prune(self, newest: Path) -> None:
         """Leaves `keep` checkpoints; later ones are of a run that was wound back to before them, and go, too."""
         complete = self.complete()
         end = complete.index(newest) + 1
-        for other in complete[: max(0, end - self.keep)] + complete[end:]:
-            discard(other)
+        for later in complete[end:]:
+            discard(later)
+        self.wound_back_to.unlink(missing_ok=True)
+        for older in complete[: max(0, end - self.keep)]:
+            discard(older)
 
     def load(self, trainer: SafeTrainer, path: Path | None = None) -> None:
-        """Restores the given checkpoint, or the newest complete one; a run that has none yet starts at step 0."""
-        complete = self.complete()
-        if path is None and not complete:
-            print(f"no checkpoint in {self.folder} yet: starting at step 0")
+        """Restores the given checkpoint, or the newest that can be read; a run that has none yet starts at step 0."""
+        if path is not None:
+            try:
+                restore(trainer, path, read(path, trainer.policy))
+            except Damaged as error:
+                raise ConfigError(f"{error}; --resume takes the newest checkpoint that can be read") from error
+            self.wind_back(path)
             return
-        path = path or complete[-1]
-        if not (path / "state.json").is_file():
-            raise ConfigError(f"{path} is not a checkpoint: it has no state.json")
-        try:
-            load_weights(trainer, path)
-        except (RuntimeError, ValueError, KeyError, AttributeError, OSError) as error:
-            raise ConfigError(f"{path} does not fit this run's settings: {error}") from error
-        values = json.loads((path / "state.json").read_text())
-        trainer.step, trainer.bad_steps = values["step"], values["bad_steps"]
-        trainer.reward_moments = Moments(**values["reward_moments"])
-        trainer.controller.load_state_dict(values["controller"])
-        restore_random_states(load_file(path / "random.safetensors"), values["random"])
+        damaged: list[str] = []
+        for candidate in self.candidates():
+            try:
+                contents = read(candidate, trainer.policy)
+            except Damaged as error:
+                damaged.append(str(error))
+                continue
+            restore(trainer, candidate, contents)
+            say(*damaged, f"continuing from {candidate}")
+            return
+        if damaged:
+            raise ConfigError("no checkpoint can be read: " + "; ".join(damaged))
+        say(f"no checkpoint in {self.folder} yet: starting at step 0")
+
+    @parallel.main_only
+    def wind_back(self, path: Path) -> None:
+        """Leaves word, until the next checkpoint: a run that is killed before it must not resume from a later one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = path.name if path.resolve().parent == self.folder.resolve() else str(path.resolve())
+        unfinished = self.folder / "unfinished-wound-back"
+        unfinished.write_text(json.dumps({"checkpoint": name}))
+        flush(unfinished)
+        unfinished.replace(self.wound_back_to)
 
 
-def load_weights(trainer: SafeTrainer, path: Path) -> None:
-    load_policy(trainer.policy, path / "policy")
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def say(*lines: str) -> None:
+    if parallel.is_main():
+        print(*lines, sep="\n", flush=True)
+
+
+def write_files(folder: Path, trainer: SafeTrainer, policy: dict[str, Tensor], optimizers: dict[str, Any]) -> None:
+    extra = {"save_embedding_layers": False} if trainer.policy.is_lora else {}
+    trainer.policy.model.save_pretrained(folder / "policy", state_dict=policy, **extra)
+    torch.save(optimizers, folder / "optimizers.pt")
     if trainer.critic is not None:
-        trainer.critic.load_state_dict(load_file(path / "critic.safetensors", device=str(trainer.device)))
-    saved = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
-    for name, optimizer_state in saved.items():
-        getattr(trainer, name).load_state_dict(optimizer_state)
+        save_file(trainer.critic.state_dict(), folder / "critic.safetensors")
+    save_file(random_states(), folder / "random.safetensors")
+    (folder / "state.json").write_text(json.dumps(state(trainer), indent=2))
+    for path in (folder, *folder.rglob("*")):
+        flush(path)
+
+
+def read(path: Path, policy: Policy) -> Contents:
+    """All of a checkpoint, before any of it is put to use."""
+    if not (path / "state.json").is_file():
+        raise ConfigError(f"{path} is not a checkpoint: it has no state.json")
+    if (path / "policy" / "adapter_config.json").exists() != policy.is_lora:
+        kind = "full weights" if policy.is_lora else "LoRA adapters"
+        raise ConfigError(f"{path} does not fit this run's settings: it holds {kind}")
+    critic = path / "critic.safetensors"
+    try:
+        return Contents(
+            state=json.loads((path / "state.json").read_text()),
+            policy=read_policy(policy, path / "policy"),
+            critic=load_file(critic) if critic.exists() else {},
+            optimizers=torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True),
+            random=load_file(path / "random.safetensors"),
+        )
+    except UNREADABLE as error:
+        raise Damaged(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def read_policy(policy: Policy, folder: Path) -> Mapping[str, Tensor]:
+    if policy.is_lora:
+        import peft
+
+        return peft.load_peft_weights(str(folder), device="cpu")
+    return type(policy.model).from_pretrained(folder, dtype=policy.model.dtype).state_dict()
+
+
+def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
+    sharding.reshard(trainer.policy)
+    try:
+        load_policy(trainer.policy, contents.policy)
+        if trainer.critic is not None:
+            trainer.critic.load_state_dict(contents.critic)
+        for name, optimizer_state in contents.optimizers.items():
+            load_optimizer(getattr(trainer, name), optimizer_state)
+    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} does not fit this run's settings: {error}") from error
+    values = contents.state
+    trainer.step, trainer.bad_steps = values["step"], values["bad_steps"]
+    trainer.reward_moments = Moments(**values["reward_moments"])
+    trainer.controller.load_state_dict(values["controller"])
+    restore_random_states(contents.random, values["random"])
+
+
+def load_policy(policy: Policy, weights: Mapping[str, Tensor]) -> None:
+    """Adapters, or all weights when there are none."""
+    if not policy.is_lora:
+        own = policy.model.state_dict()
+        policy.model.load_state_dict({name: sharding.shard_like(x, own.get(name, x)) for name, x in weights.items()})
+        return
+    import peft
+
+    with implicit_replication():  # whole adapters into sharded ones
+        adapters = {name: x.to(policy.model.device) for name, x in weights.items()}
+        result = peft.set_peft_model_state_dict(policy.model, adapters)
+    if result.unexpected_keys:
+        raise ValueError(f"adapters of another model or rank: {result.unexpected_keys[:3]} ...")
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in saved["state"].items():
+        saved["state"][index] = {name: sharding.shard_like(x, parameters[index]) for name, x in moments.items()}
+    optimizer.load_state_dict(saved)
 
 
 def state(trainer: SafeTrainer) -> dict[str, Any]:
@@ -101,51 +231,22 @@ def state(trainer: SafeTrainer) -> dict[str, Any]:
     }
 
 
+def policy_weights(policy: Policy) -> dict[str, Tensor]:
+    """The model's state, with what a checkpoint needs of it gathered; tied weights stay one."""
+    tensors = policy.model.state_dict(keep_vars=True)
+    saved = {id(t): t.detach() for t in tensors.values() if t.requires_grad or not policy.is_lora}
+    gathered = {key: sharding.whole(tensor) for key, tensor in saved.items()}
+    return {name: gathered.get(id(tensor), tensor.detach()) for name, tensor in tensors.items()}
+
+
 def optimizers(trainer: SafeTrainer) -> dict[str, Any]:
-    names = ["optimizer"] if trainer.critic_optimizer is None else ["optimizer", "critic_optimizer"]
-    return {name: getattr(trainer, name).state_dict() for name in names}
-
-
-def save_policy(policy: Policy, folder: Path) -> None:
-    extra = {"save_embedding_layers": False} if policy.is_lora else {}
-    policy.model.save_pretrained(folder, **extra)
-
-
-def load_policy(policy: Policy, folder: Path) -> None:
-    """Adapters, or all weights when there are none, from a folder that `save_policy` wrote."""
-    if policy.is_lora:
-        import peft
-
-        weights = peft.load_peft_weights(str(folder), device="cpu")
-        result = peft.set_peft_model_state_dict(policy.model, weights)
-        if result.unexpected_keys:
-            raise ConfigError(f"{folder} holds adapters of another model or rank: {result.unexpected_keys[:3]} ...")
-        return
-    loaded = type(policy.model).from_pretrained(folder, dtype=policy.model.dtype)
-    policy.model.load_state_dict(loaded.state_dict())
-
-
-def random_numbers() -> dict[str, Any]:
-    """The states of Python's and NumPy's generators, which rewards may use."""
-    numpy: Any = np.random.get_state(legacy=False)
-    numpy["state"]["key"] = numpy["state"]["key"].tolist()
-    return {"python": random.getstate(), "numpy": numpy}
-
-
-def random_states() -> dict[str, Tensor]:
-    states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_random_states(states: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    np.random.set_state(numbers["numpy"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    version, internal, gauss = numbers["python"]
-    random.setstate((version, tuple(internal), gauss))
+    found = {}
+    for name in ("optimizer",) if trainer.critic_optimizer is None else ("optimizer", "critic_optimizer"):
+        saved = getattr(trainer, name).state_dict()
+        for index, moments in saved["state"].items():
+            saved["state"][index] = {key: sharding.whole(x) for key, x in moments.items()}
+        found[name] = saved
+    return found
 
 
 def discard(checkpoint: Path) -> None:

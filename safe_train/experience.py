@@ -5,17 +5,17 @@ Shape legend: L response tokens of a micro-batch, K value heads, B completions o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from safe_kernels import ValueTargets, soft_min_gae
-from safe_train import losses
+from safe_train import losses, parallel
 from safe_train.config import SafeConfig
 from safe_train.critic import Critic
-from safe_train.data import TokenBatch, microbatches
+from safe_train.data import TokenBatch, balanced, microbatches
 from safe_train.models import Policy
 from safe_train.rollout import Rollout
 
@@ -27,7 +27,8 @@ class MicroBatch:
     """
 
     batch: TokenBatch
-    indices: list[int]  # of its sequences in the rollout
+    indices: list[int]  # of its sequences in the rollout; none in a micro-batch that only fills up
+    sampler_logprob_L: Tensor
     ref_hidden_LH: Tensor
     logprob_L: Tensor
     entropy_L: Tensor
@@ -40,7 +41,10 @@ class MicroBatch:
 
 
 class Experience:
-    """A rollout, cut into minibatches (one optimizer step each) of micro-batches (one forward each)."""
+    """A rollout of all processes, cut into minibatches (one optimizer step each) of micro-batches (one forward each).
+
+    All processes have the whole rollout and cut the same minibatches; each scores and trains on its share of every one.
+    """
 
     def __init__(self, policy: Policy, critic: Critic | None, rollout: Rollout, args: SafeConfig, device: torch.device):
         self.args, self.critic, self.device = args, critic, device
@@ -56,14 +60,16 @@ class Experience:
         return (micro for minibatch in self.minibatches for micro in minibatch)
 
     def tokens(self, name: str) -> Tensor:
-        """A field of all micro-batches, over all response tokens."""
-        return torch.cat([getattr(micro, name) for micro in self], dim=-1)
+        """A field of all micro-batches of all processes, over all response tokens."""
+        return parallel.gather(torch.cat([getattr(micro, name) for micro in self], dim=-1))
 
     def estimate(self, reward_B: Tensor, kl_charge: float) -> None:
         """Fills in advantages and returns from the completions' rewards and a charge per nat of sampled KL."""
         if self.critic is None:
             reward_B = losses.group_advantages(reward_B, self.args.completions_per_prompt)
         for micro in self:
+            if not micro.indices:
+                continue
             own_B, boundaries = reward_B[micro.indices], micro.batch.response_cu_seqlens
             if self.critic is None:
                 micro.advantage_L = losses.per_token(own_B, boundaries)
@@ -78,26 +84,52 @@ class Experience:
                 micro.advantage_L = losses.whiten(micro.advantage_L, mean, variance)
 
 
+def gathered(rollout: Rollout) -> Rollout:
+    """The completions of all processes, by rank."""
+    rollouts = parallel.gather_objects(rollout)
+    return rollouts[0] if len(rollouts) == 1 else joined(rollouts)
+
+
+def joined(rollouts: Sequence[Rollout]) -> Rollout:
+    return Rollout(*(sum((getattr(rollout, f.name) for rollout in rollouts), []) for f in fields(Rollout)))
+
+
 def cut(rollout: Rollout, indices: list[int], args: SafeConfig) -> list[list[int]]:
-    """The completions of a minibatch in groups that fit one forward pass."""
+    """This process's share of a minibatch, in groups that fit one forward pass.
+
+    All processes get equally many groups, some of them empty: with FSDP, each forward takes all of them.
+    """
     lengths = [len(rollout.prompts[i].ids) + len(rollout.completions[i]) for i in indices]
-    return [[indices[j] for j in group] for group in microbatches(lengths, args.max_tokens_per_microbatch)]
+    if parallel.size() == 1:
+        groups = microbatches(lengths, args.max_tokens_per_microbatch)
+    else:
+        by_rank = balanced(lengths, parallel.size(), args.max_tokens_per_microbatch)
+        filled = [[group for group in groups if group] for groups in by_rank]
+        groups = filled[parallel.rank()]
+        groups += [[]] * (max(map(len, filled)) - len(groups))
+    return [[indices[j] for j in group] for group in groups]
 
 
 @torch.no_grad()
 def score(
     policy: Policy, critic: Critic | None, rollout: Rollout, group: list[int], args: SafeConfig, device: torch.device
 ) -> MicroBatch:
-    """Statistics under policy and reference, and values under online and target heads, of some completions."""
-    batch = TokenBatch.pack([rollout.prompts[i].ids for i in group], [rollout.completions[i] for i in group]).to(device)
+    """Statistics under policy and reference, and values under online and target heads, of some completions.
+
+    For an empty group the models run over one token without a response.
+    """
+    prompts, completions = [rollout.prompts[i].ids for i in group], [rollout.completions[i] for i in group]
+    batch = TokenBatch.pack(prompts or [[0]], completions or [[]]).to(device)
     hidden_LH, ref_hidden_LH = policy(batch), policy.reference(batch)
     stats = losses.statistics(hidden_LH, policy.head(), batch.targets_L, ref_hidden_LH)
     states_LH = value_states(hidden_LH, batch, args)
     assert stats.ref_logprob is not None and stats.kl is not None
     absent = stats.logprob.new_zeros(0, len(batch.targets_L))
+    sampler = [logprob for i in group for logprob in rollout.sampler_logprobs[i]]
     return MicroBatch(
         batch=batch,
         indices=group,
+        sampler_logprob_L=torch.tensor(sampler, device=device),
         ref_hidden_LH=ref_hidden_LH,
         logprob_L=stats.logprob,
         entropy_L=stats.entropy,

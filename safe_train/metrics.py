@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safe_train import parallel
 from safe_train.controller import Control
 from safe_train.experience import Experience
+from safe_train.importance import sampler_metrics
 from safe_train.rollout import Rollout
 
 
@@ -32,12 +34,10 @@ def step_metrics(
         "entropy": experience.tokens("entropy_L").mean().item(),
         **control._asdict(),
         **update,
-        "sampler_gap": sampler_gap(rollout, experience),
+        **sampler_metrics(experience.tokens("logprob_L"), experience.tokens("sampler_logprob_L")),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/clipped_fraction": 1 - sum(rollout.ended) / len(rollout.ended),
-        **{f"time/{name}_s": value for name, value in seconds.items()},
-        "tokens_per_second": sum(lengths) / seconds["step"],
-        "memory/peak_gb": peak_memory_gb(experience.device),
+        **costs(seconds, sum(lengths), experience.device),
     }
     if experience.critic is not None:
         values_KL, returns_L = experience.tokens("values_KL"), experience.tokens("returns_L")
@@ -47,10 +47,11 @@ def step_metrics(
     return values
 
 
-def sampler_gap(rollout: Rollout, experience: Experience) -> float:
-    """Mean |log-prob of the sampler - log-prob of the trainer| over the response tokens."""
-    sampler = torch.tensor([lp for micro in experience for i in micro.indices for lp in rollout.sampler_logprobs[i]])
-    return (experience.tokens("logprob_L").cpu() - sampler).abs().mean().item()
+def costs(seconds: dict[str, float], tokens: int, device: torch.device) -> dict[str, float]:
+    """Time and memory, of the process that needed most."""
+    times = {f"time/{name}_s": value for name, value in seconds.items()}
+    found = parallel.maxima({**times, "memory/peak_gb": peak_memory_gb(device)})
+    return {**found, "tokens_per_second": tokens / found["time/step_s"]}
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import importlib.util
 import os
 import shutil
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safe_train.attention import boundaries, choose_attention, generation_attention, use_attention
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
 
 SMOLLM2 = "smollm2-135m-instruct"
+LIGER = "liger_kernel.transformers.monkey_patch"
 
 
 class Policy(nn.Module):
@@ -68,18 +71,25 @@ class Policy(nn.Module):
     @contextlib.contextmanager
     def sampling(self) -> Iterator[Any]:
         """The model in the state that generation wants."""
-        was_training = self.model.training
+        was_training, packed = self.model.training, self.causal_lm.config._attn_implementation
         self.model.eval()
+        use_attention(self.causal_lm, generation_attention(self.causal_lm))
         try:
             yield self.model
         finally:
+            use_attention(self.causal_lm, packed)
             self.model.train(was_training)
 
 
 def response_states(causal_lm: Any, batch: TokenBatch) -> Tensor:
     backbone = getattr(causal_lm, causal_lm.base_model_prefix)
     # With a cache, transformers would not notice that the sequences are packed, and mix them.
-    output = backbone(input_ids=batch.input_ids_N[None], position_ids=batch.position_ids_N[None], use_cache=False)
+    output = backbone(
+        input_ids=batch.input_ids_N[None],
+        position_ids=batch.position_ids_N[None],
+        use_cache=False,
+        **boundaries(causal_lm, batch),
+    )
     return output.last_hidden_state[0, batch.predict_L]
 
 
@@ -89,10 +99,22 @@ def logit_transform(config: Any) -> dict[str, Any]:
     return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
 
 
-def make_policy(model: Any, args: SafeConfig, peft_config: Any = None) -> Policy:
-    """Adds LoRA, switches dropout off everywhere, and fixes the generation settings to plain sampling."""
+def make_policy(
+    model: Any,
+    args: SafeConfig,
+    peft_config: Any = None,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Policy:
+    """Adds LoRA, switches dropout off everywhere, and fixes the generation settings to plain sampling.
+
+    `device` and `dtype` say where and in what the forward will run, if not where and in what the weights are now.
+    """
     from transformers import GenerationConfig
 
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    prepare_backbone(base, args, device or base.device, dtype or base.dtype)
     if peft_config is None and args.lora_r > 0 and not hasattr(model, "peft_config"):
         peft_config = lora_config(model, args)
     eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
@@ -114,6 +136,39 @@ def make_policy(model: Any, args: SafeConfig, peft_config: Any = None) -> Policy
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return policy.train(args.gradient_checkpointing)
+
+
+def prepare_backbone(model: Any, args: SafeConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Chooses the attention of packed forwards, and puts Liger's kernels into the layers."""
+    if getattr(model, "_is_stateful", False):
+        raise ConfigError(
+            f"{type(model).__name__} carries a state from token to token, which would run on across the packed "
+            "sequences; use a model of attention layers only"
+        )
+    use_attention(model, choose_attention(args.attn_implementation, model, device, dtype))
+    apply_liger(model, args.liger_kernel, device)
+
+
+def apply_liger(model: Any, setting: str, device: torch.device) -> None:
+    """Liger's norms, RoPE and MLP in place of the backbone's. Its losses stay out: the head runs in our kernels."""
+    if setting == "false":
+        return
+    reason = liger_obstacle(model.config.model_type, device)
+    if reason and setting == "true":
+        raise ConfigError(f"liger_kernel true {reason}; auto does without Liger where it cannot run")
+    if not reason:
+        apply = importlib.import_module(LIGER)._apply_liger_kernel_to_instance
+        apply(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def liger_obstacle(model_type: str, device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"needs a GPU, the device is {device.type}"
+    try:
+        known = importlib.import_module(LIGER).MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError:
+        return "needs a package: pip install liger-kernel"
+    return "" if model_type in known else f"has no kernels for the model type {model_type!r}"
 
 
 def lora_config(model: Any, args: SafeConfig) -> Any:

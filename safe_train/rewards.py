@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_train.config import ConfigError
+from safe_train.config import ConfigError, SafeConfig
+from safe_train.reward_server import RewardServer
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -58,12 +59,16 @@ def text_of(completion: str | list[dict[str, str]]) -> str:
     return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
 
 
-def load_reward(reward: str | RewardFunction, device: torch.device | str = "cpu") -> RewardFunction:
-    """The reward named in a config: `vader`, `file.py:function`, `package.module:function`, or a classifier model."""
+def load_reward(
+    reward: str | RewardFunction, device: torch.device | str = "cpu", args: SafeConfig | None = None
+) -> RewardFunction:
+    """The reward named in a config: `vader`, `file.py:function`, `package.module:function`, URL or classifier model."""
     if not isinstance(reward, str):
         return reward
     if reward == "vader":
         return vader()
+    if reward.startswith(("http://", "https://")):
+        return RewardServer(reward, args or SafeConfig())
     source, separator, attribute = reward.partition(":")
     if not separator:
         return RewardModel(reward, device)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from safe_train.config import SafeConfig
 from safe_train.data import Messages, Prompt, through_first_eos
@@ -23,6 +24,26 @@ class Rollout:
     ended: list[bool]  # False: cut off at max_new_tokens
     sampler_logprobs: list[list[float]]  # as the sampler saw them
 
+    @classmethod
+    def build(
+        cls,
+        tokenizer: Any,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float]],
+        eos_ids: list[int],
+    ) -> Rollout:
+        """A rollout from sampled tokens and their log-probs, both of which may go on after an end token."""
+        trimmed = [through_first_eos(row, eos_ids) for row in tokens]
+        completions = [row for row, _ in trimmed]
+        return cls(
+            prompts=list(prompts),
+            completions=completions,
+            texts=tokenizer.batch_decode(completions, skip_special_tokens=True),
+            ended=[ended for _, ended in trimmed],
+            sampler_logprobs=[list(row[: len(kept)]) for row, kept in zip(logprobs, completions, strict=True)],
+        )
+
     def for_rewards(self) -> tuple[list[str | Messages], list[str | Messages], dict[str, list[Any]]]:
         """Prompts, completions (chat messages where the prompt is chat) and the data set's other columns."""
         completions: list[str | Messages] = [
@@ -33,34 +54,21 @@ class Rollout:
         return [prompt.text for prompt in self.prompts], completions, columns
 
 
-class SamplerLogprobs(LogitsProcessor):
-    """Records log-probs of sampled tokens one step late, so that one [B, V] tensor is alive at a time."""
+Sampler = Callable[[Sequence[Prompt]], Rollout]
 
-    def __init__(self) -> None:
-        self.columns: list[Tensor] = []
-        self.last: Tensor | None = None
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.record(input_ids[:, -1])
-        self.last = scores.float().log_softmax(-1)
-        return scores
+def make_sampler(policy: Policy, tokenizer: Any, args: SafeConfig) -> Sampler:
+    """One completion for each prompt, from the policy as it is when called, by the engine that `generation` names."""
+    if args.generation == "vllm":
+        from safe_train.vllm import VLLMSampler
 
-    def record(self, tokens: Tensor) -> None:
-        if self.last is not None:
-            self.columns.append(self.last.gather(-1, tokens[:, None])[:, 0])
+        return VLLMSampler(policy, tokenizer, args)
+    return functools.partial(sample, policy, tokenizer, args=args)
 
 
 @torch.no_grad()
 def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], args: SafeConfig) -> Rollout:
     """One completion for each prompt, sampled from the policy itself: temperature 1, nothing cut off."""
-    device = policy.model.device
-    width = max(len(prompt.ids) for prompt in prompts)
-    pad_id = tokenizer.pad_token_id or 0  # any id will do: it is masked before a prompt and cut off after a completion
-    input_ids = torch.full((len(prompts), width), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
-        attention_mask[row, width - len(prompt.ids) :] = 1
     eos_ids = end_tokens(policy.model.generation_config)
     settings = GenerationConfig(
         do_sample=True,
@@ -69,27 +77,85 @@ def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], args: Safe
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=eos_ids or None,
-        pad_token_id=pad_id,
+        pad_token_id=tokenizer.pad_token_id or 0,  # any id: masked before a prompt, cut off after a completion
     )
-    recorder = SamplerLogprobs()
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
     with policy.sampling() as model:
-        output = model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([recorder]),
-        )
-    recorder.record(output[:, -1])
-    logprobs = torch.stack(recorder.columns, dim=1).tolist()
-    trimmed = [through_first_eos(row, eos_ids) for row in output[:, width:].tolist()]
-    completions = [tokens for tokens, _ in trimmed]
-    return Rollout(
-        prompts=list(prompts),
-        completions=completions,
-        texts=tokenizer.batch_decode(completions, skip_special_tokens=True),
-        ended=[ended for _, ended in trimmed],
-        sampler_logprobs=[row[: len(tokens)] for row, tokens in zip(logprobs, completions, strict=True)],
+        cache = static_cache(policy, args)
+        for chunk in chunks([len(prompt.ids) for prompt in prompts], args.generation_batch_size or len(prompts)):
+            if cache is not None:
+                cache.reset()
+            drawn = generate(model, [prompts[i].ids for i in chunk], settings, cache)
+            # The last chunk repeats a prompt to be as wide as the others; the first draw counts.
+            for i, row, row_logprobs in reversed(list(zip(chunk, *drawn, strict=True))):
+                tokens[i], logprobs[i] = row, row_logprobs
+    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids)
+
+
+def chunks(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in the fewest chunks of at most `size`, prompts of like length together, the longest first.
+
+    All chunks are equally wide, the last one by repeating its last index, so that the compiled model sees one shape.
+    """
+    count = -(-len(lengths) // size)
+    if count == 1:
+        return [list(range(len(lengths)))]
+    width = -(-len(lengths) // count)
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    order += order[-1:] * (count * width - len(order))
+    return [order[start : start + width] for start in range(0, len(order), width)]
+
+
+def static_cache(policy: Policy, args: SafeConfig) -> StaticCache | None:
+    """A KV cache of one shape for the whole run, where it pays: transformers then compiles decoding into CUDA graphs.
+
+    It is given up after each rollout: between rollouts its memory is the update's.
+    """
+    model = policy.causal_lm
+    compiles = model.device.type == "cuda" and model._can_compile_fullgraph
+    if args.cache_implementation == "dynamic" or (args.cache_implementation == "auto" and not compiles):
+        return None
+    return StaticCache(model.config, max_cache_len=args.max_prompt_tokens + args.max_new_tokens)
+
+
+class SamplerLogprobs(LogitsProcessor):
+    """Records log-probs of sampled tokens one step late, from the scores that `generate` itself still holds."""
+
+    def __init__(self) -> None:
+        self.columns: list[Tensor] = []
+        self.last: Tensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.record(input_ids[:, -1])
+        self.last = scores
+        return scores
+
+    def record(self, tokens: Tensor) -> None:
+        if self.last is not None:
+            self.columns.append(self.last.gather(-1, tokens[:, None])[:, 0] - self.last.logsumexp(-1))
+
+
+def generate(
+    model: Any, prompts: list[list[int]], settings: GenerationConfig, cache: StaticCache | None
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Sampled tokens and their log-probs, one row a prompt."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), settings.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, width - len(ids) :] = 1
+    recorder = SamplerLogprobs()
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([recorder]),
+        past_key_values=cache,
     )
+    recorder.record(output[:, -1])
+    return output[:, width:].tolist(), torch.stack(recorder.columns, dim=1).tolist()
 
 
 def end_tokens(generation_config: GenerationConfig) -> list[int]:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from safe_train import parallel
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.report import read_rows, write_report
 from safe_train.rollout import Rollout
@@ -22,21 +23,30 @@ PACKAGES = ("safe-kernels", "torch", "triton", "transformers", "accelerate", "pe
 
 
 class RunFolder:
-    """Appends to a run's files; on resume, drops the rows written after the checkpoint, which will be made again."""
+    """Appends to a run's files; on resume, drops the rows written after the checkpoint, which will be made again.
+
+    Only the first process writes.
+    """
 
     def __init__(self, args: SafeConfig, accelerator: Accelerator, resume_at: int = 0):
         self.path, self.accelerator = Path(args.output_dir), accelerator
         self.metrics, self.samples = self.path / "metrics.jsonl", self.path / "samples.jsonl"
+        self.open(args, resume_at)
+
+    @parallel.main_only
+    def open(self, args: SafeConfig, resume_at: int) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         for rows in (self.metrics, self.samples):
             keep_rows(rows, resume_at)
-        (self.path / "environment.json").write_text(json.dumps(environment(accelerator.device), indent=2) + "\n")
+        found = environment(self.accelerator.device)
+        (self.path / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
         args.save(self.path / "config.yaml")
         if args.report_to:
-            accelerator.init_trackers("safe_train", config={k: str(v) for k, v in vars(args).items()})
+            self.accelerator.init_trackers("safe_train", config={k: str(v) for k, v in vars(args).items()})
 
+    @parallel.main_only
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        append(self.metrics, {"step": step, **metrics})
+        append(self.metrics, [{"step": step, **metrics}])
         self.accelerator.log({k: v for k, v in metrics.items() if not isinstance(v, str)}, step=step)
         tqdm.write(
             f"step {step:4d}  reward {metrics['reward']:7.3f}  KL {metrics['kl']:6.3f}"
@@ -44,12 +54,17 @@ class RunFolder:
             f" {metrics['kl_coef']:.3f}  {metrics['phase']:9s}  {metrics['time/step_s']:5.1f} s"
         )
 
+    @parallel.main_only
     def log_samples(self, step: int, rollout: Rollout, reward_B: Tensor) -> None:
-        for prompt, text, reward in zip(rollout.prompts, rollout.texts, reward_B.tolist(), strict=True):
-            append(self.samples, {"step": step, "prompt": prompt.text, "completion": text, "reward": reward})
+        append(self.samples, [
+            {"step": step, "prompt": prompt.text, "completion": text, "reward": reward}
+            for prompt, text, reward in zip(rollout.prompts, rollout.texts, reward_B.tolist(), strict=True)
+        ])  # fmt: skip
 
+    @parallel.main_only
     def finish(self) -> None:
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         write_report([self.path], self.path / "report.png")
 
 
@@ -63,9 +78,15 @@ def refuse_existing(run: Path) -> None:
         )
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path}: {error}. The run stops; when there is room, continue from its last checkpoint with "
+            "--resume"
+        ) from error
 
 
 def keep_rows(path: Path, last_step: int) -> None:

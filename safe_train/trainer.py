@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,26 +11,29 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from safe_kernels import linear_token_stats
-from safe_train import losses
+from safe_train import losses, parallel, sharding
 from safe_train.checkpoint import Checkpoints
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
 from safe_train.data import PromptDataset, load_rows
 from safe_train.evaluation import Evaluation, evaluate
-from safe_train.experience import Experience, MicroBatch, value_states
+from safe_train.experience import Experience, MicroBatch, gathered, value_states
+from safe_train.importance import importance_corrected
 from safe_train.metrics import step_metrics
 from safe_train.models import Policy, load_model, make_policy
 from safe_train.preview import Preview
+from safe_train.randomness import own_random_numbers
 from safe_train.rewards import RewardFunction, Rewards, load_reward
-from safe_train.rollout import Rollout, sample
+from safe_train.rollout import Rollout, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
+from safe_train.signals import Stopped, StopSignals
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -45,7 +49,10 @@ class SafeTrainer:
         train_dataset, eval_dataset: rows with a `prompt` field, text or chat messages. Default: those `args` names.
         processing_class: the tokenizer; loaded with the model when that is a name.
         peft_config: replaces the LoRA settings of `args`.
-        callbacks: each is called after every step as `callback(trainer, metrics)`.
+        callbacks: each is called after every step as `callback(trainer, metrics)`, on every process.
+
+    Started by `accelerate launch` or torchrun, each process samples, judges and trains on its share, and the weights,
+    the controller and the metrics are the same on all of them; see `parallel` and, for FSDP2, `sharding`.
 
     Raises:
         ConfigError: a setting, model, reward or data set that cannot be used, and what to do about it.
@@ -66,11 +73,7 @@ class SafeTrainer:
         has_eval = eval_dataset is not None or args.eval_dataset is not None
         if args.eval_every and not has_eval:
             raise ConfigError("eval_dataset must be set when eval_every is")
-        self.accelerator = Accelerator(
-            cpu=args.use_cpu, mixed_precision="no", log_with=args.report_to or None, project_dir=args.output_dir
-        )
-        if self.accelerator.num_processes > 1:
-            raise ConfigError("training runs in one process for now: start it without `accelerate launch` or torchrun")
+        self.accelerator = parallel.start(args)
         self.device = self.accelerator.device
         set_seed(args.seed)
         if model is None or isinstance(model, str):
@@ -81,12 +84,15 @@ class SafeTrainer:
         self.tokenizer = processing_class
         chosen = args.reward if reward_funcs is None else reward_funcs
         functions = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
-        self.rewards = Rewards([load_reward(f, self.device) for f in functions], args.reward_weights)
+        self.rewards = Rewards([load_reward(f, self.device, args) for f in functions], args.reward_weights)
         self.prompts = self.prompt_dataset(train_dataset, args.dataset)
         self.eval_prompts = self.prompt_dataset(eval_dataset, args.eval_dataset or "") if has_eval else None
         self.callbacks = callbacks
 
-        self.policy: Policy = make_policy(model.to(self.device), args, peft_config)
+        self.policy: Policy = make_policy(sharding.place(model, self.device), args, peft_config, device=self.device)
+        parallel.broadcast(parameter for each in (self.policy, *self.policy._frozen) for parameter in each.parameters())
+        sharding.shard(self.policy, self.device)
+        self.sampler = make_sampler(self.policy, self.tokenizer, args)
         self.trainable = [p for p in self.policy.parameters() if p.requires_grad]
         rate = args.learning_rate or (1e-4 if self.policy.is_lora else 1e-5)
         self.optimizer = torch.optim.AdamW(self.trainable, lr=rate, weight_decay=args.weight_decay)
@@ -94,6 +100,7 @@ class SafeTrainer:
         self.critic_optimizer: torch.optim.Optimizer | None = None
         if args.critic != "none":
             self.critic = Critic(self.policy.hidden_size, args.critic).to(self.device)
+            parallel.broadcast(self.critic.parameters())
             self.critic_optimizer = torch.optim.AdamW(self.critic.heads.parameters(), lr=args.critic_learning_rate)
         self.controller, self.reward_moments = Controller(args), Moments()
         limit = args.max_preview_kl
@@ -118,51 +125,72 @@ class SafeTrainer:
             refuse_existing(Path(args.output_dir))
         folder = RunFolder(args, self.accelerator, resume_at=self.step)
         history = []
-        for step in tqdm(range(self.step, args.total_steps), initial=self.step, total=args.total_steps, unit="step"):
-            with self.timed("step"):
-                with self.timed("rollout"):
-                    rollout = self.sample(step)
-                with self.timed("reward"):
-                    rewards = self.rewards(*rollout.for_rewards())
-                with self.timed("score"):
-                    experience = Experience(self.policy, self.critic, rollout, args, self.device)
-                control = self.observe(experience, rewards["reward"])
-                kl_charge = control.kl_coef if args.kl_in_reward else 0.0
-                experience.estimate(self.training_rewards(rewards["reward"], rollout), kl_charge)
-                with self.timed("update"):
-                    update = self.update(experience, control)
-            metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
-            self.step = step + 1
-            if args.eval_every and self.step % args.eval_every == 0:
-                metrics |= {f"eval/{name}": value for name, value in self.evaluate().numbers().items()}
-            if self.step % args.samples_every == 0:
-                folder.log_samples(self.step, rollout, rewards["reward"])
-            folder.log(self.step, metrics)
-            history.append(metrics)
-            if self.step % args.save_every == 0 or self.step == args.total_steps:
-                checkpoints.save(self)
-            for callback in self.callbacks:
-                callback(self, metrics)
+        with StopSignals() as signals:
+            for step in self.steps():
+                with self.timed("step"):
+                    rollout, rewards = self.collect(step)
+                    with self.timed("score"):
+                        experience = Experience(self.policy, self.critic, rollout, args, self.device)
+                    control = self.observe(experience, rewards["reward"])
+                    kl_charge = control.kl_coef if args.kl_in_reward else 0.0
+                    experience.estimate(self.training_rewards(rewards["reward"], rollout), kl_charge)
+                    with self.timed("update"):
+                        update = self.update(experience, control)
+                metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
+                self.step = step + 1
+                if args.eval_every and self.step % args.eval_every == 0:
+                    metrics |= {f"eval/{name}": value for name, value in self.evaluate().numbers().items()}
+                if self.step % args.samples_every == 0:
+                    folder.log_samples(self.step, rollout, rewards["reward"])
+                folder.log(self.step, metrics)
+                history.append(metrics)
+                stop = signals.agreed()
+                if self.step % args.save_every == 0 or self.step == args.total_steps or stop:
+                    checkpoints.save(self)
+                for callback in self.callbacks:
+                    callback(self, metrics)
+                if stop and self.step < args.total_steps:
+                    raise Stopped.after(self.step, stop)
         folder.finish()
         return history
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, with a progress bar on the first process."""
+        total, hidden = self.args.total_steps, not parallel.is_main()
+        yield from tqdm(range(self.step, total), initial=self.step, total=total, unit="step", disable=hidden)
 
     def evaluate(self) -> Evaluation:
         """Samples on the held-out prompts, always with the same random numbers, and leaves training's alone."""
         if self.eval_prompts is None:
             raise ConfigError("an evaluation needs held-out prompts: set eval_dataset")
-        return evaluate(self.policy, self.tokenizer, self.eval_prompts, self.rewards, self.args, self.device)
+        with sharding.gathered(self.policy):
+            return evaluate(self.policy, self.sampler, self.eval_prompts, self.rewards, self.args, self.device)
+
+    def collect(self, step: int) -> tuple[Rollout, dict[str, Tensor]]:
+        """The rollout and the rewards of all processes, on each of them."""
+        with own_random_numbers(self.args.seed, step):
+            with self.timed("rollout"):
+                own = self.sample(step)
+            with self.timed("reward"):
+                rewards = self.rewards(*own.for_rewards())
+        return gathered(own), {name: parallel.gather(scores) for name, scores in rewards.items()}
 
     def sample(self, step: int) -> Rollout:
+        """Completions of this process's share of the step's prompts."""
         args = self.args
-        prompts = self.prompts.at(step * args.prompts_per_step, args.prompts_per_step)
+        prompts = parallel.share(self.prompts.at(step * args.prompts_per_step, args.prompts_per_step))
         repeated = [prompt for prompt in prompts for _ in range(args.completions_per_prompt)]
-        return sample(self.policy, self.tokenizer, repeated, args)
+        with sharding.gathered(self.policy):
+            return self.sampler(repeated)
 
     def observe(self, experience: Experience, reward_B: Tensor) -> Control:
         """Takes the rollout into the reward moments, then asks the controller for the update's coefficients."""
         self.reward_moments.update(reward_B.tolist())
         kl, entropy = (experience.tokens(name).mean().item() for name in ("kl_L", "entropy_L"))
-        return self.controller.update(kl, entropy, reward_B.mean().item(), self.reward_moments.std)
+        seen = parallel.from_main((kl, entropy, reward_B.mean().item(), self.reward_moments.std))
+        control = self.controller.update(*seen)
+        parallel.check_same({"step": self.step, "controller": control, "random numbers": fingerprint()})
+        return control
 
     def training_rewards(self, reward_B: Tensor, rollout: Rollout) -> Tensor:
         """Rewards as the advantages see them: normalised, charged for not ending, permuted in the control run."""
@@ -178,32 +206,34 @@ class SafeTrainer:
         seen: dict[str, list[Tensor]] = defaultdict(list)
         for _ in range(self.args.inner_epochs):
             for minibatch in experience.minibatches:
-                tokens = sum(len(micro.batch.targets_L) for micro in minibatch)
+                tokens = parallel.total_number(sum(len(micro.batch.targets_L) for micro in minibatch))
                 if tokens == 0:
                     continue
                 sums: dict[str, Any] = {}
                 for micro in minibatch:
                     for name, value in self.backward(micro, control, tokens).items():
                         sums[name] = sums.get(name, 0) + value
-                sums |= self.optimizer_step(sums["policy_loss"] + sums["value_loss"])
+                means: dict[str, Any] = dict(parallel.totals(sums))
+                means |= self.optimizer_step(means["policy_loss"] + means["value_loss"])
                 if self.preview is not None:
-                    sums["preview_scale"] = self.preview.apply(sums["kl_before_step"].item(), self.mean_kl(minibatch))
-                for name, value in sums.items():
+                    means["preview_scale"] = self.preview.apply(means["kl_before_step"].item(), self.mean_kl(minibatch))
+                for name, value in means.items():
                     seen[name].append(torch.as_tensor(value))
         return {name: torch.stack(values).float().mean().item() for name, values in seen.items()}
 
-    def backward(self, micro: MicroBatch, control: Control, tokens: int) -> dict[str, Tensor]:
+    def backward(self, micro: MicroBatch, control: Control, tokens: float) -> dict[str, Tensor]:
         """Adds a micro-batch's share of the minibatch's gradient; returns its share of the minibatch's means."""
         share = len(micro.batch.targets_L) / tokens
         weight_L = torch.full_like(micro.logprob_L, 1 / tokens)
         hidden_LH = self.policy(micro.batch)
-        policy = losses.policy_loss(hidden_LH, self.policy.head(), micro, weight_L, control, self.args)
+        sampled_L = importance_corrected(weight_L, micro.logprob_L, micro.sampler_logprob_L, self.args)
+        policy = losses.policy_loss(hidden_LH, self.policy.head(), micro, sampled_L, control, self.args)
         total, value_loss = policy.loss, torch.zeros_like(policy.loss)
         if self.critic is not None:
             values_KL = self.critic(value_states(hidden_LH, micro.batch, self.args))
             value_loss = losses.value_loss(values_KL, micro, weight_L, self.args)
             total = total + self.args.value_coef * value_loss
-        self.accelerator.backward(total)
+        total.backward()
         assert policy.kl is not None
         return {
             "policy_loss": policy.loss.detach(),
@@ -216,11 +246,10 @@ class SafeTrainer:
 
     def optimizer_step(self, loss: Tensor) -> dict[str, float]:
         """Clips both gradients and steps both optimizers, or neither when something is not finite."""
-        args = self.args
-        norm = self.accelerator.clip_grad_norm_(self.trainable, args.max_grad_norm)
-        critic_norm = torch.zeros(())
-        if self.critic is not None:
-            critic_norm = self.accelerator.clip_grad_norm_(self.critic.heads.parameters(), args.critic_max_grad_norm)
+        args, critics = self.args, [] if self.critic is None else list(self.critic.heads.parameters())
+        parallel.sum_gradients([*sharding.unsharded(self.trainable), *critics])
+        norm = sharding.number(clip_grad_norm_(self.trainable, args.max_grad_norm))
+        critic_norm = clip_grad_norm_(critics, args.critic_max_grad_norm)
         finite = bool(torch.isfinite(norm + critic_norm + loss))
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if finite:
@@ -253,7 +282,8 @@ class SafeTrainer:
             kl_L = linear_token_stats(hidden_LH, tokens=targets_L, ref_hidden=ref_LH, **self.policy.head()).kl
             assert kl_L is not None
             total, tokens = total + kl_L.sum().item(), tokens + len(kl_L)
-        return total / tokens
+        sharding.reshard(self.policy)
+        return parallel.total_number(total) / parallel.total_number(tokens)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -263,3 +293,8 @@ class SafeTrainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.times[name] = perf_counter() - started
+
+
+def fingerprint() -> int:
+    """A number that differs when the state of PyTorch's generator does."""
+    return zlib.crc32(torch.get_rng_state().numpy().tobytes())

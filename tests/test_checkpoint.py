@@ -1,8 +1,10 @@
 """A run that was stopped at any instant continues as if it had not been."""
 
+import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +15,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors import SafetensorError
 
-from safe_train.checkpoint import Checkpoints, discard, random_numbers, random_states, restore_random_states
+from safe_train.checkpoint import Checkpoints, discard
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
+from safe_train.randomness import random_numbers, random_states, restore_random_states
 from safe_train.run_folder import commit, keep_rows
+from safe_train.signals import Stopped
 
 REWARD = """
 import time
@@ -26,6 +31,12 @@ def slow_reward(completions, **columns):
     time.sleep({seconds})
     return [float(sum(word in ("good", "happy") for word in text.split())) for text in completions]
 """
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """It takes longer than the run."""
+    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
 
 
 def metrics(run: Path) -> list[dict]:
@@ -89,6 +100,54 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert [row["step"] for row in metrics(cut)] == list(range(1, 9))
     samples = [(run / "samples.jsonl").read_text() for run in (whole, cut)]
     assert samples[0] == samples[1]
+
+
+@pytest.mark.integration
+def test_a_terminated_run_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
+    run = tmp_path / "run"
+    settings = prepare(tmp_path, seconds=0.2, total_steps=50, save_every=50)
+    victim = safe_train("run", *settings, f"output_dir={run}")
+    deadline = time.monotonic() + 240
+    while rows_written(run) < 2 and victim.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGTERM)
+    output, _ = victim.communicate(timeout=60)
+    step = rows_written(run)
+    assert victim.returncode == 143 and 2 <= step < 50, output
+    assert f"SIGTERM: stopped after step {step}, with a checkpoint; continue with --resume" in output
+    assert (run / "checkpoints" / f"step-{step}" / "state.json").exists()
+
+
+def interrupted_by(*signals):
+    """A callback that sends them after the first step."""
+
+    def interrupt(trainer, row):
+        if trainer.step == 1:
+            for number in signals:
+                os.kill(os.getpid(), number)
+
+    return interrupt
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_after_its_step_and_the_run_resumes(number, code, tmp_path):
+    values = {"total_steps": 4, "save_every": 4, "window": 2}
+    tiny.trainer(tmp_path / "whole", **values).train()
+    trainer, handlers = tiny.trainer(tmp_path / "cut", **values), [signal.getsignal(s) for s in (2, 15)]
+    trainer.callbacks = [interrupted_by(number)]
+    with pytest.raises(Stopped) as stopped:
+        trainer.train()
+    assert stopped.value.code == code and rows_written(tmp_path / "cut") == 2
+    assert [signal.getsignal(s) for s in (2, 15)] == handlers
+    tiny.trainer(tmp_path / "cut", **values).train(resume_from_checkpoint=True)
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
+    trainer = tiny.trainer(tmp_path)
+    trainer.callbacks = [interrupted_by(signal.SIGINT, signal.SIGINT)]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_r": 0}, {"algorithm": "grpo"}, {"max_preview_kl": 0.01}], ids=str)
@@ -167,6 +226,100 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch
     with pytest.raises(ZeroDivisionError):
         checkpoints.save(trainer)
     assert [path.name for path in checkpoints.complete()] == ["step-1", "step-2"]
+
+
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    ("writer", "error"),
+    [
+        ("flush", OSError(errno.ENOSPC, FULL)),
+        ("torch.save", RuntimeError(f"PytorchStreamWriter failed writing file: {FULL}")),
+        ("save_file", SafetensorError(f"I/O error: {FULL} (os error 28)")),
+    ],
+    ids=["flush", "torch", "safetensors"],
+)
+def test_a_full_disk_while_saving_stops_the_run_and_leaves_the_checkpoint_before(writer, error, tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise error
+
+    trainer = tiny.trainer(tmp_path, total_steps=3, save_every=1)
+    trainer.callbacks = [lambda *_: monkeypatch.setattr(f"safe_train.checkpoint.{writer}", fails)]
+    with pytest.raises(OSError, match=rf"cannot write .*step-2: .*{FULL}.*step-1 is whole: continue from it"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+    monkeypatch.undo()
+    tiny.trainer(tmp_path, total_steps=3, save_every=1).train(resume_from_checkpoint=True)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_while_logging_stops_the_run(tmp_path):
+    def fill_up(trainer, row):
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+
+    trainer = tiny.trainer(tmp_path, save_every=1)
+    trainer.callbacks = [fill_up]
+    with pytest.raises(OSError, match=rf"cannot write .*metrics.jsonl: .*{FULL}.*from its last checkpoint with"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("state.json", {}),
+        ("optimizers.pt", {}),
+        ("critic.safetensors", {}),
+        ("random.safetensors", {}),
+        ("policy/adapter_model.safetensors", {}),
+        ("policy/model.safetensors", {"lora_r": 0}),
+    ],
+)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(file, settings, tmp_path, capsys):
+    values = {"total_steps": 3, "save_every": 1} | settings
+    tiny.trainer(tmp_path, **values).train()
+    whole = metrics(tmp_path)
+    cut_short(tmp_path / "checkpoints" / "step-3" / file)
+    tiny.trainer(tmp_path, **values).train(resume_from_checkpoint=True)
+    printed = capsys.readouterr().out
+    assert "step-3 is damaged" in printed and re.search("continuing from .*step-2", printed)
+    assert metrics(tmp_path) == whole
+    for step in (2, 3):
+        cut_short(tmp_path / "checkpoints" / f"step-{step}" / file)
+    with pytest.raises(ConfigError, match="no checkpoint can be read: .*step-3 is damaged.*step-2 is damaged"):
+        tiny.trainer(tmp_path, **values).train(resume_from_checkpoint=True)
+    with pytest.raises(ConfigError, match="step-2 is damaged.*--resume takes the newest"):
+        tiny.trainer(tmp_path, **values).train(resume_from_checkpoint=tmp_path / "checkpoints" / "step-2")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_that_was_wound_back_and_killed_does_not_jump_forward_again(elsewhere, tmp_path):
+    run, source = tmp_path / "run", tmp_path / ("source" if elsewhere else "run")
+    values = {"total_steps": 5, "save_every": 1, "keep_checkpoints": 9, "window": 2}
+    for folder in {run, source}:
+        tiny.trainer(folder, **values).train()
+    expected = metrics(source)
+
+    def dies(trainer, row):
+        raise KeyboardInterrupt
+
+    wound_back = tiny.trainer(run, **values | {"save_every": 9})
+    wound_back.callbacks = [dies]
+    with pytest.raises(KeyboardInterrupt):
+        wound_back.train(resume_from_checkpoint=source / "checkpoints" / "step-2")
+    again = tiny.trainer(run, **values)
+    again.callbacks = [lambda trainer, row: started.append(trainer.step)]
+    started = []
+    again.train(resume_from_checkpoint=True)
+    assert started == [3, 4, 5] and metrics(run) == expected
+    assert not Checkpoints(run, 9).wound_back_to.exists()
 
 
 def test_random_states_survive_a_file(tmp_path):

@@ -3,9 +3,19 @@ import json
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from safe_train.config import ConfigError
-from safe_train.data import PromptDataset, TokenBatch, load_rows, microbatches, through_first_eos
+from safe_train.data import (
+    PromptDataset,
+    TokenBatch,
+    balanced,
+    load_rows,
+    microbatches,
+    through_first_eos,
+    transcript_messages,
+)
 
 PROMPTS, COMPLETIONS = [[5, 6, 7], [8], [9, 10]], [[11, 12], [13, 14, 1], [1]]
 
@@ -22,6 +32,11 @@ def test_pack_shifts_labels_and_chooses_response_tokens():
     assert batch.targets_L.tolist() == [11, 12, 13, 14, 1, 1]
     assert batch.input_ids_N[batch.predict_L].tolist() == [7, 11, 8, 13, 14, 10]
     assert batch.response_cu_seqlens.tolist() == [0, 2, 5, 6]
+
+
+def test_the_longest_length_stays_on_the_host():
+    batch = TokenBatch.pack(PROMPTS, COMPLETIONS).to(torch.device("cpu"))
+    assert type(batch.max_seqlen) is int and batch.max_seqlen == batch.cu_seqlens.diff().max() == 5
 
 
 def test_empty_completion_holds_its_place_and_predicts_nothing():
@@ -59,6 +74,30 @@ def test_microbatches_keep_the_order_and_the_budget():
     assert sum(groups, []) == list(range(7))
 
 
+@given(lengths=st.lists(st.integers(1, 300), max_size=40), ranks=st.integers(1, 9), max_tokens=st.integers(1, 600))
+def test_balanced_places_every_sequence_once_within_the_budget(lengths, ranks, max_tokens):
+    cuts = balanced(lengths, ranks, max_tokens)
+    assert cuts == balanced(lengths, ranks, max_tokens)
+    assert sorted(i for cut in cuts for group in cut for i in group) == list(range(len(lengths)))
+    assert len(cuts) == ranks and len({len(cut) for cut in cuts}) == 1 and cuts[0]
+    assert all(len(group) == 1 or sum(lengths[i] for i in group) <= max_tokens for cut in cuts for group in cut)
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40), ranks=st.integers(1, 9))
+def test_balanced_ranks_differ_by_at_most_one_sequence(lengths, ranks):
+    """A rank's last sequence went where there were fewest tokens, so without it the rank is the lightest of all."""
+    loads = [sum(lengths[i] for group in cut for i in group) for cut in balanced(lengths, ranks, 10**9)]
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_balanced_micro_batches_share_the_tokens():
+    assert balanced([9, 1, 1, 1, 9, 1, 1, 1], ranks=2, max_tokens=7) == [
+        [[0], [1, 3, 6]],
+        [[4], [2, 5, 7]],
+    ]
+    assert balanced([3, 2], ranks=3, max_tokens=8) == [[[0]], [[1]], [[]]]  # the third rank has none
+
+
 def test_prompt_stream_is_a_pure_function_of_its_position():
     data, again = dataset(tiny.PROMPTS), dataset(tiny.PROMPTS)
     stream = [p.text for p in data.at(0, 20)]
@@ -78,17 +117,65 @@ def test_chat_prompts_use_the_chat_template():
     assert data[0].ids == tokenizer("the cat and")["input_ids"] and data[0].columns == {"answer": "dog"}
 
 
+# Rows as Anthropic/hh-rlhf has them: one turn, three turns, and one speaker twice in a row.
+TRANSCRIPTS = {
+    "\n\nHuman: Is a cat good?\n\nAssistant: It is.": [{"role": "user", "content": "Is a cat good?"}],
+    "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHow are you?\n\nHuman: Human: is a word\n\nAssistant:": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello.\n\nHow are you?"},
+        {"role": "user", "content": "Human: is a word"},
+    ],
+    "\n\nHuman: One\n\nHuman: Two \n\nAssistant: \n\nAssistant: Yes": [{"role": "user", "content": "One\n\nTwo"}],
+}
+
+
+@pytest.mark.parametrize("transcript", TRANSCRIPTS)
+def test_transcripts_become_chat_messages_up_to_the_last_human_turn(transcript):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    data = PromptDataset([{"chosen": transcript, "rejected": "no"}], tokenizer, 64)
+    assert data[0].text == TRANSCRIPTS[transcript] and data[0].columns == {"rejected": "no"}
+    assert data[0].ids == tokenizer(" ".join(f"{m['role']} {m['content']}" for m in data[0].text))["input_ids"]
+
+
+def test_all_turns_of_a_transcript_are_kept():
+    messages = transcript_messages("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d")
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 2
+    assert [m["content"] for m in messages] == ["a", "b", "c", "d"]
+
+
+def test_messages_lose_the_answer_that_would_be_copied():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    turns = [("system", "the"), ("user", "cat"), ("assistant", "sat"), ("user", "on"), ("assistant", "a mat")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for field in ("messages", "chosen"):
+        prompt = PromptDataset([{field: messages}], tokenizer, 3)[0]
+        assert prompt.text == messages[:4] and prompt.ids == tokenizer("cat sat on")["input_ids"]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([], "is empty"),
         ([{"text": "a"}], "needs a 'prompt' field"),
         ([{"prompt": ""}], "prompt 0 of the data set is empty"),
+        ([{"prompt": [{"role": "user", "content": "a"}]}], "prompt 0 .* chat messages need a chat template"),
+        ([{"chosen": "a cat"}], "prompt 0 .* not a transcript that starts with"),
+        ([{"chosen": "\n\nAssistant: a cat"}], "prompt 0 .* no turn of a user"),
     ],
 )
 def test_unusable_prompts_are_errors(rows, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         dataset(rows)[0]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("a/b", ("a/b", "train")), ("a/b:test[:9]", ("a/b", "test[:9]"))])
+def test_a_hub_data_set_may_name_its_split(name, expected, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: (path, split))
+    assert load_rows(name) == expected
 
 
 def test_rows_from_a_file_name_the_bad_line(tmp_path):

@@ -1,25 +1,22 @@
 """The policy: packed hidden states, the head's arguments, the reference, and what is switched off."""
 
+import json
+import sys
+import types
+
 import pytest
 import tiny
 import torch
-import transformers
+from architectures import tiny_of
+from memory import Allocations
 
-from safe_kernels import linear_token_stats
+from safe_kernels import linear_policy_loss, linear_token_stats
+from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
-from safe_train.models import load_model, lora_config, make_policy
+from safe_train.models import apply_liger, load_model, lora_config, make_policy
 
 SEQUENCES = ([[5, 6, 7, 2], [8], [9, 10]], [[11, 12], [13, 14, 3, 1], [1]])
-
-
-def tiny_of(architecture: str, **settings):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{architecture}Config")(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=2, eos_token_id=1, initializer_range=0.3,
-        attn_implementation="eager", **settings)  # fmt: skip
-    return getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
 
 
 ARCHITECTURES = {
@@ -28,6 +25,7 @@ ARCHITECTURES = {
     "Gemma2": {"final_logit_softcapping": 3.0, "sliding_window": 64},
     "Cohere": {"logit_scale": 0.25},
     "Granite": {"logits_scaling": 4.0},
+    "Phi": {"tie_word_embeddings": False},  # its head has a bias
 }
 
 
@@ -126,3 +124,111 @@ def test_gradient_checkpointing_changes_no_gradient():
         policy(TokenBatch.pack(*SEQUENCES)).square().sum().backward()
         gradients.append([p.grad for p in policy.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def saved_bytes(policy):
+    """Bytes that a forward keeps for its backward, beyond the weights."""
+    saved = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.update({id(x): x}) or x, lambda x: x):
+        policy(TokenBatch.pack(*SEQUENCES))
+    weights = {p.untyped_storage()._cdata for p in policy.parameters()}
+    return sum(x.nbytes for x in saved.values() if x.untyped_storage()._cdata not in weights)
+
+
+def test_gradient_checkpointing_keeps_fewer_activations():
+    settings = [SafeConfig(gradient_checkpointing=checkpointing) for checkpointing in (True, False)]
+    few, many = (saved_bytes(make_policy(tiny.model(num_hidden_layers=6), args)) for args in settings)
+    assert few < many / 3
+
+
+def test_the_lora_reference_is_no_second_copy():
+    model = tiny.model()
+    before = {p.data_ptr(): p.nbytes for p in model.parameters()}
+    policy = make_policy(model, SafeConfig(lora_r=4))
+    after = {p.data_ptr(): p.nbytes for p in policy.parameters()}
+    assert before.items() <= after.items()
+    assert sum(after.values()) - sum(before.values()) == sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+    batch = TokenBatch.pack(*SEQUENCES)
+    with Allocations() as seen:
+        policy.reference(batch)
+    assert seen.largest <= len(batch.input_ids_N) * 48 * 4  # the widest activation; the embedding is wider
+
+
+def test_no_logits_and_no_hidden_states_of_other_layers_are_stored(kernels):
+    """A whole micro-batch, scored and trained through the policy: no tensor of [tokens, vocabulary]."""
+    policy = make_policy(tiny.model(vocab_size=2000), SafeConfig(lora_r=4))
+    draw = torch.Generator().manual_seed(0)
+    prompts, completions = (torch.randint(2000, (4, n), generator=draw).tolist() for n in (3, 16))
+    batch = TokenBatch.pack(prompts, completions)
+    outputs = []
+    policy.causal_lm.base_model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with Allocations() as seen:
+        with torch.no_grad():
+            ref_hidden_LH = policy.reference(batch)
+            head = policy.head() | {"tokens": batch.targets_L, "ref_hidden": ref_hidden_LH, "backend": "torch"}
+            old = linear_token_stats(policy(batch), **head)
+        loss = linear_policy_loss(
+            policy(batch), old_logprob=old.logprob, advantage=torch.ones_like(old.logprob), kl_coef=0.1, **head
+        )
+        loss.loss.backward()
+    assert seen.largest < len(batch.targets_L) * 2000 * 4 / 4
+    assert all(output.hidden_states is None and output.past_key_values is None for output in outputs)
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """A stand-in for liger-kernel, and the calls it got."""
+    calls = []
+    package, subpackage, patch = (types.ModuleType(name) for name in ("liger_kernel", "transformers", "patch"))
+    patch._apply_liger_kernel_to_instance = lambda **arguments: calls.append(arguments)
+    patch.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
+    monkeypatch.setitem(sys.modules, "liger_kernel", package)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", subpackage)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patch)
+    return calls
+
+
+@pytest.mark.parametrize("setting", ["auto", "true"])
+def test_liger_is_applied_to_the_backbone_and_never_its_loss(setting, liger):
+    model = tiny.model()
+    apply_liger(model, setting, torch.device("cuda"))
+    assert liger == [{"model": model, "cross_entropy": False, "fused_linear_cross_entropy": False}]
+
+
+def test_liger_where_it_cannot_run(liger, monkeypatch):
+    cuda, model, other = torch.device("cuda"), tiny.model(), tiny_of("Phi")
+    apply_liger(model, "false", cuda)
+    apply_liger(other, "auto", cuda)
+    make_policy(tiny.model(), SafeConfig())
+    with pytest.raises(ConfigError, match="liger_kernel true has no kernels for the model type 'phi'"):
+        apply_liger(other, "true", cuda)
+    with pytest.raises(ConfigError, match="liger_kernel true needs a GPU"):
+        make_policy(tiny.model(), SafeConfig(liger_kernel=True))
+    assert liger == []
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
+    apply_liger(model, "auto", cuda)
+    with pytest.raises(ConfigError, match="liger_kernel true needs a package: pip install liger-kernel"):
+        apply_liger(model, "true", cuda)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-3b-hh.yaml", "qwen2.5-3b-fsdp.yaml"])
+def test_ready_configs_run_on_a_small_local_model(name, tmp_path, monkeypatch):
+    """The same code path on a CPU: a model folder, transcripts, the chat template, and a reward from a file."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = tiny_of("Qwen2", bos_token_id=None), tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    model.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    turns = ("the cat sat", "is a dog happy", "a tree under the mat")
+    rows = [{"chosen": f"\n\nHuman: {turn}\n\nAssistant: it was", "rejected": "no"} for turn in turns]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "reward.py").write_text(
+        "def good(prompts, completions, **columns):\n"
+        "    return [sum(word in 'good happy' for word in turns[0]['content'].split()) for turns in completions]\n"
+    )
+    small = ["total_steps=2", "prompts_per_step=4", "max_new_tokens=5", "use_cpu=true", "output_dir=run"]
+    small += ["model=model", "dataset=rows.jsonl", "eval_dataset=rows.jsonl", "reward=reward.py:good"]
+    small += ["lora_r=4"] if "hh" in name else ["minibatch_size=2"]
+    assert main(["run", "--config", name, *small]) == 0
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 2 and all(row["grad_norm"] > 0 for row in metrics)

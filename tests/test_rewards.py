@@ -167,6 +167,13 @@ def test_a_server_is_named_by_its_address_among_the_rewards(server):
     assert scores[server.url.removeprefix("http://")].tolist() == scores["reward"].tolist() == [2.0, 3.0]
 
 
+def test_a_run_is_rewarded_by_a_server(server, tmp_path):
+    server.reply = lengths
+    rows = [{"prompt": "the cat", "answer": "dog"}] * 4
+    metrics = tiny.trainer(tmp_path, server.url, prompts=rows, total_steps=1, max_new_tokens=3).train()[0]
+    assert metrics["reward"] > 0 and server.requests[0]["columns"] == {"answer": ["dog"] * 8}
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_server_is_asked_again(server, status):
     server.reply = lambda number, request: lengths(number, request) if number == 3 else (status, {})
@@ -174,16 +181,19 @@ def test_a_busy_server_is_asked_again(server, status):
 
 
 def test_a_server_that_hangs_is_asked_again(server):
-    server.reply = lambda number, request: lengths(number, request) if number == 2 else None
-    assert server.reward(timeout=0.2)(["p"], ["four"]) == [4.0]
+    server.reply = lambda number, request: lengths(number, request) if number >= 2 else None
+    assert server.reward(timeout=0.5)(["p"], ["four"]) == [4.0]
 
 
-@pytest.mark.parametrize(("status", "cause"), [(None, "timed out"), (503, "status 503 Service Unavailable")])
-def test_a_server_that_never_answers_stops_the_run_and_is_named(server, status, cause):
+@pytest.mark.parametrize(
+    ("status", "timeout", "cause"),
+    [(None, 0.2, "TimeoutError: timed out"), (503, 20.0, "status 503 Service Unavailable")],
+)
+def test_a_server_that_never_answers_stops_the_run_and_is_named(server, status, timeout, cause):
     server.reply = lambda number, request: None if status is None else (status, {})
-    message = rf"{server.url} gave no answer in 3 attempts of at most 0\.2 s \(last error: .*{cause}"
+    message = rf"{server.url} gave no answer in 3 attempts of {timeout:g} s \(last error: {cause}"
     with pytest.raises(RuntimeError, match=message):
-        server.reward(timeout=0.2)(["p"], ["c"])
+        server.reward(timeout=timeout)(["p"], ["c"])
     assert len(server.requests) == 3
 
 

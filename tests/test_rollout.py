@@ -1,15 +1,21 @@
 """Sampling: from the policy itself, whatever the checkpoint's settings say, and the same as what is scored."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
+from transformers import CompileConfig, Gemma2Config, Gemma2ForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from safe_train.config import SafeConfig
 from safe_train.data import PromptDataset, TokenBatch
-from safe_train.losses import linear_token_stats
+from safe_train.experience import Experience
+from safe_train.importance import importance_corrected, sampler_metrics, truncated_importance_weights
+from safe_train.losses import linear_token_stats, policy_head
 from safe_train.models import make_policy
 from safe_train.rewards import Rewards
-from safe_train.rollout import sample
+from safe_train.rollout import chunks, make_sampler, sample, static_cache
 
 
 def rollout_of(model, rows=tiny.PROMPTS, copies=1, seed=0, **settings):
@@ -23,7 +29,7 @@ def rollout_of(model, rows=tiny.PROMPTS, copies=1, seed=0, **settings):
 def scored(policy, rollout):
     batch = TokenBatch.pack([p.ids for p in rollout.prompts], rollout.completions)
     with torch.no_grad():
-        return linear_token_stats(policy(batch), tokens=batch.targets_L, **policy.head()).logprob
+        return linear_token_stats(policy(batch), tokens=batch.targets_L, **policy_head(policy.head())).logprob
 
 
 def test_sampler_and_trainer_agree_on_the_log_probs():
@@ -32,11 +38,12 @@ def test_sampler_and_trainer_agree_on_the_log_probs():
     torch.testing.assert_close(sampler, scored(policy, rollout), atol=2e-5, rtol=0)
 
 
-def test_samples_follow_the_whole_distribution():
+@pytest.mark.parametrize("settings", [{}, {"generation_batch_size": 300, "cache_implementation": "static"}])
+def test_samples_follow_the_whole_distribution(settings):
     """With the top-k of 50 that transformers would use, or a checkpoint's top-k of 2, rare tokens never appear."""
     model = tiny.model(initializer_range=0.02, vocab_size=80)
     model.generation_config.update(do_sample=True, top_k=2, temperature=0.1, repetition_penalty=3.0)
-    _, rollout = rollout_of(model, [{"prompt": "the"}], copies=1600, max_new_tokens=1)
+    _, rollout = rollout_of(model, [{"prompt": "the"}], copies=1600, max_new_tokens=1, **settings)
     counts = torch.bincount(torch.tensor([tokens[0] for tokens in rollout.completions]), minlength=80)
     assert counts.min() >= 5 and counts.max() <= 60
 
@@ -46,6 +53,164 @@ def test_padding_does_not_change_the_distribution():
     torch.testing.assert_close(
         torch.tensor(sum(rollout.sampler_logprobs, [])), scored(policy, rollout), atol=2e-5, rtol=0
     )
+
+
+def untied(**changes):
+    return tiny.model(tie_word_embeddings=False, **changes)
+
+
+def qwen2(**changes):
+    return built(Qwen2ForCausalLM, Qwen2Config, max_window_layers=0, **changes)
+
+
+def gemma2(**changes):
+    return built(Gemma2ForCausalLM, Gemma2Config, sliding_window=5, head_dim=8, **changes)
+
+
+def built(model, config, **changes):
+    torch.manual_seed(0)
+    return model(config(**{**tiny.model().config.to_diff_dict(), "model_type": config.model_type, **changes})).eval()
+
+
+@pytest.mark.parametrize("make", [untied, qwen2, gemma2])
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_a_static_cache_samples_the_same(make, lora_r):
+    rollouts = []
+    for kind in ("dynamic", "static"):
+        policy, rollout = rollout_of(make(), copies=3, max_new_tokens=8, cache_implementation=kind, lora_r=lora_r)
+        rollouts.append(rollout)
+        sampler = torch.tensor(sum(rollout.sampler_logprobs, []))
+        torch.testing.assert_close(sampler, scored(policy, rollout), atol=2e-5, rtol=0)
+    assert rollouts[0].completions == rollouts[1].completions
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_chunks_are_of_one_width_and_come_back_in_order(kind, monkeypatch):
+    model, seen = tiny.model(), []
+    original = type(model).generate
+
+    def watched(self, input_ids, attention_mask, **arguments):
+        seen.append((tuple(input_ids.shape), attention_mask.sum(1).tolist()))
+        return original(self, input_ids=input_ids, attention_mask=attention_mask, **arguments)
+
+    monkeypatch.setattr(type(model), "generate", watched)
+    policy, rollout = rollout_of(model, copies=3, generation_batch_size=4, cache_implementation=kind)
+    assert [shape[0] for shape, _ in seen] == [4, 4, 4, 4]
+    assert all(lengths == sorted(lengths, reverse=True) for _, lengths in seen)
+    assert [shape[1] for shape, _ in seen] == [6, 4, 3, 1]
+    assert [len(prompt.ids) for prompt in rollout.prompts] != sorted(len(prompt.ids) for prompt in rollout.prompts)
+    sampler = torch.tensor(sum(rollout.sampler_logprobs, []))
+    torch.testing.assert_close(sampler, scored(policy, rollout), atol=2e-5, rtol=0)
+
+
+def test_chunks_hold_every_index_and_waste_little():
+    assert chunks([3, 1, 2], 8) == [[0, 1, 2]]
+    assert chunks([3, 1, 2], 2) == [[0, 2], [1, 1]]
+    for count in range(1, 12):
+        for size in range(1, 12):
+            groups = chunks(list(range(count)), size)
+            assert len({len(group) for group in groups}) == 1 and len(groups[0]) <= size
+            assert {i for group in groups for i in group} == set(range(count))
+            assert sum(map(len, groups)) - count < len(groups)
+
+
+def test_a_static_cache_is_for_gpus_and_models_that_compile():
+    def chosen(kind, device, compiles):
+        model = SimpleNamespace(
+            device=torch.device(device), _can_compile_fullgraph=compiles, config=tiny.model().config
+        )
+        args = SafeConfig(cache_implementation=kind, max_prompt_tokens=7, max_new_tokens=4)
+        return static_cache(SimpleNamespace(causal_lm=model), args)
+
+    assert chosen("auto", "cpu", True) is chosen("auto", "cuda", False) is chosen("dynamic", "cuda", True) is None
+    assert chosen("auto", "cuda", True).layers[0].max_cache_len == 11
+    assert chosen("static", "cpu", False) is not None
+
+
+def test_decoding_is_compiled_once_for_all_rollouts(monkeypatch):
+    """As on a GPU, with another compiler: one graph, without breaks, for chunks and prompts of any length."""
+    from torch._dynamo.utils import counters
+
+    compiler = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compiler._compile_all_devices = True
+    monkeypatch.setattr(
+        "safe_train.rollout.GenerationConfig", lambda **kw: GenerationConfig(compile_config=compiler, **kw)
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    args, tokenizer = (
+        SafeConfig(max_new_tokens=6, cache_implementation="static", generation_batch_size=2),
+        tiny.tokenizer(),
+    )
+    policy, prompts = make_policy(tiny.model(num_hidden_layers=1), args), PromptDataset(tiny.PROMPTS, tokenizer, 16)
+    for step in range(2):
+        rollout = sample(policy, tokenizer, prompts.at(3 * step, 3), args)
+        recorded = torch.tensor(sum(rollout.sampler_logprobs, []))
+        torch.testing.assert_close(recorded, scored(policy, rollout), atol=2e-5, rtol=0)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter += 0.01 * parameter.requires_grad
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_sampler_follows_the_policy():
+    args, tokenizer = SafeConfig(max_new_tokens=6), tiny.tokenizer()
+    policy, prompts = make_policy(tiny.model(), args), PromptDataset(tiny.PROMPTS, tokenizer, 16).at(0, 5)
+    sampler = make_sampler(policy, tokenizer, args)
+    sampler(prompts)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    rollout = sampler(prompts)
+    recorded = torch.tensor(sum(rollout.sampler_logprobs, []))
+    torch.testing.assert_close(recorded, scored(policy, rollout), atol=2e-5, rtol=0)
+
+
+def test_sampler_metrics_and_importance_weights():
+    sampler = torch.tensor([0.5, 0.3, 0.2])
+    trainer = torch.tensor([0.4, 0.3, 0.3])
+    metrics = sampler_metrics(trainer.log(), sampler.log())
+    gaps = (trainer / sampler).log().abs()
+    per_token = trainer / sampler - 1 - (trainer / sampler).log()
+    expected = {"sampler_gap": gaps.mean(), "sampler_gap_max": gaps.max(), "sampler_kl": per_token.mean()}
+    assert metrics == pytest.approx({name: value.item() for name, value in expected.items()}, abs=1e-6)
+    exact_kl = (sampler * (sampler / trainer).log()).sum()
+    assert (sampler * per_token).sum().item() == pytest.approx(exact_kl.item(), abs=1e-6)
+    assert sampler_metrics(torch.zeros(0), torch.zeros(0)) == dict.fromkeys(metrics, 0.0)
+
+    weights = truncated_importance_weights(trainer.log(), sampler.log(), 1.2)
+    torch.testing.assert_close(weights, torch.tensor([0.8, 1.0, 1.2]))
+    value = torch.tensor([1.0, -2.0, 3.0])
+    uncapped = truncated_importance_weights(trainer.log(), sampler.log(), 10.0)
+    mean_under_sampler, mean_under_trainer = (sampler * uncapped * value).sum(), (trainer * value).sum()
+    torch.testing.assert_close(mean_under_sampler, mean_under_trainer)
+
+
+def test_importance_weights_are_off_unless_asked_for():
+    weight, trainer, sampler = torch.full((2,), 0.5), torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -3.0])
+    assert importance_corrected(weight, trainer, sampler, SafeConfig()) is weight
+    capped = importance_corrected(weight, trainer, sampler, SafeConfig(importance_cap=2.0))
+    torch.testing.assert_close(capped, torch.tensor([0.5, 1.0]))
+
+
+def test_importance_weights_scale_the_policys_loss_and_not_the_critics(tmp_path):
+    trainer = tiny.trainer(tmp_path, importance_cap=2.0)
+    rollout = trainer.sample(0)
+    rewards = trainer.rewards(*rollout.for_rewards())["reward"]
+    experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
+    control = trainer.observe(experience, rewards)
+    experience.estimate(trainer.training_rewards(rewards, rollout), 0.0)
+    micro, results = experience.minibatches[0][0], {}
+    for ratio in (1.0, 0.5, 9.0):
+        micro.sampler_logprob_L = micro.logprob_L - math.log(ratio)
+        results[ratio] = trainer.backward(micro, control, len(micro.logprob_L))
+    policy, value = (
+        {ratio: result[name] for ratio, result in results.items()} for name in ("policy_loss", "value_loss")
+    )
+    torch.testing.assert_close(policy[0.5], 0.5 * policy[1.0])
+    torch.testing.assert_close(policy[9.0], 2.0 * policy[1.0])
+    assert policy[1.0] != 0 and value[0.5] == value[9.0] == value[1.0]
 
 
 def test_completions_end_with_their_first_end_token():

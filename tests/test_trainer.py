@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from accelerate.utils import DistributedType
 
 from safe_train.config import ConfigError
 from safe_train.data import Prompt
@@ -17,6 +18,12 @@ from safe_train.preview import Preview, step_scale
 from safe_train.rollout import Rollout
 
 ALGORITHMS = ("safe", "ppo", "ppo_two_heads", "grpo")
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """It takes longer than the run."""
+    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
 
 
 def experience_of(trainer):
@@ -39,7 +46,8 @@ def policy_weights(trainer):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_run_leaves_its_folder_and_its_metrics(algorithm, tmp_path):
+def test_a_run_leaves_its_folder_and_its_metrics(algorithm, tmp_path, monkeypatch):
+    monkeypatch.undo()
     history = tiny.trainer(tmp_path, algorithm=algorithm, eval_every=3).train()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and len(history) == 3
@@ -347,13 +355,13 @@ def test_report_tells_runs_of_one_name_apart_and_survives_a_row_cut_short(tmp_pa
 
 def test_everything_a_step_touches_is_on_the_accelerators_device(tmp_path, monkeypatch):
     device = torch.device("meta")
-    accelerator = SimpleNamespace(device=device, num_processes=1)
-    monkeypatch.setattr("safe_train.trainer.Accelerator", lambda **kwargs: accelerator)
+    accelerator = SimpleNamespace(device=device, distributed_type=DistributedType.NO)
+    monkeypatch.setattr("safe_train.parallel.Accelerator", lambda **kwargs: accelerator)
     trainer = tiny.trainer(tmp_path, lora_r=0)
     models = (trainer.policy, *trainer.policy._frozen, trainer.critic)
     assert len(models) == 3 and all(p.device == device for model in models for p in model.parameters())
-    accelerator.num_processes = 2
-    with pytest.raises(ConfigError, match="one process"):
+    accelerator.distributed_type = DistributedType.MEGATRON_LM
+    with pytest.raises(ConfigError, match="distributed_type must be one of NO, MULTI_CPU, .*got MEGATRON_LM"):
         tiny.trainer(tmp_path)
 
 

@@ -36,7 +36,7 @@ class ScanChoice:
 
 # Not measured yet: chosen by compilation alone (80 registers at most; with 4 warps 128).
 SCAN = ScanChoice(tokens=1024, num_warps=8)
-TERMS_ROWS = 32  # tokens of a program that looks up the next live token of each
+LOOK_UP = ScanChoice(tokens=16, num_warps=2)  # programs that look up the next live token of each; likewise
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..inputs import Terms
-from .launch import SCAN, TERMS_ROWS
+from .launch import LOOK_UP, SCAN
 
 POINTERS = ("v1", "v2", "rewards", "target_v1", "target_v2", "cu_seqlens", "threshold_tensor", "terms")
 TERMS = ["threshold", "alpha", "gamma", "sequences", "length"]  # never specialised on
@@ -248,7 +248,8 @@ def terms_of(terms: Terms | None, stats: Tensor, mask_N: Tensor | None) -> Tenso
     if found.numel() > 0:
         mask = None if mask_N is None else mask_N.contiguous().view(torch.uint8)
         arguments = {"kl": stats[5], "mask": mask, "N": stats.shape[1], **terms_arguments(terms, found)}
-        terms_kernel[(triton.cdiv(stats.shape[1], TERMS_ROWS),)](**arguments, R=TERMS_ROWS)
+        grid = (triton.cdiv(stats.shape[1], LOOK_UP.tokens),)
+        terms_kernel[grid](**arguments, R=LOOK_UP.tokens, num_warps=LOOK_UP.num_warps)
     return found
 
 

@@ -1,0 +1,223 @@
+"""What the processes of a run tell each other. For a process that is alone, everything here is the identity.
+
+A function that exchanges something has to be reached by all processes, in the same order.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from safe_train.config import ConfigError, SafeConfig
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+BUCKET_BYTES = 64 * 2**20  # gradients that are summed in one exchange: large enough for bandwidth, small beside a model
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def start(args: SafeConfig) -> Accelerator:
+    """Joins the processes that `accelerate launch` or torchrun started, if any."""
+    if flag("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "DeepSpeed is not supported; FSDP2 cuts the same: ZeRO-3 is configs/accelerate/fsdp2.yaml, "
+            "and ZeRO-2 the same file with fsdp_reshard_after_forward: false"
+        )
+    accelerator = Accelerator(
+        cpu=args.use_cpu,
+        mixed_precision="no",
+        log_with=args.report_to or None,
+        project_dir=args.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
+    )
+    if accelerator.distributed_type not in SUPPORTED:
+        known = ", ".join(kind.value for kind in SUPPORTED)
+        raise ConfigError(f"distributed_type must be one of {known}, got {accelerator.distributed_type.value}")
+    if args.prompts_per_step < size():
+        raise ConfigError(
+            f"prompts_per_step must be at least the {size()} processes: each samples some, got {args.prompts_per_step}"
+        )
+    return accelerator
+
+
+def flag(name: str) -> bool:
+    """A switch that `accelerate launch` passes on in the environment."""
+    return os.environ.get(name, "false").lower() == "true"
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if size() > 1 else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This process's part of the items: consecutive ones, and at most one more than another process has."""
+    start, end = (len(items) * r // size() for r in (rank(), rank() + 1))
+    return items[start:end]
+
+
+@contextmanager
+def exchange() -> Iterator[None]:
+    """Says what it means when an exchange fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"process {rank()} lost the others: one of them stopped, and its own output says why, or did not answer "
+            f"within ddp_timeout seconds ({error})"
+        ) from error
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if size() == 1:
+        return values
+    with exchange():
+        result = values.detach().to(PartialState().device, copy=True)
+        dist.all_reduce(result)
+    return result.to(values.device)
+
+
+def total_number(value: float) -> float:
+    return value if size() == 1 else total(torch.tensor(value, dtype=torch.float64)).item()
+
+
+def totals(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over all processes of 0-dim tensors, in one exchange."""
+    if size() == 1:
+        return values
+    return dict(zip(values, total(torch.stack(list(values.values()))).unbind(), strict=True))
+
+
+def maxima(values: dict[str, float]) -> dict[str, float]:
+    """The largest of each value over all processes: the slowest one's time, the fullest one's memory."""
+    return {name: max(each[name] for each in gather_objects(values)) for name in values}
+
+
+def gather(values: Tensor) -> Tensor:
+    """The tensors of all processes one after another along the last axis, in which they may differ."""
+    if size() == 1:
+        return values
+    length = values.shape[-1]
+    lengths = gather_objects(length)
+    with exchange():
+        padded = values.new_zeros(*values.shape[:-1], max(lengths), device=PartialState().device)
+        padded[..., :length] = values
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded)
+    return torch.cat([part[..., :n] for part, n in zip(parts, lengths, strict=True)], dim=-1).to(values.device)
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all processes, by rank."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size()
+    with exchange():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: T) -> T:
+    """Rank 0's value, for all processes."""
+    if size() == 1:
+        return value
+    values = [value]
+    with exchange():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def main_only(function: Callable[P, None]) -> Callable[P, None]:
+    """Rank 0 alone runs the function, while the others wait; when it fails, all of them stop."""
+
+    @functools.wraps(function)
+    def run(*arguments: P.args, **options: P.kwargs) -> None:
+        error: Exception | None = None
+        if is_main():
+            try:
+                function(*arguments, **options)
+            except Exception as caught:
+                error = caught
+        message = from_main(f"{type(error).__name__}: {error}" if error else None)
+        if error is not None:
+            raise error
+        if message is not None:
+            raise RuntimeError(f"process 0 stopped with {message}")
+
+    return run
+
+
+def check_same(values: dict[str, Any]) -> None:
+    """Raises when the processes have drifted apart."""
+    by_rank = gather_objects({name: repr(value) for name, value in values.items()})
+    for name in values:
+        if len({each[name] for each in by_rank}) > 1:
+            raise RuntimeError(
+                f"the processes disagree on {name}: {[each[name] for each in by_rank]}. They must run the same "
+                "versions, and see the same output_dir, on a file system that all machines share"
+            )
+
+
+@torch.no_grad()
+def broadcast(parameters: Iterable[nn.Parameter]) -> None:
+    """Rank 0's weights, for all processes."""
+    if size() == 1:
+        return
+    with exchange():
+        for parameter in parameters:
+            sent = parameter.detach().to(PartialState().device, copy=True)
+            dist.broadcast(sent, src=0)
+            parameter.copy_(sent)
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sums the gradients over all processes, once a step however many micro-batches each of them had.
+
+    A parameter that got a gradient on one process gets one on all.
+    """
+    if size() == 1:
+        return
+    parameters = list(parameters)
+    found = total(torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32))
+    for bucket in buckets([p for p, count in zip(parameters, found.tolist(), strict=True) if count]):
+        for parameter in bucket:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in bucket if p.grad is not None]
+        summed = total(torch.cat([g.reshape(-1) for g in gradients]))
+        for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Consecutive parameters of one dtype, up to `BUCKET_BYTES` together."""
+    found: list[list[nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        needed = parameter.numel() * parameter.element_size()
+        if not found or needed > room or parameter.dtype != found[-1][0].dtype:
+            found.append([])
+            room = BUCKET_BYTES
+        found[-1].append(parameter)
+        room -= needed
+    return found

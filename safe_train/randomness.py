@@ -1,0 +1,55 @@
+"""The random numbers of a run: saved with a checkpoint, and each process's own while it samples."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from safe_train import parallel
+
+
+def random_numbers() -> dict[str, Any]:
+    """The states of Python's and NumPy's generators, which rewards may use."""
+    numpy: Any = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    return {"python": random.getstate(), "numpy": numpy}
+
+
+def random_states() -> dict[str, Tensor]:
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_states(states: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(numbers["numpy"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    version, internal, gauss = numbers["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+@contextmanager
+def own_random_numbers(seed: int, step: int) -> Iterator[None]:
+    """Random numbers that the seed, the step and this process's rank decide; afterwards the shared ones go on.
+
+    What all processes draw outside of it is the same on all of them. A process that is alone has one stream for all.
+    """
+    if parallel.size() == 1:
+        yield
+        return
+    shared = random_states(), random_numbers()
+    set_seed(int(np.random.SeedSequence([seed, step, parallel.rank()]).generate_state(1)[0]))
+    try:
+        yield
+    finally:
+        restore_random_states(*shared)

@@ -1,0 +1,133 @@
+"""FSDP2: the policy's weights cut over the processes, and gathered layer by layer where they are needed.
+
+The embeddings, the final norm and the head, tied or not, are the root's: they stay gathered from a forward to the end
+of its backward, so the kernels see the whole head, and its gradient is summed and cut again with the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from safe_train import parallel
+from safe_train.config import ConfigError
+from safe_train.data import TokenBatch
+
+if TYPE_CHECKING:
+    from safe_train.models import Policy
+
+
+def settings() -> FullyShardedDataParallelPlugin | None:
+    """What `accelerate launch` was told about FSDP, if it shards here."""
+    if parallel.size() == 1 or not parallel.flag("ACCELERATE_USE_FSDP"):
+        return None
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ConfigError(f"fsdp_version of the accelerate config must be 2, got {plugin.fsdp_version}")
+    refused = {
+        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
+        "fsdp_activation_checkpointing": plugin.activation_checkpointing,
+    }
+    for name, given in refused.items():
+        if given:
+            raise ConfigError(f"{name} of the accelerate config must be false (see gradient_checkpointing for memory)")
+    return plugin
+
+
+def place(model: Any, device: torch.device) -> Any:
+    """The model on its device; one that will be sharded waits on the CPU, and comes over layer by layer."""
+    return model.to(device) if settings() is None else model
+
+
+def shard(policy: Policy, device: torch.device) -> None:
+    """Shards the policy, and its frozen reference with it, if accelerate is set to FSDP."""
+    plugin = settings()
+    if plugin is None:
+        return
+    mesh = init_device_mesh(device.type, (parallel.size(),))
+    if policy._frozen:
+        policy.add_module("frozen", policy._frozen[0])
+    for layer in layers(policy):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
+    fully_shard(policy, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(policy, "reference")
+    for part in parts(policy):
+        # Sums, not means: the loss is normalised by the tokens of all processes already.
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    policy.causal_lm._can_compile_fullgraph = False  # FSDP's hooks are not for the compiler
+    with torch.no_grad():  # the first forward decides who is the root
+        policy(TokenBatch.pack([[0]], [[]]).to(device))
+    reshard(policy)
+
+
+def layers(policy: Policy) -> list[nn.Module]:
+    names = set(policy.causal_lm._no_split_modules or ())
+    found = [module for module in policy.modules() if type(module).__name__ in names]
+    if not found:
+        raise ConfigError(f"FSDP finds no layers in {type(policy.causal_lm).__name__}: transformers names none for it")
+    return found
+
+
+def parts(module: nn.Module) -> list[FSDPModule]:
+    """The parts that are gathered together: the root's own weights, and each layer's. None without FSDP."""
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def reshard(policy: Policy) -> None:
+    """Frees what a forward without backward left gathered: it would not see a change of the weights."""
+    for part in parts(policy):
+        part.reshard()
+
+
+@contextmanager
+def gathered(policy: Policy) -> Iterator[None]:
+    """The whole policy on every process, for generation: one exchange instead of one a layer and token."""
+    plugin, root, inner = settings(), parts(policy)[:1], parts(policy.model)
+    for part in inner:
+        part.set_reshard_after_forward(False, recurse=False)
+    for part in (*root, *inner):
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in inner:
+            part.set_reshard_after_forward(plugin is not None and plugin.reshard_after_forward, recurse=False)
+        for part in (*root, *inner):
+            part.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or gathered from its shards: on the CPU of rank 0, and empty elsewhere."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full = tensor.full_tensor()
+    return full.cpu() if parallel.is_main() else full.new_empty(0, device="cpu")
+
+
+def unsharded(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those whose gradients FSDP does not sum."""
+    return [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+
+
+def number(value: Tensor) -> Tensor:
+    """A 0-dim result about sharded tensors, on every process."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The whole tensor, which every process has, cut as the parameter of its shape is."""
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    return distribute_tensor(
+        tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )

@@ -1,0 +1,426 @@
+"""A run on several processes is the run on one: the same steps, checkpoints and files; and it ends when one dies."""
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import processes
+import pytest
+import tiny
+import torch
+
+from safe_train import parallel, sharding
+from safe_train.config import CONFIGS, ConfigError
+from safe_train.data import PromptDataset
+from safe_train.rollout import Rollout
+from safe_train.signals import Stopped
+
+CLOCK = ("time/", "memory/", "tokens_per_second")
+ACCELERATE = CONFIGS / "accelerate"
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+# Lengths of the completions of each step. Two consecutive ones answer a prompt, and ranks sample consecutive prompts.
+LENGTHS = {
+    "ragged": [(1, 6, 2, 5, 3, 3, 6, 4), (4, 1, 1, 1, 6, 6, 6, 6)],
+    "one rank got no response token": [(3, 2, 6, 1, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0, 5, 0)],
+}
+
+
+def rollouts(kind: str) -> list[Rollout]:
+    """A fixed rollout for each step: what the processes sample would depend on their number."""
+    g, tokenizer = torch.Generator().manual_seed(7), tiny.tokenizer()
+    prompts = [prompt for prompt in PromptDataset(tiny.PROMPTS, tokenizer, 8).at(0, 4) for _ in range(2)]
+    found = []
+    for lengths in LENGTHS[kind]:
+        tokens = [torch.randint(2, len(tiny.WORDS), (n,), generator=g).tolist() for n in lengths]
+        logprobs = [[-2.0] * n for n in lengths]
+        ended = [n < 6 for n in lengths]
+        found.append(Rollout(prompts, tokens, tokenizer.batch_decode(tokens), ended, logprobs))
+    return found
+
+
+def own(rollout: Rollout) -> Rollout:
+    """What this process would have sampled of it."""
+    indices = [i for prompt in parallel.share(range(4)) for i in (2 * prompt, 2 * prompt + 1)]
+    return Rollout(*([field[i] for i in indices] for field in vars(rollout).values()))
+
+
+def trainer_on(folder, kind="ragged", model=MappingProxyType({}), **settings):
+    fixed = rollouts(kind)
+    values = {"total_steps": 2, "save_every": 1, "keep_checkpoints": 9} | settings
+    policy = tiny.model(**{k: v for k, v in model.items() if k != "bias"})
+    if "bias" in model:
+        policy.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, len(tiny.WORDS)))
+    trainer = tiny.trainer(folder, policy=policy, **values)
+    trainer.sample = lambda step: own(fixed[step % len(fixed)])
+    return trainer
+
+
+def without_clock(row: dict) -> dict:
+    return {name: value for name, value in row.items() if not name.startswith(CLOCK)}
+
+
+def arrays(tensors) -> list[np.ndarray]:
+    """Not through `whole`, which leaves the others empty."""
+    return [(t.full_tensor() if hasattr(t, "full_tensor") else t).detach().numpy().copy() for t in tensors]
+
+
+def steps(folder, **case) -> dict:
+    """Two steps: their metrics, the gradients of every optimizer step, and everything that they leave behind."""
+    trainer, gradients = trainer_on(folder, save_every=2, **case), []
+    take_step = trainer.take_step
+
+    def recorded() -> None:
+        critics = [] if trainer.critic is None else trainer.critic.heads.parameters()
+        gradients.append(arrays(p.grad for p in [*trainer.trainable, *critics]))
+        take_step()
+
+    trainer.take_step = recorded
+    history = trainer.train()
+    sharding.reshard(trainer.policy)
+    return {
+        "metrics": [without_clock(row) for row in history],
+        "gradients": gradients,
+        "weights": arrays(trainer.trainable),
+        "critic": [] if trainer.critic is None else arrays(trainer.critic.state_dict().values()),
+        "controller": trainer.controller.state_dict(),
+        "sharded": [hasattr(p, "full_tensor") for p in trainer.trainable],
+        "moments": vars(trainer.reward_moments),
+    }
+
+
+CASES = {
+    "safe": {},
+    "safe, one rank got no response token": {"kind": "one rank got no response token"},
+    "minibatches smaller than the number of ranks": {"minibatch_size": 2, "max_tokens_per_microbatch": 8},
+    "grpo": {"algorithm": "grpo"},
+    "ppo, full fine-tuning": {"algorithm": "ppo", "lora_r": 0},
+    "KL in the reward, preview": {"kl_in_reward": True, "max_preview_kl": 0.01},
+    "FSDP2, LoRA": {"environment": FSDP},
+    "FSDP2, one rank got no response token": {"environment": FSDP, "kind": "one rank got no response token"},
+    "FSDP2, full fine-tuning": {"environment": FSDP, "lora_r": 0, "max_preview_kl": 0.01},
+    "FSDP2, tied head, checkpointing": {
+        "environment": FSDP, "lora_r": 0, "gradient_checkpointing": True, "model": {"tie_word_embeddings": True}
+    },
+    "FSDP2, biased head, LoRA on the last layer": {"environment": FSDP, "model": {"bias": True}, "lora_last_layers": 1},
+    "FSDP2, layers stay gathered until their backward": {
+        "environment": FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, "lora_r": 0, "max_preview_kl": 0.01
+    },
+}  # fmt: skip
+
+
+ON_FOUR = [
+    "safe, one rank got no response token",
+    "minibatches smaller than the number of ranks",
+    "FSDP2, full fine-tuning",
+]
+
+
+def all_steps(folder, names) -> dict:
+    found = {}
+    for name in names:
+        case = dict(CASES[name])
+        with pytest.MonkeyPatch.context() as patch:
+            for variable, value in case.pop("environment", {}).items():
+                patch.setenv(variable, value)
+            found[name] = steps(folder / name, **case)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+        return all_steps(tmp_path_factory.mktemp("alone"), CASES)
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    return together(2, CASES, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory):
+    return together(4, ON_FOUR, tmp_path_factory.mktemp("four"))
+
+
+def together(size, names, folder) -> list[dict]:
+    outcomes = processes.run(all_steps, size, folder, list(names))
+    assert all(outcome.exit_code == 0 for outcome in outcomes), "".join(outcome.error for outcome in outcomes)
+    return [outcome.result for outcome in outcomes]
+
+
+def close(found, expected, where: str, tolerance: float = 2e-5) -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name in expected:
+            close(found[name], expected[name], f"{where} {name}", tolerance)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for i, pair in enumerate(zip(found, expected, strict=True)):
+            close(*pair, f"{where} {i}", tolerance)
+    elif isinstance(expected, (float, np.ndarray)):
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance, err_msg=where)
+    else:
+        assert found == expected, where
+
+
+def equal(by_rank: list[dict], expected: dict, case: str) -> None:
+    first, *others = by_rank
+    for name in ("metrics", "gradients", "weights", "critic", "controller", "moments"):
+        close(first[name], expected[name], f"{case}: {name}")
+    for other in others:
+        close(other, first, "ranks differ:", tolerance=0)
+    assert all(sharded == ("FSDP2" in case) for sharded in first["sharded"])
+    assert any(np.abs(gradient).max() > 1e-3 for gradient in first["gradients"][0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_on_two_processes_equal_those_of_one(case, alone, on_two):
+    equal([found[case] for found in on_two], alone[case], case)
+
+
+@pytest.mark.parametrize("case", ON_FOUR)
+def test_steps_on_four_processes_equal_those_of_one(case, alone, on_four):
+    equal([found[case] for found in on_four], alone[case], case)
+
+
+def stopped_and_resumed(folder, environment, shards_of) -> dict:
+    """Three steps of real sampling in one go, and three with a resume after the second; then the checkpoint of another
+    number of processes, continued on fixed rollouts."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in environment.items():
+            patch.setenv(variable, value)
+        settings = {"total_steps": 3, "save_every": 1, "keep_checkpoints": 9, "eval_every": 3, "window": 2}
+        whole = tiny.trainer(folder / "whole", **settings).train()
+        tiny.trainer(folder / "cut", **settings | {"total_steps": 2}).train()
+        resumed = tiny.trainer(folder / "cut", **settings).train(resume_from_checkpoint=True)
+        trainer = trainer_on(folder / "foreign", total_steps=4, window=2, lora_r=0)
+        foreign = trainer.train(resume_from_checkpoint=shards_of)
+    return {
+        "whole": [without_clock(row) for row in whole],
+        "resumed": [without_clock(row) for row in resumed],
+        "foreign": [without_clock(row) for row in foreign],
+        "learned": arrays(trainer.trainable),
+    }
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP2"])
+def test_a_checkpoint_resumes_on_any_number_of_processes(environment, tmp_path):
+    history = trainer_on(tmp_path / "one", total_steps=4, window=2, lora_r=0).train()
+    checkpoint = tmp_path / "one" / "checkpoints" / "step-2"
+    outcomes = processes.run(stopped_and_resumed, 2, tmp_path / "two", environment, checkpoint)
+    assert all(outcome.exit_code == 0 for outcome in outcomes), outcomes[0].error
+    first, second = (outcome.result for outcome in outcomes)
+    assert first["resumed"] == first["whole"][2:] == second["whole"][2:]
+    close(first["foreign"], [without_clock(row) for row in history[2:]], "from one process to two")
+    back = trainer_on(tmp_path / "back", total_steps=4, window=2, lora_r=0)
+    rows = back.train(resume_from_checkpoint=tmp_path / "two" / "foreign" / "checkpoints" / "step-3")
+    close([without_clock(row) for row in rows], first["foreign"][1:], "from two processes to one")
+    close(arrays(back.trainable), first["learned"], "weights")
+
+
+def in_two_dtypes(folder) -> list[dict]:
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in FSDP.items():
+            patch.setenv(variable, value)
+        trainer = tiny.trainer(folder, policy=tiny.model().to(torch.bfloat16), total_steps=2)
+        assert {p.dtype for p in trainer.policy.parameters()} == {torch.bfloat16, torch.float32}
+        return [without_clock(row) for row in trainer.train()]
+
+
+def test_frozen_weights_may_be_bfloat16_under_float32_adapters(tmp_path):
+    """The default on a GPU; one group of FSDP2 then gathers both."""
+    first, second = processes.run(in_two_dtypes, 2, tmp_path)
+    assert first.error == second.error == "" and first.result == second.result
+    assert first.result[0]["kl"] < 1e-3 < first.result[0]["grad_norm"]
+
+
+def from_a_model_of_its_own(folder) -> list[list[np.ndarray]]:
+    trainer = tiny.trainer(folder, policy=tiny.model(seed=int(os.environ["RANK"])), lora_r=0)
+    return [arrays(module.parameters()) for module in (trainer.policy, trainer.policy._frozen[0], trainer.critic)]
+
+
+def test_all_processes_start_from_the_first_ones_weights(tmp_path):
+    first, second = processes.run(from_a_model_of_its_own, 2, tmp_path)
+    close(second.result, first.result, "weights", tolerance=0)
+    close(first.result[1], arrays(tiny.model(seed=0).parameters()), "reference", tolerance=0)
+
+
+def to_its_own_folder(folder) -> tuple[list[str], int]:
+    """A folder that only one process writes; each is given its own here to see who does."""
+    mine = folder / f"rank-{os.environ['RANK']}"
+    trainer = tiny.trainer(mine, total_steps=1, eval_every=1)
+    trainer.train()
+    return [path.name for path in mine.iterdir()] if mine.exists() else [], trainer.step
+
+
+def test_only_the_first_process_writes_and_prints(tmp_path):
+    first, second = processes.run(to_its_own_folder, 2, tmp_path)
+    assert first.error == second.error == ""
+    assert {"metrics.jsonl", "samples.jsonl", "config.yaml", "checkpoints"} <= set(first.result[0])
+    assert second.result == ([], 1)
+    assert "step    1  reward" in first.printed and "step" not in second.printed
+
+
+def resume_from_its_own_folder(folder) -> None:
+    mine = folder / f"rank-{os.environ['RANK']}"
+    tiny.trainer(folder / "rank-0", total_steps=1).train()
+    tiny.trainer(mine, total_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_processes_that_do_not_share_a_folder_are_told(tmp_path):
+    for outcome in processes.run(resume_from_its_own_folder, 2, tmp_path):
+        assert "the processes disagree on step: ['1', '0']" in outcome.error
+
+
+def with_a_bad_gradient(folder) -> tuple[list[float], bool]:
+    trainer = tiny.trainer(folder, total_steps=2)
+    before, backward, calls = arrays(trainer.trainable), trainer.backward, []
+
+    def poisoned(*arguments):
+        result = backward(*arguments)
+        calls.append(0)
+        if parallel.rank() == 1 and len(calls) == 1:
+            trainer.trainable[0].grad[0] = float("nan")
+        return result
+
+    trainer.backward = poisoned
+    history = trainer.train()
+    return [row["bad_steps"] for row in history], all(np.isfinite(w).all() for w in arrays(trainer.trainable) + before)
+
+
+def test_a_bad_gradient_on_one_process_skips_the_step_on_all(tmp_path):
+    for outcome in processes.run(with_a_bad_gradient, 2, tmp_path):
+        assert outcome.result == ([0.25, 0.0], True), outcome.error
+
+
+def dies(folder, how: str) -> None:
+    trainer = tiny.trainer(folder, total_steps=9, save_every=1, ddp_timeout=3.0)
+    rewards = trainer.rewards
+
+    def fatal(*arguments):
+        if trainer.step == 1 and parallel.rank() == 1:
+            if how == "is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(7)
+            os._exit(9)
+        return rewards(*arguments)
+
+    trainer.rewards = fatal
+    trainer.train()
+
+
+@pytest.mark.parametrize(("how", "seen"), [("is killed", "Connection"), ("hangs", "Timed out")])
+def test_when_a_process_dies_the_others_stop(how, seen, tmp_path):
+    first, second, third = processes.run(dies, 3, tmp_path, how, seconds=60)
+    for outcome in (first, third):
+        assert outcome.exit_code == 1 and "lost the others: one of them stopped" in outcome.error
+    assert seen in first.error + third.error and second.exit_code != 0
+    assert (tmp_path / "checkpoints" / "step-1" / "state.json").exists()
+
+
+def gets_sigterm(folder) -> int:
+    trainer = tiny.trainer(folder, total_steps=9, save_every=9)
+
+    def terminate(trainer, metrics):
+        if trainer.step == 1 and parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.callbacks = [terminate]
+    try:
+        trainer.train()
+    except Stopped:
+        return trainer.step
+    return 0
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    first, second = processes.run(gets_sigterm, 2, tmp_path)
+    assert first.result == second.result == 2, first.error + second.error
+    assert "continue with --resume" in first.printed and "--resume" not in second.printed
+    assert (tmp_path / "checkpoints" / "step-2" / "state.json").exists()
+
+
+def has_no_room(folder) -> None:
+    trainer = tiny.trainer(folder, total_steps=2, save_every=1)
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if parallel.is_main():
+        trainer.callbacks = [lambda *_: setattr(__import__("safe_train.checkpoint").checkpoint, "flush", full)]
+    trainer.train()
+
+
+def test_a_full_disk_under_the_first_process_stops_all(tmp_path):
+    first, second = processes.run(has_no_room, 2, tmp_path)
+    assert "No space left on device" in first.error and "process 0 stopped with OSError: cannot write" in second.error
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+
+
+REFUSED = [
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed is not supported; FSDP2"),
+    (FSDP | {"FSDP_VERSION": "1"}, {}, "fsdp_version of the accelerate config must be 2, got 1"),
+    (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params of the accelerate config must be false"),
+    ({}, {"prompts_per_step": 1, "minibatch_size": 2}, "prompts_per_step must be at least the 2 processes"),
+]
+
+
+def refused(folder) -> None:
+    for environment, settings, message in REFUSED:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match=message):
+            for variable, value in environment.items():
+                patch.setenv(variable, value)
+            tiny.trainer(folder, **settings)
+
+
+def test_what_does_not_work_is_refused(tmp_path):
+    for outcome in processes.run(refused, 2, tmp_path):
+        assert outcome.error == ""
+
+
+@pytest.mark.parametrize(("name", "sharded"), [("ddp.yaml", False), ("fsdp2.yaml", True)])
+def test_the_trainer_takes_the_shipped_accelerate_configs(name, sharded, monkeypatch):
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    arguments = launch.launch_command_parser().parse_args(["--config_file", str(ACCELERATE / name), "train.py"])
+    arguments, *_ = launch._validate_launch_command(arguments)
+    monkeypatch.undo()
+    for variable, value in prepare_multi_gpu_env(arguments).items():
+        if variable.startswith(("ACCELERATE_", "FSDP_")):
+            monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("safe_train.parallel.size", lambda: arguments.num_processes)
+    assert arguments.num_processes == 8 and (sharding.settings() is not None) == sharded
+
+
+def test_each_process_samples_with_numbers_of_its_own(tmp_path):
+    first, second = processes.run(draws, 2)
+    assert first.result["own"] != second.result["own"] and first.result["again"] == first.result["own"]
+    assert first.result["shared"] == second.result["shared"]
+
+
+def draws() -> dict:
+    from safe_train.randomness import own_random_numbers
+
+    tiny.trainer(Path("unused"))
+    found = {}
+    for name in ("own", "again"):
+        with own_random_numbers(3, 5):
+            found[name] = (torch.rand(1).item(), np.random.rand())
+    return found | {"shared": (torch.rand(1).item(), np.random.rand())}
+
+
+def test_helpers_are_the_identity_for_a_process_that_is_alone():
+    values = torch.arange(3.0)
+    assert parallel.total(values) is values and parallel.gather(values) is values
+    assert parallel.share([1, 2, 3]) == [1, 2, 3] and parallel.total_number(2) == 2 and parallel.is_main()
+    with pytest.raises(ZeroDivisionError):
+        parallel.main_only(lambda: 1 / 0)()

@@ -1,0 +1,230 @@
+"""Sampling by vLLM, against a stand-in for its class `LLM`: the weights, stop tokens, seeds and log-probs of a rollout.
+
+The stand-in computes with transformers and refuses what the engine could not do: to sample while asleep, without the
+policy's weights, or with a KV cache of other weights.
+"""
+
+import dataclasses
+import sys
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from safe_train.config import ConfigError, SafeConfig
+from safe_train.data import PromptDataset, TokenBatch
+from safe_train.losses import linear_token_stats, policy_head
+from safe_train.models import make_policy
+from safe_train.rollout import make_sampler
+from safe_train.vllm import merged_weights
+
+
+@dataclasses.dataclass(kw_only=True)
+class SamplingParams:
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    stop_token_ids: list
+    logprobs: int
+    detokenize: bool
+    seed: int
+
+
+class EngineModel:
+    """The engine's model: parameters of its own, and vLLM's way of loading them."""
+
+    def __init__(self, model):
+        self.model, self.loaded = model, None
+
+    def named_parameters(self):
+        return self.model.named_parameters()
+
+    def load_weights(self, weights):
+        own, self.loaded = dict(self.model.named_parameters()), set()
+        for name, tensor in weights:
+            own[name].data.copy_(tensor)
+            self.loaded.add(name)
+        return self.loaded
+
+
+class LLM:
+    def __init__(self, model, *, seed, dtype, load_format, skip_tokenizer_init, enable_sleep_mode, **settings):
+        assert load_format == "dummy" and skip_tokenizer_init and enable_sleep_mode
+        torch.manual_seed(seed)  # as vLLM does to the process it runs in
+        config = AutoConfig.from_pretrained(model)
+        assert config.architectures == ["LlamaForCausalLM"]
+        self.model = EngineModel(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval())
+        self.settings, self.calls, self.last_tokens_left_out = settings, [], 0
+        self.awake, self.cache_is_fresh = True, False
+
+    def sleep(self, level):
+        assert level == 1
+        self.calls.append("sleep")
+        self.awake = False
+
+    def wake_up(self, tags=None):
+        assert tags is None  # with tags, the newer versions ask for more of them
+        self.calls.append("wake_up")
+        self.awake = True
+
+    def apply_model(self, function):
+        assert self.awake
+        self.calls.append("load")
+        self.cache_is_fresh = False
+        return [function(self.model)]
+
+    def reset_prefix_cache(self):
+        self.cache_is_fresh = True
+
+    @torch.no_grad()
+    def generate(self, prompts, sampling_params, use_tqdm):
+        assert self.awake and self.cache_is_fresh and self.model.loaded
+        self.calls.append("generate")
+        return [self.complete(*pair) for pair in zip(prompts, sampling_params, strict=True)]
+
+    def complete(self, prompt, params):
+        assert (params.temperature, params.top_p, params.top_k, params.logprobs) == (1.0, 1.0, 0, 0)
+        generator = torch.Generator().manual_seed(params.seed)
+        tokens, logprobs, reason = [], [], "length"
+        while len(tokens) < params.max_tokens and reason == "length":
+            ids = torch.tensor([prompt["prompt_token_ids"] + tokens])
+            logprob = self.model.model(ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
+            tokens.append(torch.multinomial(logprob.exp(), 1, generator=generator).item())
+            logprobs.append({tokens[-1]: SimpleNamespace(logprob=logprob[tokens[-1]].item())})
+            reason = "stop" if tokens[-1] in params.stop_token_ids else "length"
+        kept = len(tokens) - (self.last_tokens_left_out if reason == "stop" else 0)
+        output = SimpleNamespace(token_ids=tokens[:kept], logprobs=logprobs[:kept], finish_reason=reason)
+        return SimpleNamespace(outputs=[output])
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams))
+
+
+def setting(model=None, **settings):
+    torch.manual_seed(0)
+    args = SafeConfig(**{"generation": "vllm", "max_new_tokens": 6, "max_prompt_tokens": 16, "lora_r": 4} | settings)
+    tokenizer = tiny.tokenizer()
+    policy = make_policy(model or tiny.model(), args)
+    prompts = [p for p in PromptDataset(tiny.PROMPTS, tokenizer, 16).at(0, 5) for _ in range(4)]
+    return policy, prompts, make_sampler(policy, tokenizer, args)
+
+
+def scored(policy, rollout):
+    batch = TokenBatch.pack([p.ids for p in rollout.prompts], rollout.completions)
+    with torch.no_grad():
+        return linear_token_stats(policy(batch), tokens=batch.targets_L, **policy_head(policy.head())).logprob
+
+
+def optimizer_step(policy):
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.1)
+    batch = TokenBatch.pack([[2, 3]], [[4, 5]])
+    for _ in range(2):  # the first step moves LoRA's B only
+        policy(batch).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_the_engine_has_the_policys_weights_after_each_optimizer_step(vllm, lora_r, tied):
+    policy, prompts, sampler = setting(tiny.model(tie_word_embeddings=tied), lora_r=lora_r)
+    first = sampler(prompts)
+    torch.testing.assert_close(torch.tensor(sum(first.sampler_logprobs, [])), scored(policy, first), atol=2e-5, rtol=0)
+    optimizer_step(policy)
+    before = [parameter.clone() for parameter in policy.parameters()]
+    rollout = sampler(prompts)
+    recorded = torch.tensor(sum(rollout.sampler_logprobs, []))
+    torch.testing.assert_close(recorded, scored(policy, rollout), atol=2e-5, rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True)), "sampling moved the policy"
+    merged = policy.model.merge_and_unload() if lora_r else policy.model
+    engine = dict(sampler.engine.model.named_parameters())
+    for name, parameter in merged.named_parameters():
+        torch.testing.assert_close(engine[name], parameter, atol=1e-6, rtol=0)
+
+
+def test_a_rollout_wakes_loads_samples_and_sleeps(vllm):
+    _, prompts, sampler = setting(tiny.model(initializer_range=0.02))
+    rollout = sampler(prompts)
+    assert sampler.engine.calls == ["sleep", "wake_up", "load", "generate", "sleep"]
+    assert rollout.prompts == prompts and {True, False} == set(rollout.ended)
+    for tokens, logprobs, ended in zip(rollout.completions, rollout.sampler_logprobs, rollout.ended, strict=True):
+        assert tokens.count(1) == ended and (tokens[-1] == 1) == ended
+        assert len(tokens) == len(logprobs) and (ended or len(tokens) == 6)
+    assert rollout.texts == tiny.tokenizer().batch_decode(rollout.completions, skip_special_tokens=True)
+
+
+def test_random_numbers_are_those_of_the_run(vllm):
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    policy, prompts, sampler = setting(tiny.model(seed=7))
+    torch.manual_seed(7)
+    again = make_sampler(policy, tiny.tokenizer(), sampler.args)
+    assert torch.equal(torch.get_rng_state(), state), "starting the engine reseeded the run"
+    first = sampler(prompts)
+    torch.manual_seed(7)
+    assert again(prompts).completions == first.completions != sampler(prompts).completions
+
+
+def test_the_engine_gets_the_memory_and_length_of_the_settings(vllm, monkeypatch):
+    _, _, sampler = setting(vllm_gpu_memory_utilization=0.4)
+    assert sampler.engine.settings["gpu_memory_utilization"] == 0.4 and sampler.engine.settings["max_model_len"] == 22
+    assert "distributed_executor_backend" not in sampler.engine.settings
+    monkeypatch.setattr("safe_train.parallel.size", lambda: 2)
+    assert setting()[2].engine.settings["distributed_executor_backend"] == "external_launcher"
+
+
+def test_the_engine_sleeps_even_when_sampling_fails(vllm, monkeypatch):
+    _, prompts, sampler = setting()
+    monkeypatch.setattr(LLM, "complete", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sampler(prompts)
+    assert sampler.engine.calls[-1] == "sleep"
+
+
+def test_a_completion_without_its_end_token_is_an_error(vllm):
+    _, prompts, sampler = setting(tiny.model(initializer_range=0.02))
+    sampler.engine.last_tokens_left_out = 1
+    with pytest.raises(RuntimeError, match=r"after \d of 6 tokens without an end token \[1\] \(finish reason 'stop'"):
+        sampler(prompts)
+
+
+def test_weights_that_the_engine_does_not_know_are_an_error(vllm, monkeypatch):
+    monkeypatch.setattr(
+        EngineModel, "load_weights", lambda self, weights: {name for name, _ in weights if "norm" not in name}
+    )
+    _, prompts, sampler = setting()
+    with pytest.raises(
+        RuntimeError, match="got no weights for 5 of its parameters, such as model.layers.0.input_layern"
+    ):
+        sampler(prompts)
+
+
+def test_merging_keeps_the_bits_of_the_policy_when_it_is_cut_short():
+    policy = make_policy(tiny.model().to(torch.bfloat16), SafeConfig(lora_r=4))
+    optimizer_step(policy)
+    before = [(parameter.data_ptr(), parameter.clone()) for parameter in policy.parameters()]
+    next(merged_weights(policy))
+    weights = dict(merged_weights(policy))
+    for (pointer, values), parameter in zip(before, policy.parameters(), strict=True):
+        assert parameter.data_ptr() == pointer and torch.equal(values, parameter)
+    merged = dict(policy.model.merge_and_unload().named_parameters())
+    assert weights.keys() == merged.keys() and all(torch.equal(weights[name], merged[name]) for name in merged)
+
+
+def test_a_run_and_its_evaluation_sample_by_vllm(vllm, tmp_path):
+    trainer = tiny.trainer(tmp_path, generation="vllm", importance_cap=2.0, total_steps=2)
+    history = trainer.train()
+    assert trainer.sampler.engine.calls.count("generate") == 2
+    assert all(row["sampler_gap_max"] < 2e-5 and abs(row["sampler_kl"]) < 1e-6 for row in history)
+    trainer.evaluate()
+    assert trainer.sampler.engine.calls.count("generate") == 3
+
+
+def test_without_vllm_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match=r"pip install 'safe-kernels\[vllm\]', or set generation to hf"):
+        setting()
