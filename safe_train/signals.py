@@ -24,7 +24,10 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """While it lasts, SIGTERM and the first Ctrl-C are only noted; a second Ctrl-C interrupts at once."""
+    """While it lasts, SIGTERM and the first Ctrl-C are only noted; a second Ctrl-C interrupts at once.
+
+    A signal that the process was started to ignore, as a background job's Ctrl-C, stays ignored.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -32,7 +35,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+            heard = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) != signal.SIG_IGN]
+            self.previous = {s: signal.signal(s, self.note) for s in heard}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -41,7 +45,8 @@ class StopSignals:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
+        if signal.SIGINT in self.previous:
+            signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
         # Not print: the signal may have come in the middle of one.
         os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then a checkpoint\n".encode())
 

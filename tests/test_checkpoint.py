@@ -118,6 +118,14 @@ def test_a_terminated_run_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     assert (run / "checkpoints" / f"step-{step}" / "state.json").exists()
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handling of it, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted_by(*signals):
     """A callback that sends them after the first step."""
 
@@ -130,7 +138,7 @@ def interrupted_by(*signals):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_after_its_step_and_the_run_resumes(number, code, tmp_path):
+def test_a_signal_ends_the_run_after_its_step_and_the_run_resumes(number, code, tmp_path, ctrl_c):
     values = {"total_steps": 4, "save_every": 4, "window": 2}
     tiny.trainer(tmp_path / "whole", **values).train()
     trainer, handlers = tiny.trainer(tmp_path / "cut", **values), [signal.getsignal(s) for s in (2, 15)]
@@ -143,11 +151,18 @@ def test_a_signal_ends_the_run_after_its_step_and_the_run_resumes(number, code, 
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
-def test_a_second_ctrl_c_interrupts_at_once(tmp_path):
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path, ctrl_c):
     trainer = tiny.trainer(tmp_path)
     trainer.callbacks = [interrupted_by(signal.SIGINT, signal.SIGINT)]
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+
+
+def test_an_ignored_ctrl_c_stays_ignored(tmp_path, ctrl_c):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = tiny.trainer(tmp_path)
+    trainer.callbacks = [interrupted_by(signal.SIGINT, signal.SIGINT)]
+    assert len(trainer.train()) == 3 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_r": 0}, {"algorithm": "grpo"}, {"max_preview_kl": 0.01}], ids=str)
