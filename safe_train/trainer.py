@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import set_seed
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from safe_kernels import linear_token_stats
 from safe_train import losses, parallel, sharding
 from safe_train.checkpoint import Checkpoints
-from safe_train.config import ConfigError, SafeConfig
+from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
 from safe_train.data import PromptDataset, load_rows
@@ -58,6 +58,11 @@ class SafeTrainer:
         ConfigError: a setting, model, reward or data set that cannot be used, and what to do about it.
     """
 
+    make_controller: ClassVar[Any] = Controller
+    make_moments: ClassVar[Any] = Moments
+    make_critic: ClassVar[Any] = Critic
+    algorithms: ClassVar[Sequence[str]] = tuple(name for name in ALGORITHMS if name not in PAPER)
+
     def __init__(
         self,
         model: Any = None,
@@ -70,6 +75,10 @@ class SafeTrainer:
         callbacks: Sequence[Callable[[SafeTrainer, dict[str, Any]], None]] = (),
     ):
         self.args = args = args or SafeConfig()
+        if args.algorithm not in self.algorithms:
+            raise ConfigError(
+                f"{type(self).__name__} runs {', '.join(self.algorithms)}, got algorithm {args.algorithm!r}"
+            )
         has_eval = eval_dataset is not None or args.eval_dataset is not None
         if args.eval_every and not has_eval:
             raise ConfigError("eval_dataset must be set when eval_every is")
@@ -99,10 +108,10 @@ class SafeTrainer:
         self.critic: Critic | None = None
         self.critic_optimizer: torch.optim.Optimizer | None = None
         if args.critic != "none":
-            self.critic = Critic(self.policy.hidden_size, args.critic).to(self.device)
+            self.critic = self.make_critic(self.policy.hidden_size, args.critic).to(self.device)
             parallel.broadcast(self.critic.parameters())
             self.critic_optimizer = torch.optim.AdamW(self.critic.heads.parameters(), lr=args.critic_learning_rate)
-        self.controller, self.reward_moments = Controller(args), Moments()
+        self.controller, self.reward_moments = self.make_controller(args), self.make_moments()
         limit = args.max_preview_kl
         self.preview = None if limit is None else Preview(self.trainable, limit, args.preview_min_scale)
         self.step = self.bad_steps = 0
@@ -132,8 +141,7 @@ class SafeTrainer:
                     with self.timed("score"):
                         experience = Experience(self.policy, self.critic, rollout, args, self.device)
                     control = self.observe(experience, rewards["reward"])
-                    kl_charge = control.kl_coef if args.kl_in_reward else 0.0
-                    experience.estimate(self.training_rewards(rewards["reward"], rollout), kl_charge)
+                    self.estimate(experience, self.training_rewards(rewards["reward"], rollout), control)
                     with self.timed("update"):
                         update = self.update(experience, control)
                 metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
@@ -186,11 +194,17 @@ class SafeTrainer:
     def observe(self, experience: Experience, reward_B: Tensor) -> Control:
         """Takes the rollout into the reward moments, then asks the controller for the update's coefficients."""
         self.reward_moments.update(reward_B.tolist())
-        kl, entropy = (experience.tokens(name).mean().item() for name in ("kl_L", "entropy_L"))
-        seen = parallel.from_main((kl, entropy, reward_B.mean().item(), self.reward_moments.std))
+        seen = parallel.from_main((*self.observed(experience), reward_B.mean().item(), self.reward_moments.std))
         control = self.controller.update(*seen)
         parallel.check_same({"step": self.step, "controller": control, "random numbers": fingerprint()})
         return control
+
+    def observed(self, experience: Experience) -> tuple[float, float]:
+        """The rollout's KL to the reference and its entropy as the controller sees them, nats per token."""
+        return experience.tokens("kl_L").mean().item(), experience.tokens("entropy_L").mean().item()
+
+    def estimate(self, experience: Experience, reward_B: Tensor, control: Control) -> None:
+        experience.estimate(reward_B, kl_charge=control.kl_coef if self.args.kl_in_reward else 0.0)
 
     def training_rewards(self, reward_B: Tensor, rollout: Rollout) -> Tensor:
         """Rewards as the advantages see them: normalised, charged for not ending, permuted in the control run."""
@@ -204,7 +218,7 @@ class SafeTrainer:
     def update(self, experience: Experience, control: Control) -> dict[str, float]:
         """Inner epochs over the rollout, one optimizer step a minibatch. Returns means over those steps."""
         seen: dict[str, list[Tensor]] = defaultdict(list)
-        for _ in range(self.args.inner_epochs):
+        for epoch in range(self.args.inner_epochs):
             for minibatch in experience.minibatches:
                 tokens = parallel.total_number(sum(len(micro.batch.targets_L) for micro in minibatch))
                 if tokens == 0:
@@ -215,6 +229,7 @@ class SafeTrainer:
                         sums[name] = sums.get(name, 0) + value
                 means: dict[str, Any] = dict(parallel.totals(sums))
                 means |= self.optimizer_step(means["policy_loss"] + means["value_loss"])
+                means |= self.observe_epoch(epoch, means)
                 if self.preview is not None:
                     means["preview_scale"] = self.preview.apply(means["kl_before_step"].item(), self.mean_kl(minibatch))
                 for name, value in means.items():
@@ -223,7 +238,12 @@ class SafeTrainer:
 
     def backward(self, micro: MicroBatch, control: Control, tokens: float) -> dict[str, Tensor]:
         """Adds a micro-batch's share of the minibatch's gradient; returns its share of the minibatch's means."""
-        share = len(micro.batch.targets_L) / tokens
+        total, means = self.loss(micro, control, tokens)
+        total.backward()
+        return means
+
+    def loss(self, micro: MicroBatch, control: Control, tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch's share of the loss, and of the means, of a minibatch of so many response tokens."""
         weight_L = torch.full_like(micro.logprob_L, 1 / tokens)
         hidden_LH = self.policy(micro.batch)
         sampled_L = importance_corrected(weight_L, micro.logprob_L, micro.sampler_logprob_L, self.args)
@@ -233,16 +253,11 @@ class SafeTrainer:
             values_KL = self.critic(value_states(hidden_LH, micro.batch, self.args))
             value_loss = losses.value_loss(values_KL, micro, weight_L, self.args)
             total = total + self.args.value_coef * value_loss
-        total.backward()
-        assert policy.kl is not None
-        return {
-            "policy_loss": policy.loss.detach(),
-            "value_loss": value_loss.detach(),
-            "clip_fraction": policy.clip_fraction * share,
-            "ratio_mean": (weight_L * (policy.logprob - micro.logprob_L).exp()).sum(),
-            "approx_kl": (weight_L * losses.k3(micro.logprob_L, policy.logprob)).sum(),
-            "kl_before_step": (weight_L * policy.kl).sum(),
-        }
+        return total, losses.means(policy, value_loss, micro, weight_L)
+
+    def observe_epoch(self, epoch: int, means: Mapping[str, Any]) -> dict[str, float]:
+        """Called after each optimizer step with its means, to which it may add: SAFE looks once a rollout."""
+        return {}
 
     def optimizer_step(self, loss: Tensor) -> dict[str, float]:
         """Clips both gradients and steps both optimizers, or neither when something is not finite."""

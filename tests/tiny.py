@@ -58,12 +58,13 @@ def settings(output_dir, **changes) -> SafeConfig:
 
 
 def trainer(output_dir, reward=good_words, policy=None, prompts=PROMPTS, **changes):
-    from safe_train import SafeTrainer
+    from safe_train.paper import trainer_for
 
-    return SafeTrainer(
+    args = settings(output_dir, **changes)
+    return trainer_for(args)(
         model() if policy is None else policy,
         reward,
-        settings(output_dir, **changes),
+        args,
         train_dataset=prompts,
         eval_dataset=prompts,
         processing_class=tokenizer(),
