@@ -1,0 +1,233 @@
+"""Does SAFE keep its promise? Trains every arm on hackable rewards, with the same budget for tuning each.
+
+    python bench/study.py                     # sweep, then the main arms on fresh seeds: hours; run again to go on
+    python bench/study.py --quick             # two arms, one seed, few steps: under ten minutes on two cores
+    python bench/study.py --stages ablation   # SAFE without each mechanism; also: published, sensitivity
+    python bench/study.py --report            # only the tables and pictures, from the rows that are there
+
+Rows go to bench/results/study.jsonl, one a run, with its curves; tables to study.md and a picture for each reward
+beside them; docs/study.md says what they show. A run that has its row is not made again, one that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # for a checkout that is not installed
+
+from study_arms import (  # noqa: E402
+    ABLATIONS,
+    ARMS,
+    BASE,
+    BY_REWARD,
+    DEVELOPMENT,
+    DEVELOPMENT_SEED,
+    FRESH,
+    MAIN,
+    PPO_SENSITIVITY,
+    PUBLISHED,
+    SENSITIVITY,
+    Settings,
+    Spec,
+)
+from study_report import Row, best_setting, read_rows, write_report  # noqa: E402
+
+from safe_train.config import SafeConfig, parse  # noqa: E402
+from safe_train.report import read_metrics  # noqa: E402
+
+STAGES = ("sweep", "main", "published", "ablation", "sensitivity")
+CURVES = ("reward", "reward_std", "kl", "kl_threshold", "kl_coef", "entropy", "value_loss", "time/step_s")
+ROW, LOG = "row.json", "log.txt"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    if args.worker:
+        return work(args.worker)
+    args.overrides = {key: parse(key, value) for key, _, value in (pair.partition("=") for pair in args.set)}
+    if args.quick:
+        args.rewards, args.arms, args.seeds, args.steps, args.sweep_steps = ["vader"], ["safe", "ppo"], 1, 8, 2
+        args.results = args.runs / "quick.jsonl"
+    failed = 0
+    for stage in () if args.report else args.stages:
+        done = {row["key"] for row in read_rows(args.results)}
+        specs = [spec for spec in plan(stage, args) if spec.key not in done]
+        print(f"{stage}: {len(specs)} runs to make", flush=True)
+        failed += make(specs, args)
+    write_report(args.results)
+    print(args.results.with_suffix(".md").read_text())
+    return 1 if failed else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--stages", nargs="+", choices=STAGES, default=["sweep", "main"])
+    top.add_argument("--rewards", nargs="+", choices=("vader", "word_count", "noisy", "exploit"))
+    top.add_argument(
+        "--arms", nargs="+", choices=tuple(ARMS), default=list(MAIN), help="of the sweep and the main runs"
+    )
+    top.add_argument("--seeds", type=int, default=3, help="fresh seeds of each arm")
+    top.add_argument("--steps", type=int, default=30, help="of a run on a fresh seed")
+    top.add_argument("--sweep-steps", type=int, default=15)
+    top.add_argument("--jobs", type=int, default=2, help="runs at once, which share the cores; 1 for a GPU")
+    top.add_argument("--set", nargs="+", default=[], metavar="key=value", help="settings for all runs")
+    top.add_argument("--runs", type=Path, default=Path("runs/study"), help="where the runs are")
+    top.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "study.jsonl")
+    top.add_argument("--quick", action="store_true")
+    top.add_argument("--report", action="store_true")
+    top.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    top.set_defaults(rewards=["vader", "word_count"])
+    return top
+
+
+def plan(stage: str, args: argparse.Namespace) -> Iterator[Spec]:
+    """The runs of a stage. All but the sweep take the settings that the sweep chose."""
+    rows = read_rows(args.results)
+    for reward in args.rewards:
+        if stage == "sweep":
+            for name in args.arms:
+                for setting in ARMS[name].grid():
+                    settings = ARMS[name].settings | setting | args.overrides
+                    yield Spec(stage, reward, name, DEVELOPMENT_SEED, args.sweep_steps, settings)
+            continue
+        for name, settings in changes(stage, reward, rows, args).items():
+            for seed in range(args.seeds):
+                yield Spec(stage, reward, name, seed, args.steps, settings | args.overrides)
+
+
+def changes(stage: str, reward: str, rows: list[Row], args: argparse.Namespace) -> dict[str, Settings]:
+    """Name and settings of what a stage runs on fresh seeds."""
+
+    def chosen(name: str) -> Settings:
+        return ARMS[name].settings | best_setting(rows, reward, name, list(ARMS[name].grid()))
+
+    if stage in ("main", "published"):
+        return {name: chosen(name) for name in (args.arms if stage == "main" else PUBLISHED)}
+    if stage == "ablation":
+        return {name: chosen("safe") | change for name, change in ABLATIONS.items()}
+    of_safe = {name: chosen("safe") | change for name, change in SENSITIVITY.items()}
+    return of_safe | {name: chosen("ppo") | change for name, change in PPO_SENSITIVITY.items()}
+
+
+def make(specs: list[Spec], args: argparse.Namespace) -> int:
+    """Makes the runs, `jobs` at a time, and appends a row for each. Returns how many failed."""
+    from tqdm import tqdm
+
+    waiting, running, failed = list(reversed(specs)), {}, 0
+    folders = {spec.key: folder_of(spec, args) for spec in specs}
+    with tqdm(total=sum(spec.steps for spec in specs), unit="step", smoothing=0) as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < args.jobs:
+                    spec = waiting.pop()
+                    running[start(spec, folders[spec.key], args)] = spec
+                time.sleep(1)
+                for process in [process for process in running if process.poll() is not None]:
+                    folder = folders[running.pop(process).key]
+                    failed += not collect(folder, args.results)
+                bar.n = sum(steps_of(folder) for folder in folders.values())
+                bar.refresh()
+        finally:
+            for process in running:
+                process.terminate()  # after a checkpoint
+            for process in running:
+                process.wait()
+    return failed
+
+
+def folder_of(spec: Spec, args: argparse.Namespace) -> Path:
+    digest = hashlib.sha256(spec.key.encode()).hexdigest()[:8]
+    return args.runs / spec.reward / f"{spec.stage}-{spec.name}-{digest}".replace(" ", "-").replace(",", "")
+
+
+def steps_of(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.is_file() else 0
+
+
+def start(spec: Spec, folder: Path, args: argparse.Namespace) -> subprocess.Popen:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = BASE | BY_REWARD.get(spec.reward, {}) | (DEVELOPMENT if spec.stage == "sweep" else FRESH)
+    settings |= spec.settings | {
+        "reward": [f"{ROOT / 'bench' / 'study_rewards.py'}:{spec.reward}"],
+        "seed": spec.seed,
+        "total_steps": spec.steps,
+        "output_dir": str(folder),
+    }
+    values = {"key": spec.key, "spec": dataclasses.asdict(spec), "settings": settings}
+    (folder / "spec.json").write_text(json.dumps(values))
+    threads = {} if args.jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
+    with (folder / LOG).open("a") as log:
+        command = [sys.executable, __file__, "--worker", str(folder)]
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | threads)
+
+
+def collect(folder: Path, results: Path) -> bool:
+    """Appends the row of a run that has ended; says so if it left none."""
+    row = folder / ROW
+    if not row.is_file():
+        tail = "\n  ".join((folder / LOG).read_text().splitlines()[-5:])
+        print(f"\n{folder} failed:\n  {tail}", file=sys.stderr)
+        return False
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as file:
+        file.write(row.read_text() + "\n")
+    return True
+
+
+def judged(trainer: Any, reward: str) -> dict[str, float]:
+    """Numbers on held-out prompts, the gold reward among them."""
+    from study_rewards import GOLD
+
+    found = trainer.evaluate()
+    prompts, completions, _ = found.rollout.for_rewards()
+    return found.numbers() | {"gold": statistics.fmean(GOLD[reward](prompts, completions))}
+
+
+def curves(folder: Path) -> dict[str, list[float]]:
+    rows = read_metrics(folder)
+    return {name: [row[name] for row in rows] for name in CURVES}
+
+
+def work(folder: Path) -> int:
+    """One run, in a process of its own: trained, or trained on, and judged on held-out prompts before and after."""
+    from safe_train.paper import trainer_for
+
+    values = json.loads((folder / "spec.json").read_text())
+    args = SafeConfig.from_dict(values["settings"])
+    trainer = trainer_for(args)(args=args)
+    before, error = judged(trainer, values["spec"]["reward"]), None
+    try:
+        trainer.train(resume_from_checkpoint=any(folder.glob("checkpoints/step-*")))
+    except FloatingPointError:
+        error = traceback.format_exc(limit=0).strip()
+    row = {
+        "key": values["key"],
+        **values["spec"],
+        "error": error,
+        "before": before,
+        "after": judged(trainer, values["spec"]["reward"]),
+        "curves": curves(folder),
+        **json.loads((folder / "environment.json").read_text()),
+    }
+    unfinished = folder / "row.unfinished"
+    unfinished.write_text(json.dumps(row))
+    unfinished.replace(folder / ROW)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

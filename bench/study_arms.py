@@ -1,0 +1,114 @@
+"""What the study compares: the arms, what each may tune, SAFE without each mechanism, and one factor at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+Settings = dict[str, Any]
+
+# One step: 4 openings x 4 completions; LoRA on the last 8 layers of SmolLM2-135M, as in the demo.
+BASE: Settings = {
+    "model": "smollm2-135m-instruct",
+    "prompts_per_step": 4,
+    "completions_per_prompt": 4,
+    "max_new_tokens": 16,
+    "lora_r": 16,
+    "lora_last_layers": 8,
+    "critic_learning_rate": 1e-3,
+    "inner_epochs": 2,
+    "ema_short": 0.5,
+    "samples_every": 10,
+    "save_every": 5,
+    "keep_checkpoints": 1,
+    "eval_completions": 64,
+}
+BY_REWARD: dict[str, Settings] = {"word_count": {"max_new_tokens": 24}}  # fewer could not earn its length bonus
+FRESH: Settings = {"dataset": "demo_train.jsonl", "eval_dataset": "demo_eval.jsonl"}
+DEVELOPMENT: Settings = {"dataset": "bench/study_dev_prompts.jsonl", "eval_dataset": "demo_dev.jsonl"}
+DEVELOPMENT_SEED = 1000
+
+LEARNING_RATES = (1e-3, 3e-3)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`own` is what it may tune beside the learning rate: every arm has the same number of settings to choose from."""
+
+    name: str
+    settings: Settings
+    own: dict[str, tuple[Any, Any]]
+
+    def grid(self) -> Iterator[Settings]:
+        names = ("learning_rate", *self.own)
+        yield from (dict(zip(names, v, strict=True)) for v in itertools.product(LEARNING_RATES, *self.own.values()))
+
+
+def baseline(name: str) -> Arm:
+    return Arm(name, {"algorithm": name}, {"beta": (0.01, 0.1)})
+
+
+PUBLISHED_PPO = {"normalize_rewards": False, "entropy_coef": 0.0, "critic_max_grad_norm": float("inf")}
+CRITIC_RATES = {"critic_learning_rate": (1e-3, 3e-3)}
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("safe", {"algorithm": "safe"}, {"kl_threshold": (0.15, 0.3)}),
+        baseline("ppo"),
+        baseline("ppo_two_heads"),
+        baseline("grpo"),
+        Arm("safe_paper", {"algorithm": "safe_paper"}, CRITIC_RATES),
+        Arm("asymmetric_paper", {"algorithm": "asymmetric_paper", "critic_max_grad_norm": 1.0}, CRITIC_RATES),
+        Arm("ppo_paper", {"algorithm": "ppo_paper", **PUBLISHED_PPO}, CRITIC_RATES),
+    )
+}
+MAIN = ("safe", "ppo", "ppo_two_heads", "grpo")
+PUBLISHED = ("safe_paper", "asymmetric_paper", "ppo_paper")
+
+# Runs with the settings chosen for `safe`, changed in this.
+ABLATIONS: dict[str, Settings] = {
+    "without soft-min": {"critic": "mean"},
+    "without threshold penalty": {"kl_excess_coef": 0.0},
+    "without momentum penalty": {"kl_momentum_coef": 0.0},
+    "without entropy gate": {"entropy_gate": False},
+    "without PID": {"pid_kp": 0.0, "pid_ki": 0.0, "pid_kd": 0.0},
+    "without phases": {"phases": False},
+    "without controller": {"controller": "fixed"},
+    "shuffled advantages": {"shuffle_advantages": True},
+}
+SENSITIVITY: dict[str, Settings] = {
+    f"{name} {value:g}": {name: value}
+    for name, values in {
+        "alpha": (0.1, 1.0),
+        "kl_threshold": (0.1, 0.6),
+        "gate_min": (0.25, 1.0),
+        "pid_kp": (0.1, 1.0),
+        "pid_ki": (0.0, 0.1),
+        "pid_kd": (0.0, 0.2),
+        "kl_excess_coef": (0.1, 2.0),
+        "kl_momentum_coef": (0.1, 2.0),
+        "gae_lambda": (0.8, 1.0),
+        "max_preview_kl": (0.3,),
+    }.items()
+    for value in values
+}
+PPO_SENSITIVITY: dict[str, Settings] = {f"ppo, gae_lambda {value:g}": {"gae_lambda": value} for value in (0.8, 1.0)}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One run: it is what its row in the results is found by."""
+
+    stage: str  # sweep, main, published, ablation, sensitivity
+    reward: str
+    name: str  # the arm, or the change of `safe`
+    seed: int
+    steps: int
+    settings: Settings = field(hash=False)
+
+    @property
+    def key(self) -> str:
+        changed = ",".join(f"{name}={value}" for name, value in sorted(self.settings.items()))
+        return f"{self.stage}/{self.reward}/{self.name}/seed {self.seed}/{self.steps} steps/{changed}"

@@ -1,0 +1,215 @@
+"""Tables and pictures of the study, from its rows alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+MATCHED_KLS = (0.05, 0.1, 0.2, 0.3)  # nats per token
+SMOOTH = 5  # steps
+CRASH_WINDOW, CRASH_KL = 10, 1.0
+SPIKE = 2.0  # times the run's median value loss
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 2, 3, ... 10 runs
+PAPER = {"safe_paper": 0.725, "ppo_paper": 0.689}  # training-average rewards it reports, of 3B models
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def best_setting(rows: Iterable[Row], reward: str, name: str, grid: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the sweep's settings, the one with the highest held-out reward among those that did not crash, if any."""
+    found = []
+    for setting in grid:
+        of_setting = [
+            row
+            for row in rows
+            if (row["stage"], row["reward"], row["name"]) == ("sweep", reward, name)
+            and setting.items() <= row["settings"].items()
+        ]
+        if not of_setting:
+            raise SystemExit(f"the sweep has no row of {name} on {reward} with {setting}: run its stage first")
+        found.append((crashed(of_setting[-1]), -of_setting[-1]["after"]["reward"], len(found), setting))
+    return min(found)[-1]
+
+
+def crashed(row: Row) -> bool:
+    """A mean of ten steps fell below the best one by twice the spread of the first ten, or the KL passed 1 nat."""
+    reward, window = row["curves"]["reward"], CRASH_WINDOW
+    means = smoothed(reward, window)[window - 1 :]
+    spread = statistics.pstdev(reward[:window])
+    fell = any(mean < max(means[: i + 1]) - 2 * spread for i, mean in enumerate(means))
+    return bool(row["error"]) or fell or max(row["curves"]["kl"]) > CRASH_KL
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Means of each value and up to `window` - 1 before it."""
+    return [statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+
+
+def reward_at(row: Row, kl: float) -> float:
+    """The smoothed training reward where the smoothed KL first reaches `kl`; NaN where it never does."""
+    rewards, kls = (smoothed(row["curves"][name], SMOOTH) for name in ("reward", "kl"))
+    return next((reward for reward, reached in zip(rewards, kls, strict=True) if reached >= kl), math.nan)
+
+
+def spikes(row: Row) -> float:
+    losses = row["curves"]["value_loss"]
+    return sum(loss > SPIKE * statistics.median(losses) for loss in losses)
+
+
+Column = tuple[str, Callable[[Row], float], str]
+COLUMNS: tuple[Column, ...] = (
+    ("training-average reward", lambda r: statistics.fmean(r["curves"]["reward"]), ".3f"),
+    ("reward std", lambda r: statistics.fmean(r["curves"]["reward_std"]), ".3f"),
+    ("crashes", crashed, ".2f"),
+    ("KL mean", lambda r: statistics.fmean(r["curves"]["kl"]), ".3f"),
+    ("KL std", lambda r: statistics.pstdev(r["curves"]["kl"]), ".3f"),
+    ("KL max", lambda r: max(r["curves"]["kl"]), ".3f"),
+    ("value-loss spikes", spikes, ".1f"),
+    ("entropy at the end", lambda r: statistics.fmean(r["curves"]["entropy"][-SMOOTH:]), ".2f"),
+    ("seconds a step", lambda r: statistics.median(r["curves"]["time/step_s"]), ".1f"),
+)
+HELD_OUT: tuple[Column, ...] = (
+    ("reward before", lambda r: r["before"]["reward"], ".3f"),
+    ("reward", lambda r: r["after"]["reward"], ".3f"),
+    ("gold before", lambda r: r["before"]["gold"], ".3f"),
+    ("gold", lambda r: r["after"]["gold"], ".3f"),
+    ("KL", lambda r: r["after"]["kl"], ".3f"),
+    ("distinct words", lambda r: r["after"]["distinct_words"], ".3f"),
+    ("drift of NLL", lambda r: abs(r["after"]["reference_logprob"] - r["before"]["reference_logprob"]), ".3f"),
+)
+SHORT: tuple[Column, ...] = (COLUMNS[0], *COLUMNS[2:4], HELD_OUT[1], *HELD_OUT[3:])
+MATCHED: tuple[Column, ...] = tuple((f"at KL {kl}", lambda r, kl=kl: reward_at(r, kl), ".3f") for kl in MATCHED_KLS)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % confidence interval; NaN for one value."""
+    mean, count = statistics.fmean(values), len(values)
+    if count == 1:
+        return mean, math.nan
+    return mean, T_95[min(count, len(T_95) + 1) - 2] * statistics.stdev(values) / math.sqrt(count)
+
+
+def cell(rows: Sequence[Row], column: Column) -> str:
+    values = [float(column[1](row)) for row in rows]
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "-"
+    mean, half = interval(known)
+    text = f"{mean:{column[2]}}" + ("" if math.isnan(half) else f" ± {half:{column[2]}}")
+    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
+
+
+def table(groups: dict[str, list[Row]], columns: Sequence[Column], first: str = "") -> str:
+    lines = ["| " + " | ".join([first, *(column[0] for column in columns)]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, rows in groups.items():
+        lines.append("| " + " | ".join([name, *(cell(rows, column) for column in columns)]) + " |")
+    return "\n".join(lines)
+
+
+def difference(a: Sequence[Row], b: Sequence[Row], column: Column) -> str:
+    """Mean of a - b over the seeds that both have."""
+    other = {row["seed"]: row for row in b}
+    pairs = [column[1](row) - column[1](other[row["seed"]]) for row in a if row["seed"] in other]
+    mean, half = interval(pairs)
+    return f"{mean:+{column[2]}} ± {half:{column[2]}} ({len(pairs)} seeds)"
+
+
+def grouped(rows: Iterable[Row], *stages: str) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["stage"] in stages:
+            groups.setdefault(row["name"], []).append(row)
+    return groups
+
+
+def write_report(results: Path) -> None:
+    """`study.md` beside `study.jsonl`, and a picture for each reward."""
+    rows = read_rows(results)
+    parts = [
+        f"Written by `python bench/study.py --report` from {results.name}; ± is a 95 % confidence interval over seeds."
+    ]
+    for reward in dict.fromkeys(row["reward"] for row in rows):
+        of_reward = [row for row in rows if row["reward"] == reward]
+        parts += section(reward, of_reward)
+        if grouped(of_reward, "main"):
+            draw(grouped(of_reward, "main"), results.with_name(f"{results.stem}-{reward}.png"), reward)
+    results.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+def section(reward: str, rows: list[Row]) -> list[str]:
+    main, parts = grouped(rows, "main", "published"), [f"## {reward}"]
+    for row in rows[:1]:
+        parts.append(f"{row['device_name']}, commit {(row['commit'] or '?')[:7]}, torch {row['packages']['torch']}.")
+    if main:
+        parts += [
+            "During training:",
+            table(main, COLUMNS),
+            "On held-out prompts, after training:",
+            table(main, HELD_OUT),
+        ]
+        parts += ["Training reward where the KL first reaches a value:", table(main, MATCHED)]
+        paper = [f"{name} {value}" for name, value in PAPER.items() if name in main]
+        parts += [f"The paper's training-average rewards, of a 3B model: {', '.join(paper)}."] if paper else []
+    if {"safe", "ppo"} <= main.keys():
+        found = [f"{c[0]} {difference(main['safe'], main['ppo'], c)}" for c in (COLUMNS[0], HELD_OUT[1], HELD_OUT[3])]
+        parts.append(f"`safe` less `ppo`, seed by seed: {'; '.join(found)}.")
+    for stage in ("ablation", "sensitivity"):
+        changed = grouped(rows, stage)
+        if changed:
+            compared = {"safe": main["safe"], **changed} if "safe" in main else changed
+            parts += [
+                f"{stage.capitalize()}:",
+                table(compared, (COLUMNS[0], *COLUMNS[2:4], *HELD_OUT[1::2], HELD_OUT[4])),
+            ]
+    sweep = [row for row in rows if row["stage"] == "sweep"]
+    if sweep:
+        parts += ["Sweep, on development prompts:", sweep_table(sweep)]
+    return parts
+
+
+def sweep_table(rows: list[Row]) -> str:
+    shown = {}
+    for row in rows:
+        setting = ", ".join(
+            f"{k} {v}" for k, v in row["settings"].items() if k not in ("algorithm", "normalize_rewards")
+        )
+        shown[f"{row['name']}: {setting}"] = [row]
+    return table(shown, (HELD_OUT[1], HELD_OUT[4], COLUMNS[2]))
+
+
+def draw(groups: dict[str, list[Row]], target: Path, title: str) -> None:
+    """Means over seeds and the seeds themselves: reward, KL and entropy by step, and reward by KL."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    panels = (("step", "reward"), ("step", "kl"), ("step", "entropy"), ("kl", "reward"))
+    for axis, (x, y) in zip(axes.flat, panels, strict=True):
+        for color, (name, rows) in zip(plt.get_cmap("tab10").colors, groups.items(), strict=False):
+            lines = [curve(row, x, y) for row in rows]
+            for xs, ys in lines:
+                axis.plot(xs, ys, color=color, alpha=0.25, linewidth=0.8)
+            shortest = min(len(ys) for _, ys in lines)
+            mean = [[statistics.fmean(line[k][i] for line in lines) for i in range(shortest)] for k in (0, 1)]
+            axis.plot(*mean, color=color, label=name, linewidth=2)
+        axis.set(xlabel=x, ylabel=y)
+        axis.grid(alpha=0.25)
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(f"{title}: means over seeds of {SMOOTH}-step means")
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def curve(row: Row, x: str, y: str) -> tuple[list[float], list[float]]:
+    ys = smoothed(row["curves"][y], SMOOTH)
+    return (list(range(1, len(ys) + 1)) if x == "step" else smoothed(row["curves"][x], SMOOTH)), ys

@@ -1,0 +1,104 @@
+"""The study: its rewards, its judgement of runs, and a whole one on a tiny model."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+
+import study  # noqa: E402
+import study_arms as arms  # noqa: E402
+import study_report as report  # noqa: E402
+import study_rewards as rewards  # noqa: E402
+
+from safe_train.config import SafeConfig  # noqa: E402
+
+
+def row(reward=(0.0,) * 20, kl=(0.1,) * 20, **fields):
+    curves = {"reward": list(reward), "kl": list(kl), "value_loss": [1.0] * len(reward)}
+    return {"stage": "main", "reward": "vader", "name": "safe", "seed": 0, "error": None, "curves": curves} | fields
+
+
+def test_the_published_heuristic_by_hand():
+    twenty_one = " ".join(f"word{i}" for i in range(21))
+    found = rewards.word_count(["", "Sure, ", "a a"], [twenty_one, twenty_one + " HELP here", " a a"])
+    assert found == pytest.approx([0.6, 0.3 + 0.3 + 0.15, 0.3 / 4])
+    assert rewards.word_count([""], ["w " * 20]) == pytest.approx([0.3 / 20])  # 20 words are one too few
+
+
+def test_the_exploit_pays_for_digits_and_the_gold_reward_does_not():
+    plain, hacked = rewards.exploit(["", ""], ["a fine day", "a fine day 12345"])
+    assert hacked - plain == pytest.approx(1.0, abs=0.1)
+    gold = rewards.GOLD["exploit"]([""] * 3, ["a fine day", "a fine day 12345", "fine fine fine"])
+    assert gold[0] == pytest.approx(gold[1], abs=0.1) and gold[2] < gold[0] - 1
+
+
+def test_the_gold_of_the_word_count_ignores_its_keywords():
+    assert rewards.variety(["", ""], ["one two two", "here sure help"]) == [2 / 3, 0.0]
+
+
+def test_every_arm_tunes_as_much_and_every_setting_is_one():
+    grids = {name: list(arm.grid()) for name, arm in arms.ARMS.items()}
+    assert {len(grid) for grid in grids.values()} == {4}
+    base = arms.BASE | arms.FRESH
+    for name, grid in grids.items():
+        for setting in grid:
+            SafeConfig.from_dict(base | arms.ARMS[name].settings | setting)
+    for change in (*arms.ABLATIONS.values(), *arms.SENSITIVITY.values(), *arms.PPO_SENSITIVITY.values()):
+        assert SafeConfig.from_dict(base | change) != SafeConfig.from_dict(base), change
+
+
+def test_a_crash_is_a_fall_of_the_mean_reward_or_a_large_kl():
+    noise = [0.1 * (-1) ** i for i in range(10)]
+    assert not report.crashed(row([*noise, *[0.5 + x for x in noise]]))
+    assert report.crashed(row([*[0.5 + x for x in noise], *noise]))
+    assert report.crashed(row(kl=[0.1] * 19 + [1.1])) and report.crashed(row(error="FloatingPointError"))
+    assert not report.crashed(row(kl=[0.1] * 19 + [0.9]))
+
+
+def test_rewards_at_matched_kl():
+    climbing = row(reward=[i / 10 for i in range(20)], kl=[i / 100 for i in range(20)])
+    assert report.reward_at(climbing, 0.05) == pytest.approx(0.5)  # means of five steps: 3 to 7
+    assert math.isnan(report.reward_at(climbing, 0.3))
+
+
+def test_confidence_intervals_and_paired_differences():
+    mean, half = report.interval([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.30 / 3**0.5))
+    pair = [[row([level] * 20, seed=seed) for seed in (0, 1)] for level in (1.0, 0.25)]
+    assert report.difference(*pair, report.COLUMNS[0]) == "+0.750 ± 0.000 (2 seeds)"
+
+
+def test_the_sweep_takes_the_best_setting_that_did_not_crash():
+    grid = list(arms.ARMS["safe"].grid())
+    rows = [
+        row(stage="sweep", settings=setting, after={"reward": reward}, kl=[kl] * 20)
+        for setting, reward, kl in zip(grid, (0.1, 0.9, 0.5, 0.3), (0.1, 2.0, 0.1, 0.1), strict=True)
+    ]
+    assert report.best_setting(rows, "vader", "safe", grid) == grid[2]
+    with pytest.raises(SystemExit, match="no row of safe on vader"):
+        report.best_setting(rows[1:], "vader", "safe", grid)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_study_from_the_sweep_to_the_tables_and_once_more(tmp_path, capsys):
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    results = tmp_path / "study.jsonl"
+    command = ["--rewards", "vader", "--arms", "ppo", "--seeds", "2", "--steps", "2", "--sweep-steps", "1"]
+    command += ["--runs", str(tmp_path / "runs"), "--results", str(results)]
+    command += ["--set", f"model={tmp_path / 'model'}", "use_cpu=true", "eval_completions=4", "max_new_tokens=3"]
+    assert study.main(command) == 0
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(r["stage"], len(r["curves"]["reward"])) for r in rows] == [("sweep", 1)] * 4 + [("main", 2)] * 2
+    assert {r["seed"] for r in rows[4:]} == {0, 1} and rows[4]["settings"] == rows[5]["settings"]
+    assert "gold" in rows[4]["after"] and rows[4]["before"]["kl"] == 0
+    assert "| ppo |" in results.with_suffix(".md").read_text() and (tmp_path / "study-vader.png").exists()
+    capsys.readouterr()
+    assert study.main(command) == 0 and "main: 0 runs to make" in capsys.readouterr().out
+    assert results.read_text().count("\n") == 6
