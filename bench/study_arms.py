@@ -30,7 +30,7 @@ FRESH: Settings = {"dataset": "demo_train.jsonl", "eval_dataset": "demo_eval.jso
 DEVELOPMENT: Settings = {"dataset": "bench/study_dev_prompts.jsonl", "eval_dataset": "demo_dev.jsonl"}
 DEVELOPMENT_SEED = 1000
 
-LEARNING_RATES = (1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 2e-3)
 
 
 @dataclass(frozen=True)
