@@ -187,14 +187,20 @@ class SafeConfig:
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Iterable[str] = ()) -> SafeConfig:
-        """Settings from a YAML file (a path, or the name of a shipped one) and `key=value` pairs, which win."""
-        values = read_yaml(path) if path else {}
+        """Settings from a YAML file (a path, or the name of a shipped one) and `key=value` pairs, which win.
+
+        Another algorithm than the file's brings its own critic and controller, if the file has those of its algorithm.
+        """
+        values, given = read_yaml(path) if path else {}, {}
         for pair in overrides:
             key, separator, value = pair.partition("=")
             if not separator:
                 raise ConfigError(f"expected key=value, got {pair!r}")
-            values[key] = parse(key, value)
-        return cls.from_dict(values)
+            given[key] = parse(key, value)
+        if "algorithm" in given:
+            preset = ALGORITHMS.get(values.get("algorithm", ""), {})
+            values = {name: value for name, value in values.items() if name not in preset or value != preset[name]}
+        return cls.from_dict(values | given)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SafeConfig:

@@ -68,6 +68,16 @@ def test_impossible_settings_are_named(override, message):
         SafeConfig.load(None, [override])
 
 
+def test_another_algorithm_than_the_files_brings_its_own_critic_and_controller(tmp_path):
+    file = tmp_path / "config.yaml"
+    SafeConfig(algorithm="safe").save(file)
+    loaded = SafeConfig.load(file, ["algorithm=ppo"])
+    assert (loaded.critic, loaded.controller) == ("single", "fixed")
+    SafeConfig(algorithm="safe", critic="mean").save(file)
+    assert SafeConfig.load(file, ["algorithm=ppo"]).critic == "mean"  # a choice, not the algorithm's own
+    assert SafeConfig.load(file, ["algorithm=ppo", "controller=safe"]).controller == "safe"
+
+
 def test_missing_config_file_lists_the_shipped_ones():
     with pytest.raises(ConfigError, match=r"no config file 'none\.yaml'; shipped ones are: .*demo\.yaml"):
         SafeConfig.load("none.yaml")
