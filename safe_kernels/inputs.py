@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .vocab_parallel import Shard
+
 
 class LogitsInputs(NamedTuple):
     logits: Tensor  # [..., V], in the caller's strides
@@ -15,6 +17,7 @@ class LogitsInputs(NamedTuple):
     ref_logits: Tensor | None
     temperature: float | Tensor  # [N]
     mask_N: Tensor | None
+    shard: Shard | None  # None: logits of the whole vocabulary; else of a part, and tokens_N count from its first id
 
     @classmethod
     def of(
@@ -25,9 +28,11 @@ class LogitsInputs(NamedTuple):
         ref_logits: Tensor | None,
         temperature: float | Tensor,
         mask: Tensor | None,
+        shard: Shard | None = None,
     ) -> "LogitsInputs":
         ref_logits = None if ref_logits is None else ref_logits.detach()
-        return cls(logits, flat(tokens), ref_logits, flat_temperature(temperature), flat_or_none(mask))
+        tokens_N = local(tokens, shard)
+        return cls(logits, tokens_N, ref_logits, flat_temperature(temperature), flat_or_none(mask), shard)
 
 
 class LinearInputs(NamedTuple):
@@ -43,6 +48,7 @@ class LinearInputs(NamedTuple):
     softcap: float | None
     logit_scale: float
     batch_invariant: bool
+    shard: Shard | None  # None: the head of the whole vocabulary; else of a part, and tokens_N count from its first id
 
     @classmethod
     def of(
@@ -60,6 +66,7 @@ class LinearInputs(NamedTuple):
         softcap: float | None,
         logit_scale: float,
         batch_invariant: bool,
+        shard: Shard | None = None,
     ) -> "LinearInputs":
         return cls(
             _rows(hidden),
@@ -68,12 +75,13 @@ class LinearInputs(NamedTuple):
             None if ref_hidden is None else _rows(ref_hidden.detach()),
             None if ref_weight is None else ref_weight.detach(),
             None if ref_bias is None else ref_bias.detach(),
-            flat(tokens),
+            local(tokens, shard),
             flat_temperature(temperature),
             flat_or_none(mask),
             softcap,
             logit_scale,
             batch_invariant,
+            shard,
         )
 
     def take(self, rows: Tensor) -> "LinearInputs":
@@ -135,6 +143,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def flat(x: Tensor) -> Tensor:
     return x.reshape(-1)
+
+
+def local(tokens: Tensor, shard: Shard | None) -> Tensor:
+    return flat(tokens) if shard is None else shard.local(flat(tokens))
 
 
 def flat_or_none(x: Tensor | None) -> Tensor | None:

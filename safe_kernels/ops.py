@@ -10,15 +10,20 @@ TypeError at the call. SAFE_KERNELS_DEBUG=1 also checks what needs a synchronisa
 values of tensors.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import checks, library, reference
 from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _BACKENDS = ("reference", "torch", "triton")
 
@@ -31,6 +36,7 @@ def token_stats(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> TokenStats:
     """Log-prob of each token, entropy, and exact KL to a reference, from logits. Equivalent to
@@ -51,7 +57,8 @@ def token_stats(
     Returns:
         TokenStats; `ref_logprob` and `kl` are None without `ref_logits`.
     """
-    checks.logits_arguments(logits, tokens, ref_logits, mask)
+    logits, ref_logits, group = checks.parts_of(process_group, -1, logits=logits, ref_logits=ref_logits)
+    checks.logits_arguments(logits, tokens, ref_logits, mask, group)
     if inplace_backward:
         checks.may_be_overwritten("logits", logits)
     temperature = checks.is_temperature(temperature, tokens, mask, logits)
@@ -64,6 +71,7 @@ def token_stats(
         temperature=temperature,
         mask=mask,
         inplace_backward=inplace_backward,
+        process_group=group,
     )
 
 
@@ -81,6 +89,7 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     batch_invariant: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> TokenStats:
     """The same from hidden states and the head's weight; the logits are never stored. Equivalent to
@@ -102,8 +111,11 @@ def linear_token_stats(
     The other arguments and the results are those of `token_stats`. Gradients go to hidden, weight and bias, as far as
     they require them.
     """
+    weight, bias, ref_weight, ref_bias, group = checks.parts_of(
+        process_group, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
+    )
     head = checks.head_arguments(
-        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
+        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask, group
     )
     return _call(
         "linear_token_stats", backend, hidden, weight, tokens, mask=mask, batch_invariant=batch_invariant, **head
@@ -127,6 +139,7 @@ def safe_terms(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> SafeTerms:
     """Everything SAFE needs of a token in one call: `token_stats`, and
@@ -146,7 +159,8 @@ def safe_terms(
     The other arguments are those of `token_stats`.
     """
     checks.is_floating("ref_logits", ref_logits)
-    checks.logits_arguments(logits, tokens, ref_logits, mask)
+    logits, ref_logits, group = checks.parts_of(process_group, -1, logits=logits, ref_logits=ref_logits)
+    checks.logits_arguments(logits, tokens, ref_logits, mask, group)
     if inplace_backward:
         checks.may_be_overwritten("logits", logits)
     values = checks.value_arguments(
@@ -165,6 +179,7 @@ def safe_terms(
         temperature=temperature,
         mask=mask,
         inplace_backward=inplace_backward,
+        process_group=group,
         **values,
     )
 
@@ -192,12 +207,16 @@ def linear_safe_terms(
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     batch_invariant: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> SafeTerms:
     """`safe_terms` from hidden states: arguments of `linear_token_stats` and of `safe_terms`."""
     checks.is_floating("ref_hidden", ref_hidden)
+    weight, bias, ref_weight, ref_bias, group = checks.parts_of(
+        process_group, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
+    )
     head = checks.head_arguments(
-        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
+        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask, group
     )
     values = checks.value_arguments(
         tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens
@@ -307,6 +326,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     batch_invariant: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
     """The clipped policy loss with entropy bonus and KL terms, its gradient taken in the forward. Equivalent to
@@ -333,8 +353,11 @@ def linear_policy_loss(
     Returns:
         PolicyLoss; only `loss` carries a gradient, to hidden, weight and bias as far as they require it.
     """
+    weight, bias, ref_weight, ref_bias, group = checks.parts_of(
+        process_group, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
+    )
     head = checks.head_arguments(
-        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
+        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask, group
     )
     checks.per_token(tokens, old_logprob=old_logprob, advantage=advantage, loss_weight=loss_weight)
     coefficients = {
