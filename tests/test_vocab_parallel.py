@@ -1,7 +1,9 @@
 """A vocabulary whose parts lie on several ranks has the statistics, and the gradients, of the whole."""
 
+import datetime
 import functools
 import math
+import traceback
 
 import conftest
 import numpy as np
@@ -9,19 +11,16 @@ import processes
 import pytest
 import torch
 from cases import evaluate, hold, linear_case, logits_case, policy_case, some_mask, temperatures, values_case
-from hypothesis import given
-from hypothesis import strategies as st
+from memory import Allocations
 from torch import distributed
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from safe_kernels import (
-    checks,
-    library,
     linear_policy_loss,
     linear_safe_terms,
     linear_token_stats,
     safe_terms,
     token_stats,
-    vocab_parallel,
 )
 
 BACKENDS = ["reference", *conftest.BACKENDS]
@@ -68,7 +67,10 @@ def edges():
     """Logits of five tokens, of which row 1, or those said, differ from the others. Parts end at 9, 10, 14 and 30."""
     inf, nan, everywhere, first, one = math.inf, math.nan, slice(None), slice(0, 9), slice(9, 10)
     places = {
-        "a part without a live column": [("logits", slice(None), first, -inf), ("ref_logits", slice(None), first, -inf)],
+        "a part without a live column": [
+            ("logits", slice(None), first, -inf),
+            ("ref_logits", slice(None), first, -inf),
+        ],
         "a part without a live column in one row": [("logits", 1, one, -inf), ("ref_logits", 1, one, -inf)],
         "the policy is nowhere in a part": [("logits", 1, slice(10, 30), -inf)],
         "the reference is nowhere in a part": [("ref_logits", 1, one, -inf)],
@@ -111,21 +113,226 @@ def part_of(case, rank, widths):
     return {**case, **parts}
 
 
-def results_of_a_rank(names, with_edges):
-    """In a process of a group: of every case, and every backend."""
+def whole_and_part(case, group, widths):
+    return case, part_of(case, group.rank(), widths) | {"process_group": group}
+
+
+def only_what_is_needed_is_exchanged(group, widths):
+    """Numbers of a token, never a column; the hidden gradient once, and only if someone wants it."""
+    tokens, width, ranks = 6, 16, group.size()
+    _, part = whole_and_part(linear_case((tokens,), bias=True), group, widths)
+    for wrt, backwards in (
+        ([], []),
+        (["weight", "bias"], []),
+        (["hidden"], [("all_to_all_single", tokens * width), ("all_gather", tokens * width // ranks)]),
+    ):
+        for backend in conftest.BACKENDS:
+            with pytest.MonkeyPatch.context() as patch:
+                seen = []
+                for name in ("all_gather", "all_to_all_single"):
+                    spy = functools.partial(seen_exchange, seen, name, getattr(distributed, name))
+                    patch.setattr(distributed, name, spy)
+                evaluate(linear_token_stats, part, backend, wrt)
+            assert seen == [("all_gather", 1), ("all_gather", 8 * tokens), *backwards]
+
+
+def seen_exchange(seen, name, exchange, received, sent, **options):
+    seen.append((name, sent.numel()))
+    return exchange(received, sent, **options)
+
+
+def nothing_asks_the_device(group, widths):
+    for op, case in ((linear_token_stats, linear_case(bias=True)), (linear_policy_loss, policy_case(**LOSS))):
+        _, part = whole_and_part(case, group, widths)
+        with Allocations() as seen:
+            evaluate(op, part, "torch", ["hidden", "weight"])
+        assert not seen.operators & {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
+
+
+def a_row_does_not_depend_on_the_batch(group, widths):
+    """Bitwise, in the results and the hidden gradient, for which the rows of a batch are shared out."""
+    _, part = whole_and_part(linear_case((9,), batch_invariant=True, temperature=0.9), group, widths)
+    for backend in conftest.BACKENDS:
+        found = []
+        for rows in (slice(0, 9), slice(0, 1), slice(3, 4), slice(2, 7)):
+            some = {name: part[name][rows].clone() for name in ("hidden", "tokens", "ref_hidden")}
+            stats = linear_token_stats(**part | some | {"hidden": some["hidden"].requires_grad_()}, backend=backend)
+            gradient = torch.autograd.grad((stats.logprob + stats.entropy + stats.kl).sum(), some["hidden"])
+            found.append((rows, [*stats, *gradient]))
+        (_, together), *others = found
+        for rows, results in others:
+            assert all(torch.equal(x, whole[rows]) for x, whole in zip(results, together, strict=True)), (backend, rows)
+
+
+def a_loss_has_the_bits_of_the_scoring(group, widths):
+    """With and without a gradient: a ratio of exactly 1; and only the loss carries a gradient."""
+    for backend in conftest.BACKENDS:
+        _, part = whole_and_part(linear_case(mask=some_mask(), temperature=0.7), group, widths)
+        scored = linear_token_stats(**part, backend=backend)
+        part |= {"old_logprob": scored.logprob, "advantage": torch.ones(3, 7), "entropy_coef": 0.1}
+        part["hidden"].requires_grad_()
+        found = linear_policy_loss(**part, backend=backend)
+        with torch.no_grad():
+            without = linear_policy_loss(**part, backend=backend)
+        for result in (found, without):
+            for name in ("logprob", "entropy", "ref_logprob", "kl"):
+                assert torch.equal(getattr(result, name), getattr(scored, name)), (backend, name)
+            assert result.clip_fraction == 0
+        assert torch.equal(found.loss, without.loss) and not without.loss.requires_grad
+        assert found.loss.requires_grad and not any(x.requires_grad for x in found[1:])
+
+
+def two_runs_have_the_same_bits(group, widths):
+    for backend in conftest.BACKENDS:
+        _, part = whole_and_part(linear_case(), group, widths)
+        runs = [evaluate(linear_token_stats, part, backend, ["hidden", "weight"]) for _ in range(2)]
+        assert all(torch.equal(x, runs[1][name]) for name, x in runs[0].items())
+
+
+def the_gradient_is_written_over_the_logits(group, widths):
+    _, part = whole_and_part(logits_case(), group, widths)
+    for backend in conftest.BACKENDS:
+        leaf, found = part["logits"].clone().requires_grad_(), []
+        logits = leaf * 1
+        logits.register_hook(found.append)
+        stats = token_stats(**part | {"logits": logits}, inplace_backward=True, backend=backend)
+        stats.kl.sum().backward(retain_graph=True)
+        assert found[0].data_ptr() == logits.data_ptr() and torch.equal(logits, leaf.grad)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            stats.kl.sum().backward()
+
+
+def a_dtensor_is_its_part(group, widths):
+    """Of the head and of logits; gradients come back as DTensors."""
+    mesh = init_device_mesh("cpu", (group.size(),))
+    case = linear_case(reference="own", bias=True)
+    tensors = {name: distribute_tensor(case[name], mesh, [Shard(0)]) for name in AXES if name in case}
+    whole = evaluate(linear_token_stats, case, "torch", ["hidden", "weight", "bias"])
+    for name, x in evaluate(linear_token_stats, case | tensors | {"process_group": group}, "torch",
+                            ["hidden", "weight", "bias"]).items():  # fmt: skip
+        if name in ("d weight", "d bias"):
+            assert isinstance(x, DTensor) and x.placements == (Shard(0),)
+            x = x.full_tensor()
+        torch.testing.assert_close(x, whole[name])
+
+    case = logits_case()
+    tensors = {name: distribute_tensor(case[name], mesh, [Shard(2)]) for name in ("logits", "ref_logits")}
+    found = evaluate(token_stats, case | tensors | {"process_group": group}, "torch", ["logits"])
+    whole = evaluate(token_stats, case, "torch", ["logits"])
+    torch.testing.assert_close(found["kl"], whole["kl"])
+    torch.testing.assert_close(found["d logits"].full_tensor(), whole["d logits"])
+
+
+def another_dtensor_is_refused(group, widths):
+    mesh, case = init_device_mesh("cpu", (group.size(),)), linear_case()
+    alone, *_ = [own for own in (distributed.new_group([rank]) for rank in range(group.size())) if own != -100]
+    few = distribute_tensor(torch.ones(1, 16), mesh, [Shard(0)])
+    for weight, process_group, message in (
+        (distribute_tensor(case["weight"], mesh, [Replicate()]), group, r"placements \(Replicate\(\),\).*Shard\(0\)"),
+        (distribute_tensor(case["weight"], mesh, [Shard(1)]), group, r"must have Shard\(0\) on the group's ranks"),
+        (distribute_tensor(case["weight"], mesh, [Shard(0)]), alone, r"on the ranks \[0, 1\].*in their order: \[.\]"),
+        (distribute_tensor(case["weight"], mesh, [Shard(0)]), None, "weight is a DTensor.*give their process_group"),
+        (few, group, "leaves none of axis 0 to the last"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_token_stats(**case | {"weight": weight, "process_group": process_group})
+
+
+def a_group_without_this_rank_is_refused(group, widths):
+    other = distributed.new_group([0])
+    if group.rank() > 0:
+        with pytest.raises(TypeError, match="process_group is int; it must be a torch.distributed.ProcessGroup"):
+            token_stats(**logits_case(), process_group=other)
+
+
+def ranks_that_disagree_are_told(group, widths):
+    rank = group.rank()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAFE_KERNELS_DEBUG", "1")
+        _, part = whole_and_part(linear_case(), group, widths)
+        linear_token_stats(**part)  # ids of another rank are no mistake
+        with pytest.raises(ValueError, match=r"the number of tokens differs .*: \[21, 28\]"):
+            linear_token_stats(**part_of(linear_case((3 + rank, 7)), rank, widths), process_group=group)
+        with pytest.raises(ValueError, match=r"hidden differs .*: \[16, 17\]"):
+            linear_token_stats(**part_of(linear_case(width=16 + rank), rank, widths), process_group=group)
+        with pytest.raises(ValueError, match="tokens differs between the ranks"):
+            linear_token_stats(**part | {"tokens": part["tokens"] + rank})
+        with pytest.raises(ValueError, match="mask differs between the ranks"):
+            linear_token_stats(**part | {"mask": part["tokens"] != rank})
+        with pytest.raises(ValueError, match=r"tokens has the id 37; it must be in \[0, 37\)"):
+            token_stats(**whole_and_part(logits_case(), group, widths)[1] | {"tokens": torch.full((3, 7), 37)})
+
+
+def activation_checkpointing(group, widths):
+    for backend in BACKENDS:
+        _, part = whole_and_part(linear_case(), group, widths)
+        hidden = part.pop("hidden").requires_grad_()
+
+        def loss(hidden, backend=backend, part=part):
+            stats = linear_token_stats(hidden, **part, backend=backend)
+            return stats.logprob.sum() + stats.kl.sum()
+
+        plain = torch.autograd.grad(loss(hidden), hidden)[0]
+        again = torch.utils.checkpoint.checkpoint(loss, hidden, use_reentrant=False)
+        assert torch.equal(torch.autograd.grad(again, hidden)[0], plain)
+
+
+def one_compiled_graph(group, widths):
+    _, part = whole_and_part(linear_case(mask=some_mask()), group, widths)
+    hidden = part.pop("hidden").requires_grad_()
+
+    def loss(hidden):
+        stats = linear_token_stats(hidden, **part, backend="torch")
+        return (stats.logprob * stats.kl).sum()
+
+    found = [torch.autograd.grad(run(hidden), hidden)[0]
+             for run in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True))]  # fmt: skip
+    assert torch.equal(*found)
+
+
+BEHAVIOURS = {
+    behaviour.__name__: behaviour
+    for behaviour in (
+        only_what_is_needed_is_exchanged,
+        nothing_asks_the_device,
+        a_row_does_not_depend_on_the_batch,
+        a_loss_has_the_bits_of_the_scoring,
+        two_runs_have_the_same_bits,
+        the_gradient_is_written_over_the_logits,
+        a_dtensor_is_its_part,
+        another_dtensor_is_refused,
+        a_group_without_this_rank_is_refused,
+        ranks_that_disagree_are_told,
+        activation_checkpointing,
+        one_compiled_graph,
+    )
+}
+ALSO_ON_FOUR = ["a_row_does_not_depend_on_the_batch", "a_dtensor_is_its_part"]
+
+
+def results_of_a_rank(names, behaviours):
+    """In a process of a group: of every case and edge on every backend; and what went wrong in the behaviours."""
     patch = pytest.MonkeyPatch()
     conftest.make_small(patch)
-    distributed.init_process_group("gloo")
+    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     group, widths, found = distributed.group.WORLD, WIDTHS[distributed.get_world_size()], {}
     tasks = {name: of(name) for name in names}
-    if with_edges:
-        tasks |= {edge: (token_stats, case, ["logits"]) for edge, case in edges().items()}
+    tasks |= {edge: (token_stats, case, ["logits"]) for edge, case in edges().items()}
     for backend in BACKENDS:
         for name, (op, case, wrt) in tasks.items():
             part = part_of(case, group.rank(), widths) | {"process_group": group}
             found[backend, name] = arrays(evaluate(op, part, backend, wrt))
+    errors = {name: error_of(behaviour, group, widths) for name, behaviour in behaviours.items()}
     distributed.barrier()  # nobody leaves while another still listens
-    return found
+    return found, errors
+
+
+def error_of(behaviour, group, widths):
+    try:
+        behaviour(group, widths)
+    except Exception:
+        return traceback.format_exc()
+    return ""
 
 
 def arrays(results):
@@ -141,12 +348,12 @@ def outcomes(function, size, *arguments):
 
 @pytest.fixture(scope="module")
 def on_two():
-    return outcomes(results_of_a_rank, 2, list(CASES), True)
+    return outcomes(results_of_a_rank, 2, list(CASES), BEHAVIOURS)
 
 
 @pytest.fixture(scope="module")
 def on_four():
-    return outcomes(results_of_a_rank, 4, ON_FOUR, True)
+    return outcomes(results_of_a_rank, 4, ON_FOUR, {name: BEHAVIOURS[name] for name in ALSO_ON_FOUR})
 
 
 @pytest.fixture(params=[2, 4])
@@ -157,8 +364,8 @@ def ranks(request):
 def joined(ranks, key):
     """Results of the whole: those of the parts side by side, the others from any rank, as all have the same bits."""
     found = {}
-    for name in ranks[0][key]:
-        parts = [torch.from_numpy(rank[key][name]) for rank in ranks]
+    for name in ranks[0][0][key]:
+        parts = [torch.from_numpy(results[key][name]) for results, _ in ranks]
         axis = AXES.get(name.removeprefix("d ")) if name.startswith("d ") else None
         if axis is None:
             assert all(np.array_equal(x, parts[0], equal_nan=True) for x in parts), f"{name} differs between the ranks"
@@ -191,6 +398,16 @@ def test_two_ranks_hold_to_the_whole(on_two, name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_four_ranks_hold_to_the_whole(on_four, name, backend):
     holds(on_four, name, backend)
+
+
+@pytest.mark.parametrize("name", BEHAVIOURS)
+def test_on_two_ranks(on_two, name):
+    assert not any(errors[name] for _, errors in on_two), "\n".join(errors[name] for _, errors in on_two)
+
+
+@pytest.mark.parametrize("name", ALSO_ON_FOUR)
+def test_on_four_ranks(on_four, name):
+    assert not any(errors[name] for _, errors in on_four), "\n".join(errors[name] for _, errors in on_four)
 
 
 @pytest.mark.usefixtures("kernels")
