@@ -7,7 +7,16 @@ results of exactly 0 and gradients of exactly 0, and what its row holds, NaN inc
 Every function takes `backend`: "triton", "torch", "reference", or None, which is the environment variable
 SAFE_KERNELS_BACKEND or else Triton on GPUs, and PyTorch elsewhere and for float64. Wrong arguments raise ValueError or
 TypeError at the call. SAFE_KERNELS_DEBUG=1 also checks what needs a synchronisation with the device: ids, NaN, the
-values of tensors.
+values of tensors; and what needs an exchange between ranks: that they agree.
+
+With `process_group` its ranks share the vocabulary, as tensor-parallel ranks do. Of what has an axis V each rank gives
+its part, of at least one id; the parts follow one another in the order of the ranks and need not be equal. Of all else,
+hidden states, tokens (ids of the whole vocabulary), masks, temperature, every rank gives the same: FSDP's do not. Every
+rank gets the results of the whole vocabulary, with the same bits, and must compute the same loss from them, as incoming
+gradients are taken to be the same on all ranks; none may leave out a call or a backward. Gradients of a part stay with
+its rank, that of the hidden states is complete on each. What is exchanged: the sizes of the parts, 4 numbers a token, 8
+with a reference, and the hidden gradient in float32; never logits, except by the reference backend, which gathers them.
+A DTensor that is sharded along V over the group stands for its part, and its gradient is such a DTensor.
 """
 
 from __future__ import annotations
@@ -53,6 +62,7 @@ def token_stats(
         mask: [...] bool.
         inplace_backward: write the gradient over `logits`, which must not be a leaf. A second backward, or another
             operation that needs the logits afterwards, raises.
+        process_group: the ranks that share the vocabulary; None is this one alone. See the top of this module.
 
     Returns:
         TokenStats; `ref_logprob` and `kl` are None without `ref_logits`.
@@ -100,13 +110,14 @@ def linear_token_stats(
 
     Args:
         hidden: [..., H], any floating dtype.
-        weight: [V, H], the whole of it: a shard raises.
+        weight: [V, H], the whole of it, or with `process_group` this rank's rows: any other shard raises.
         bias: [V].
         ref_hidden: [..., H'] of the reference; None is no reference.
         ref_weight: [V, H']; None shares `weight`, and `bias` unless `ref_bias` is given.
         softcap: > 0, or None for none.
         batch_invariant: a row's results and hidden gradient have the same bits whatever the other rows are. On the
             torch backend that is one row at a time, and slow; the reference refuses it.
+        process_group: the ranks that share the head; None is this one alone. See the top of this module.
 
     The other arguments and the results are those of `token_stats`. Gradients go to hidden, weight and bias, as far as
     they require them.
@@ -340,6 +351,9 @@ def linear_policy_loss(
     with one sweep over the vocabulary instead of a forward and a recomputing backward. `logprob`, `entropy` and `kl`
     have the same bits in and out of torch.no_grad and whatever the advantages are, so that a ratio to log-probs that
     this function returned before is exactly 1; on the torch backend they also have those of `linear_token_stats`.
+
+    With `process_group` it takes two sweeps, as no token's slope is known before all ranks have given their statistics:
+    it costs a `linear_token_stats` and its backward, whose bits it has on every backend.
 
     Args:
         old_logprob, advantage: [...]; without gradient.

@@ -78,3 +78,12 @@ def coarse(kernels, monkeypatch):
     monkeypatch.setattr(triton_linear, "TILE_BYTES", 64 * 512 * 4)
     monkeypatch.setattr(triton_linear, "SWEEP_BYTES", 32 * 1000 * 4)
     monkeypatch.setattr(values, "SCAN", launch.ScanChoice(tokens=1024, num_warps=8))
+
+
+@pytest.fixture
+def all_rows_in_one_program(kernels, monkeypatch):
+    """Still several tiles a row; the interpreter's time goes with the number of tiles."""
+    from safe_kernels.triton_backend import launch
+
+    for name in ("NARROW_ROWS", "WIDE_ROWS"):
+        monkeypatch.setattr(launch, name, launch.RowChoice(rows=64, columns=32, num_warps=1))

@@ -11,17 +11,23 @@ import processes
 import pytest
 import torch
 from cases import evaluate, hold, linear_case, logits_case, policy_case, some_mask, temperatures, values_case
+from hypothesis import given
+from hypothesis import strategies as st
 from memory import Allocations
 from torch import distributed
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from safe_kernels import (
+    checks,
+    library,
     linear_policy_loss,
     linear_safe_terms,
     linear_token_stats,
     safe_terms,
     token_stats,
+    vocab_parallel,
 )
+from safe_kernels.inputs import LogitsInputs
 
 BACKENDS = ["reference", *conftest.BACKENDS]
 VOCABULARY = 37
@@ -418,3 +424,111 @@ def test_edges_are_those_of_the_whole(ranks, edge, backend):
     whole = evaluate(token_stats, edges()[edge], backend, ["logits"])
     for name, x in joined(ranks, (backend, edge)).items():
         torch.testing.assert_close(x, whole[name], equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture
+def alone(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("name", ["logits, all", "logits, terms", "hidden, own head", "loss, all"])
+def test_a_group_of_one_has_the_bits_of_none(alone, any_backend, name):
+    op, case, wrt = of(name)
+    plain = evaluate(op, case, any_backend, wrt)
+    for field, x in evaluate(op, case | {"process_group": alone}, any_backend, wrt).items():
+        assert torch.equal(x, plain[field]), field
+
+
+def test_a_dtensor_on_one_rank_is_whole(alone):
+    case = linear_case(reference=None)
+    weight = distribute_tensor(case["weight"], init_device_mesh("cpu", (1,)), [Shard(0)])
+    stats = linear_token_stats(**case | {"weight": weight}, process_group=alone)
+    assert torch.equal(stats.logprob, linear_token_stats(**case).logprob)
+
+
+@pytest.mark.parametrize("op, make", [(token_stats, logits_case), (linear_token_stats, linear_case)])
+@pytest.mark.parametrize("group", ["tp", -100, 2])
+def test_what_is_no_group_is_refused(any_backend, op, make, group):
+    message = f"process_group is {type(group).__name__}; it must be a torch.distributed.ProcessGroup"
+    with pytest.raises(TypeError, match=message):
+        op(**make(), process_group=group, backend=any_backend)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("name", ["logits, terms", "hidden, own head", "loss, all"])
+def test_ops_hold_to_what_they_register(alone, name, monkeypatch):
+    """In a group of one, which only the public functions leave out."""
+    monkeypatch.setattr(checks, "parts_of", lambda group, axis=0, **tensors: [*tensors.values(), group])
+    op, case, wrt = of(name)
+    seen = []
+    for attribute in [x for x in vars(library) if x.endswith("_op")]:
+        monkeypatch.setattr(library, attribute, functools.partial(seen_op, seen, getattr(library, attribute)))
+    evaluate(op, case | {"process_group": alone}, "torch", wrt)
+    assert "vocabulary_bounds" in [registered._name for registered, _ in seen]
+    for registered, arguments in seen:
+        torch.library.opcheck(registered, arguments)
+
+
+def seen_op(seen, registered, *arguments):
+    forward = "backward" not in registered._name
+    copies = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+    for x, copy in zip(arguments, copies, strict=True):
+        if isinstance(x, torch.Tensor):
+            copy.requires_grad_(forward and x.requires_grad)
+    seen.append((registered, copies))
+    return registered(*arguments)
+
+
+@st.composite
+def splits(draw):
+    """Logits of a few tokens, some of them -inf, and the widths of the parts."""
+    widths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
+    case = logits_case(
+        (4,), sum(widths), seed=draw(st.integers(0, 2**31)), scale=draw(st.sampled_from([0.1, 5.0, 50.0]))
+    )
+    case["temperature"] = draw(st.sampled_from([0.3, 1.0, 2.5]))
+    chance, noise = draw(st.sampled_from([0.0, 0.5, 0.97])), torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    for name in ("logits", "ref_logits"):
+        case[name][torch.rand(case[name].shape, generator=noise) < chance] = -math.inf
+        noise = noise if draw(st.booleans()) else noise.manual_seed(noise.initial_seed())  # -inf at the same places
+    return case, widths
+
+
+@pytest.mark.usefixtures("all_rows_in_one_program")
+@pytest.mark.parametrize("backend", conftest.BACKENDS)
+@given(split=splits())
+def test_any_split_is_the_whole(backend, split):
+    """The merge, and the gradients of the parts from what it gives: without processes."""
+    case, widths = split
+    module = library._backend(backend)
+    whole = evaluate(token_stats, case, backend, ["logits"])
+    bounds = torch.tensor([0, *np.cumsum(widths).tolist()])
+    parts = []
+    for rank in range(len(widths)):
+        part = part_of(case, rank, widths) | {"mask": None}
+        parts.append(LogitsInputs.of(**part, shard=vocab_parallel.Shard("", rank, bounds)))
+    local = [module.logits_statistics(part, None)[0] for part in parts]
+    local = torch.stack([x if module.TOTALS_ARE_LOGS else vocab_parallel.log_totals(x) for x in local])
+    merged = vocab_parallel.merged(local, parts[0].shard.holders(parts[0].tokens_N), case["temperature"])
+    found = dict(zip(("logprob", "entropy", "ref_logprob", "kl"), merged[[0, 1, 4, 5]], strict=True))
+
+    draw = torch.Generator().manual_seed(99)
+    upstream = {name: torch.randn(4, generator=draw) for name in ("logprob", "entropy", "ref_logprob", "kl")}
+    if not module.TOTALS_ARE_LOGS:
+        merged[[3, 7]] = merged[[3, 7]].exp()
+    gradients = [torch.empty_like(part.logits) for part in parts]
+    for part, gradient in zip(parts, gradients, strict=True):
+        slopes = (upstream["logprob"], upstream["entropy"], upstream["kl"])
+        module.logits_gradient(part, merged, slopes, gradient)
+    found["d logits"] = torch.cat(gradients, -1)
+
+    size = max(
+        1.0, *(x[x.isfinite()].abs().max().item() for x in (case["logits"], case["ref_logits"]) if x.isfinite().any())
+    )
+    for name, x in found.items():
+        allowed = 64 * torch.finfo(torch.float32).eps * size / min(1.0, case["temperature"])
+        message = functools.partial(lambda name, text: f"{name}: {text}", name)
+        torch.testing.assert_close(x, whole[name], rtol=1e-5, atol=allowed, equal_nan=True, msg=message)
