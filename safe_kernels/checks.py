@@ -110,6 +110,8 @@ def parts_of(process_group, axis: int = 0, **tensors: Tensor | None) -> list[Any
     is of one rank, which holds the whole.
     """
     if process_group is None:
+        for name, x in tensors.items():
+            _is_no_dtensor(name, x)
         return [*tensors.values(), None]
     if not distributed.is_available() or not isinstance(process_group, distributed.ProcessGroup):
         raise TypeError(
@@ -135,6 +137,15 @@ def _part(name, x, process_group, axis):
             "every rank must hold at least one id"
         )
     return x.to_local(grad_placements=x.placements)
+
+
+def _is_no_dtensor(name, x):
+    if _is_dtensor(x):
+        raise ValueError(
+            f"{name} is a DTensor; it must be the whole {name}. A shard holds part of the vocabulary, while each rank "
+            f"of FSDP holds other tokens: gather it first ({name}.full_tensor(), or call inside the module's forward). "
+            "Where tensor-parallel ranks hold the same tokens, give their process_group"
+        )
 
 
 def _is_dtensor(x):
@@ -225,7 +236,7 @@ def value_arguments(
 def is_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
     """hidden [..., H], weight [V, H], bias [V] or None."""
     name = f"{prefix}weight"
-    _is_whole(name, weight)
+    _is_gathered(name, weight)
     is_floating(name, weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
@@ -262,13 +273,7 @@ def _is_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
         is_on(name, bias, weight.device)
 
 
-def _is_whole(name: str, weight: object) -> None:
-    if _is_dtensor(weight):
-        raise ValueError(
-            f"{name} is a DTensor; it must be the whole weight. A shard holds part of the vocabulary, while each rank "
-            "of FSDP holds other tokens: gather it first (weight.full_tensor(), or call inside the module's forward). "
-            "Where tensor-parallel ranks hold the same tokens, give their process_group"
-        )
+def _is_gathered(name: str, weight: object) -> None:
     if isinstance(weight, Tensor) and weight.numel() == 0:
         raise ValueError(
             f"{name} is empty, shape {tuple(weight.shape)}; it must be the whole weight. An empty tensor is what FSDP "
@@ -325,7 +330,7 @@ def debug_values(
     if not debugging():
         return
     if process_group is not None:
-        vocabulary = _agreed_vocabulary(process_group, tokens, vocabulary, mask, **tensors)
+        vocabulary = vocab_parallel.agreed_vocabulary(process_group, tokens, vocabulary, mask, **tensors)
     live = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     outside = live & ((tokens < 0) | (tokens >= vocabulary))
     if outside.any():
@@ -333,21 +338,3 @@ def debug_values(
     for name, x in tensors.items():
         if x is not None and torch.isnan(x[live]).any():
             raise ValueError(f"{name} has NaN in the row of a live token; it must have none")
-
-
-def _agreed_vocabulary(process_group, tokens, width, mask, **tensors) -> int:
-    """The size of the whole vocabulary, on ranks that agree on everything else."""
-    shapes = {"the number of tokens": tokens.numel(), "mask": mask is not None}
-    for name, x in tensors.items():  # of logits each rank has a part
-        shapes[name] = 0 if x is None else 1 if name.endswith("logits") else x.shape[-1]
-    own = torch.tensor([width, *shapes.values()], device=tokens.device)
-    widths, *others = vocab_parallel.gathered(own, process_group).T.tolist()
-    for name, found in zip(shapes, others, strict=True):
-        if len(set(found)) > 1:
-            raise ValueError(f"{name} differs between the ranks of process_group: {found}; all must have the same rows")
-    for name, x in (("tokens", tokens.long()), ("mask", mask)):
-        if x is not None:
-            everywhere = vocab_parallel.gathered(x.flatten(), process_group)
-            if not torch.equal(everywhere, everywhere[:1].expand_as(everywhere)):
-                raise ValueError(f"{name} differs between the ranks of process_group; all must have the same rows")
-    return sum(widths)

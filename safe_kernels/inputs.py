@@ -8,7 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .vocab_parallel import Shard
+
+class Shard(NamedTuple):
+    """Which part of the vocabulary this rank holds."""
+
+    group: str  # its name
+    rank: int
+    bounds: Tensor  # [K + 1] int64: rank r holds the ids from bounds[r] to bounds[r + 1]
+
+    def local(self, tokens_N: Tensor) -> Tensor:
+        """Ids within the part; those of other ranks fall outside of it."""
+        return tokens_N.long() - self.bounds[self.rank]
+
+    def holders(self, local_N: Tensor) -> Tensor:
+        """bool [K, N]: whether rank k holds the token; nobody does if its id is outside the whole vocabulary."""
+        tokens_N = local_N + self.bounds[self.rank]
+        return (tokens_N >= self.bounds[:-1, None]) & (tokens_N < self.bounds[1:, None])
 
 
 class LogitsInputs(NamedTuple):

@@ -21,7 +21,6 @@ Shapes: N tokens, V vocabulary, H hidden width.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,11 +29,10 @@ import torch
 from torch import Tensor
 
 from . import reference, vocab_parallel
-from .inputs import LinearInputs, LogitsInputs, Terms, compute_dtype
+from .inputs import LinearInputs, LogitsInputs, Shard, Terms, compute_dtype
 from .objective import Objective
 from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
 from .schema import Signature
-from .vocab_parallel import Shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -204,35 +202,12 @@ _GAE = Signature(
 
 @_register("token_stats", _LOGITS, _STATISTICS)
 def _logits_op(inputs: LogitsInputs, terms: Terms | None, inplace_backward: bool, backend: str) -> tuple[Tensor, ...]:
-    return _found(*_statistics(_backend(backend), "logits_statistics", inputs, terms))
+    return _found(*vocab_parallel.statistics(_backend(backend), inputs, terms))
 
 
 @_register("linear_token_stats", _LINEAR, _STATISTICS)
 def _linear_op(inputs: LinearInputs, terms: Terms | None, backend: str) -> tuple[Tensor, ...]:
-    return _found(*_statistics(_backend(backend), "linear_statistics", inputs, terms))
-
-
-def _statistics(
-    backend: Any, function: str, inputs: LogitsInputs | LinearInputs, terms: Terms | None
-) -> tuple[Tensor, Tensor | None]:
-    """Of the whole vocabulary, whoever holds it."""
-    compute, shard = getattr(backend, function), inputs.shard
-    if shard is None:
-        return compute(inputs, terms)
-    part, _ = compute(inputs, None)
-    asked = (inputs.tokens_N, inputs.temperature, inputs.mask_N)
-    stats = vocab_parallel.whole_statistics(part, shard, *asked, logs=backend.TOTALS_ARE_LOGS)
-    return stats, backend.terms_of(terms, stats, inputs.mask_N)
-
-
-def _linear_gradients(
-    backend: Any, inputs: LinearInputs, stats: Tensor, slopes: Slopes, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """Of (hidden, weight, bias), not rounded yet; that of the hidden states from the whole vocabulary."""
-    hidden, *head = backend.linear_gradients(inputs, stats, slopes, needed)
-    if inputs.shard is not None and hidden is not None:
-        hidden = vocab_parallel.summed(hidden, vocab_parallel.group_of(inputs.shard.group))
-    return [hidden, *head]
+    return _found(*vocab_parallel.statistics(_backend(backend), inputs, terms))
 
 
 def _found(stats: Tensor, terms: Tensor | None) -> tuple[Tensor, ...]:
@@ -280,7 +255,7 @@ def _logits_backward_inplace_op(inputs: LogitsInputs, backend: str, stats: Tenso
 
 @_register("linear_token_stats_backward", _LINEAR_BACKWARD, "(Tensor, Tensor, Tensor)")
 def _linear_backward_op(inputs: LinearInputs, backend: str, stats: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    sums = _linear_gradients(_backend(backend), inputs, stats, rest[:3], rest[3:])
+    sums = vocab_parallel.linear_gradients(_backend(backend), inputs, stats, rest[:3], rest[3:])
     leaves = (inputs.hidden_NH, inputs.weight_VH, inputs.bias_V)
     gradients = (None if x is None or leaf is None else x.to(leaf.dtype) for x, leaf in zip(sums, leaves, strict=True))
     return tuple(stats.new_empty(0) if x is None else x for x in gradients)
@@ -376,24 +351,12 @@ _linear_op.register_autograd(_linear_backward, setup_context=_statistics_context
 def _loss_op(inputs: LinearInputs, objective: Objective, *rest: Any) -> tuple[Tensor, ...]:
     """loss, clip_fraction, logprob, entropy, ref_logprob, kl, and the gradients of (hidden, weight, bias)."""
     *needed, backend = rest
-    sweep = _backend(backend).sweep if inputs.shard is None else functools.partial(_two_sweeps, _backend(backend))
-    stats, gradients = sweep(inputs, objective, tuple(needed))
+    stats, gradients = vocab_parallel.sweep(_backend(backend), inputs, objective, tuple(needed))
     logprob, entropy, _, kl = _results(stats)
     loss_N, is_clipped_N, _ = objective.evaluate(logprob, entropy, kl if len(stats) == 8 else None)
     clip_fraction = (objective.share_N * is_clipped_N).sum()
-    gradients = (stats.new_empty(0) if x is None else x for x in gradients)
-    return loss_N.sum(), clip_fraction, *(x.clone() for x in _results(stats)), *gradients
-
-
-def _two_sweeps(
-    backend: Any, inputs: LinearInputs, objective: Objective, needed: Sequence[bool]
-) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Of a part of the vocabulary: no slope is known before the other ranks have told their statistics."""
-    stats, _ = _statistics(backend, "linear_statistics", inputs, None)
-    if not any(needed):
-        return stats, (None,) * 3
-    *_, slopes = objective.evaluate(stats[0], stats[1], stats[5] if len(stats) == 8 else None)
-    return stats, _linear_gradients(backend, inputs, stats, slopes, needed)
+    gradients_or_empty = (stats.new_empty(0) if x is None else x for x in gradients)
+    return loss_N.sum(), clip_fraction, *(x.clone() for x in _results(stats)), *gradients_or_empty
 
 
 @_loss_op.register_fake

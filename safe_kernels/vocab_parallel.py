@@ -22,30 +22,57 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
+
+from .inputs import LinearInputs, LogitsInputs, Terms
+from .objective import Objective, Slopes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class Shard(NamedTuple):
-    """Which part of the vocabulary this rank holds."""
+def statistics(backend: Any, inputs: LogitsInputs | LinearInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
+    """A backend's `stats` and terms of the whole vocabulary, whoever holds it."""
+    compute = backend.logits_statistics if isinstance(inputs, LogitsInputs) else backend.linear_statistics
+    if inputs.shard is None:
+        return compute(inputs, terms)
+    local, _ = compute(inputs, None)
+    parts_KSN = gathered(local if backend.TOTALS_ARE_LOGS else log_totals(local), group_of(inputs.shard.group))
+    stats = merged(parts_KSN, inputs.shard.holders(inputs.tokens_N), inputs.temperature)
+    if inputs.mask_N is not None:
+        stats = stats.where(inputs.mask_N, 0)
+    if not backend.TOTALS_ARE_LOGS:
+        stats.unflatten(0, (-1, 4))[:, 3].exp_()
+    return stats, backend.terms_of(terms, stats, inputs.mask_N)
 
-    group: str  # its name
-    rank: int
-    bounds: Tensor  # [K + 1] int64: rank r holds the ids from bounds[r] to bounds[r + 1]
 
-    def local(self, tokens_N: Tensor) -> Tensor:
-        """Ids within the part; those of other ranks fall outside of it."""
-        return tokens_N.long() - self.bounds[self.rank]
+def linear_gradients(
+    backend: Any, inputs: LinearInputs, stats: Tensor, slopes: Slopes, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """A backend's gradients of (hidden, weight, bias); the weight and the bias are this rank's."""
+    hidden, *head = backend.linear_gradients(inputs, stats, slopes, needed)
+    if inputs.shard is not None and hidden is not None:
+        hidden = summed(hidden, group_of(inputs.shard.group))
+    return [hidden, *head]
 
-    def holders(self, local_N: Tensor) -> Tensor:
-        """bool [K, N]: whether rank k holds the token; nobody does if its id is outside the whole vocabulary."""
-        tokens_N = local_N + self.bounds[self.rank]
-        return (tokens_N >= self.bounds[:-1, None]) & (tokens_N < self.bounds[1:, None])
+
+def sweep(
+    backend: Any, inputs: LinearInputs, objective: Objective, needed: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """A backend's statistics and gradients of the loss. Of a part of the vocabulary it takes two sweeps: no slope is
+    known before the other ranks have given their statistics.
+    """
+    if inputs.shard is None:
+        return backend.sweep(inputs, objective, needed)
+    stats, _ = statistics(backend, inputs, None)
+    if not any(needed):
+        return stats, [None] * len(needed)
+    *_, slopes = objective.evaluate(stats[0], stats[1], stats[5] if len(stats) == 8 else None)
+    return stats, linear_gradients(backend, inputs, stats, slopes, needed)
 
 
 def group_of(name: str) -> ProcessGroup:
@@ -78,20 +105,24 @@ def summed(x_NH: Tensor, group: ProcessGroup) -> Tensor:
     return gathered(own, group).flatten(0, 1)[:count]
 
 
-def whole_statistics(
-    local: Tensor, shard: Shard, tokens_N: Tensor, temperature: float | Tensor, mask_N: Tensor | None, logs: bool
-) -> Tensor:
-    """`stats` [S, N] of the whole vocabulary from a backend's of this rank's part, by local ids.
-
-    `logs`: whether the backend keeps totals as their logarithms.
-    """
-    stats_KSN = gathered(local if logs else log_totals(local), group_of(shard.group))
-    stats = merged(stats_KSN, shard.holders(tokens_N), temperature)
-    if mask_N is not None:
-        stats = stats.where(mask_N, 0)
-    if not logs:
-        stats.unflatten(0, (-1, 4))[:, 3].exp_()
-    return stats
+def agreed_vocabulary(
+    group: ProcessGroup, tokens: Tensor, width: int, mask: Tensor | None, **tensors: Tensor | None
+) -> int:
+    """The size of the whole vocabulary; ranks that do not give the same of all else raise. Waits for the device."""
+    numbers = {"the number of tokens": tokens.numel(), "whether mask is given": int(mask is not None)}
+    for name, x in tensors.items():
+        numbers[f"the width of {name}"] = 0 if x is None else 1 if name.endswith("logits") else x.shape[-1]
+    own = torch.tensor([width, *numbers.values()], device=tokens.device)
+    widths, *others = gathered(own, group).T.tolist()
+    for name, found in zip(numbers, others, strict=True):
+        if len(set(found)) > 1:
+            raise ValueError(f"{name} is {found} on the ranks of process_group; all must have the same tokens")
+    for name, x in (("tokens", tokens.long()), ("mask", mask)):
+        if x is not None:
+            x_KN = gathered(x.flatten(), group)
+            if not torch.equal(x_KN, x_KN[:1].expand_as(x_KN)):
+                raise ValueError(f"{name} differs between the ranks of process_group; all must have the same tokens")
+    return sum(widths)
 
 
 def log_totals(stats: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from safe_kernels import (
     checks,
+    inputs,
     library,
     linear_policy_loss,
     linear_safe_terms,
@@ -27,7 +28,6 @@ from safe_kernels import (
     token_stats,
     vocab_parallel,
 )
-from safe_kernels.inputs import LogitsInputs
 
 BACKENDS = ["reference", *conftest.BACKENDS]
 VOCABULARY = 37
@@ -232,16 +232,19 @@ def a_dtensor_is_its_part(group, widths):
 def another_dtensor_is_refused(group, widths):
     mesh, case = init_device_mesh("cpu", (group.size(),)), linear_case()
     alone, *_ = [own for own in (distributed.new_group([rank]) for rank in range(group.size())) if own != -100]
-    few = distribute_tensor(torch.ones(1, 16), mesh, [Shard(0)])
-    for weight, process_group, message in (
-        (distribute_tensor(case["weight"], mesh, [Replicate()]), group, r"placements \(Replicate\(\),\).*Shard\(0\)"),
-        (distribute_tensor(case["weight"], mesh, [Shard(1)]), group, r"must have Shard\(0\) on the group's ranks"),
-        (distribute_tensor(case["weight"], mesh, [Shard(0)]), alone, r"on the ranks \[0, 1\].*in their order: \[.\]"),
-        (distribute_tensor(case["weight"], mesh, [Shard(0)]), None, "weight is a DTensor.*give their process_group"),
-        (few, group, "leaves none of axis 0 to the last"),
+    for tensor, placement, process_group, message in (
+        (case["weight"], Replicate(), group, r"placements \(Replicate\(\),\).*Shard\(0\)"),
+        (case["weight"], Shard(1), group, r"must have Shard\(0\) on the group's ranks"),
+        (case["weight"], Shard(0), alone, r"on the ranks \[0, 1\].*in their order: \[.\]"),
+        (case["weight"], Shard(0), None, "weight is a DTensor.*give their process_group"),
+        (torch.ones(1, 16), Shard(0), group, "leaves none of axis 0 to the last"),
     ):
+        weight = distribute_tensor(tensor, mesh, [placement])
         with pytest.raises(ValueError, match=message):
             linear_token_stats(**case | {"weight": weight, "process_group": process_group})
+    logits = {"logits": distribute_tensor(torch.ones(3, 7, 37), mesh, [Shard(2)])}
+    with pytest.raises(ValueError, match="logits is a DTensor.*give their process_group"):
+        token_stats(**logits_case(reference=False) | logits)
 
 
 def a_group_without_this_rank_is_refused(group, widths):
@@ -257,9 +260,9 @@ def ranks_that_disagree_are_told(group, widths):
         patch.setenv("SAFE_KERNELS_DEBUG", "1")
         _, part = whole_and_part(linear_case(), group, widths)
         linear_token_stats(**part)  # ids of another rank are no mistake
-        with pytest.raises(ValueError, match=r"the number of tokens differs .*: \[21, 28\]"):
+        with pytest.raises(ValueError, match=r"the number of tokens is \[21, 28\] on the ranks"):
             linear_token_stats(**part_of(linear_case((3 + rank, 7)), rank, widths), process_group=group)
-        with pytest.raises(ValueError, match=r"hidden differs .*: \[16, 17\]"):
+        with pytest.raises(ValueError, match=r"the width of hidden is \[16, 17\] on the ranks"):
             linear_token_stats(**part_of(linear_case(width=16 + rank), rank, widths), process_group=group)
         with pytest.raises(ValueError, match="tokens differs between the ranks"):
             linear_token_stats(**part | {"tokens": part["tokens"] + rank})
@@ -509,7 +512,7 @@ def test_any_split_is_the_whole(backend, split):
     parts = []
     for rank in range(len(widths)):
         part = part_of(case, rank, widths) | {"mask": None}
-        parts.append(LogitsInputs.of(**part, shard=vocab_parallel.Shard("", rank, bounds)))
+        parts.append(inputs.LogitsInputs.of(**part, shard=inputs.Shard("", rank, bounds)))
     local = [module.logits_statistics(part, None)[0] for part in parts]
     local = torch.stack([x if module.TOTALS_ARE_LOGS else vocab_parallel.log_totals(x) for x in local])
     merged = vocab_parallel.merged(local, parts[0].shard.holders(parts[0].tokens_N), case["temperature"])
@@ -525,9 +528,7 @@ def test_any_split_is_the_whole(backend, split):
         module.logits_gradient(part, merged, slopes, gradient)
     found["d logits"] = torch.cat(gradients, -1)
 
-    size = max(
-        1.0, *(x[x.isfinite()].abs().max().item() for x in (case["logits"], case["ref_logits"]) if x.isfinite().any())
-    )
+    size = max(1.0, *(case[x].nan_to_num(neginf=0).abs().max().item() for x in ("logits", "ref_logits")))
     for name, x in found.items():
         allowed = 64 * torch.finfo(torch.float32).eps * size / min(1.0, case["temperature"])
         message = functools.partial(lambda name, text: f"{name}: {text}", name)
