@@ -98,6 +98,8 @@ def test_id_outside_the_vocabulary(any_backend, index):
     others[1, 2] = False
     for name, x in stats._asdict().items():
         assert torch.equal(x[others], clean[name][others]), name
+    gradient = evaluate(token_stats, case, any_backend, ["logits"])["d logits"]
+    assert gradient[1, 2].isnan().all() and gradient[others].isfinite().all()
     masked = evaluate(token_stats, case | {"mask": others}, any_backend, ["logits"])
     assert all(x[1, 2].eq(0).all() for x in masked.values())
 

@@ -90,6 +90,7 @@ def edges():
         "a large offset": [("logits", everywhere, everywhere, 1e4), ("ref_logits", everywhere, everywhere, -5e3)],
         "a part far below": [("logits", 1, first, -200.0)],
         "a part far below, and the reference nowhere": [("logits", 1, first, -300.0), ("ref_logits", 1, first, -inf)],
+        "a part far below, and one of the reference": [("logits", 1, first, -300.0), ("ref_logits", 1, 3, -inf)],
     }
     found = {}
     for edge, changes in places.items():
@@ -487,16 +488,14 @@ def seen_op(seen, registered, *arguments):
 
 @st.composite
 def splits(draw):
-    """Logits of a few tokens, some of them -inf, and the widths of the parts."""
-    widths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
-    case = logits_case(
-        (4,), sum(widths), seed=draw(st.integers(0, 2**31)), scale=draw(st.sampled_from([0.1, 5.0, 50.0]))
-    )
+    """Logits of some tokens, here and there -inf or NaN, and the widths of the parts."""
+    widths, seed = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4)), draw(st.integers(0, 2**31))
+    case = logits_case((9,), sum(widths), seed=seed, scale=draw(st.sampled_from([0.1, 5.0, 50.0])))
     case["temperature"] = draw(st.sampled_from([0.3, 1.0, 2.5]))
-    chance, noise = draw(st.sampled_from([0.0, 0.5, 0.97])), torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    noise = torch.Generator().manual_seed(seed)
     for name in ("logits", "ref_logits"):
-        case[name][torch.rand(case[name].shape, generator=noise) < chance] = -math.inf
-        noise = noise if draw(st.booleans()) else noise.manual_seed(noise.initial_seed())  # -inf at the same places
+        case[name][torch.rand(case[name].shape, generator=noise) < draw(st.sampled_from([0.0, 0.5, 0.9]))] = -math.inf
+        case[name][torch.rand(case[name].shape, generator=noise) < draw(st.sampled_from([0.0, 0.02]))] = math.nan
     return case, widths
 
 
@@ -519,7 +518,7 @@ def test_any_split_is_the_whole(backend, split):
     found = dict(zip(("logprob", "entropy", "ref_logprob", "kl"), merged[[0, 1, 4, 5]], strict=True))
 
     draw = torch.Generator().manual_seed(99)
-    upstream = {name: torch.randn(4, generator=draw) for name in ("logprob", "entropy", "ref_logprob", "kl")}
+    upstream = {name: torch.randn(9, generator=draw) for name in ("logprob", "entropy", "ref_logprob", "kl")}
     if not module.TOTALS_ARE_LOGS:
         merged[[3, 7]] = merged[[3, 7]].exp()
     gradients = [torch.empty_like(part.logits) for part in parts]
@@ -528,7 +527,7 @@ def test_any_split_is_the_whole(backend, split):
         module.logits_gradient(part, merged, slopes, gradient)
     found["d logits"] = torch.cat(gradients, -1)
 
-    size = max(1.0, *(case[x].nan_to_num(neginf=0).abs().max().item() for x in ("logits", "ref_logits")))
+    size = max(1.0, *(case[x].nan_to_num(0, neginf=0).abs().max().item() for x in ("logits", "ref_logits")))
     for name, x in found.items():
         allowed = 64 * torch.finfo(torch.float32).eps * size / min(1.0, case["temperature"])
         message = functools.partial(lambda name, text: f"{name}: {text}", name)
