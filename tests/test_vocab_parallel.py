@@ -120,14 +120,14 @@ def part_of(case, rank, widths):
     return {**case, **parts}
 
 
-def whole_and_part(case, group, widths):
-    return case, part_of(case, group.rank(), widths) | {"process_group": group}
+def shared(case, group, widths):
+    return part_of(case, group.rank(), widths) | {"process_group": group}
 
 
 def only_what_is_needed_is_exchanged(group, widths):
     """Numbers of a token, never a column; the hidden gradient once, and only if someone wants it."""
     tokens, width, ranks = 6, 16, group.size()
-    _, part = whole_and_part(linear_case((tokens,), bias=True), group, widths)
+    part = shared(linear_case((tokens,), bias=True), group, widths)
     for wrt, backwards in (
         ([], []),
         (["weight", "bias"], []),
@@ -150,7 +150,7 @@ def seen_exchange(seen, name, exchange, received, sent, **options):
 
 def nothing_asks_the_device(group, widths):
     for op, case in ((linear_token_stats, linear_case(bias=True)), (linear_policy_loss, policy_case(**LOSS))):
-        _, part = whole_and_part(case, group, widths)
+        part = shared(case, group, widths)
         with Allocations() as seen:
             evaluate(op, part, "torch", ["hidden", "weight"])
         assert not seen.operators & {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
@@ -158,7 +158,7 @@ def nothing_asks_the_device(group, widths):
 
 def a_row_does_not_depend_on_the_batch(group, widths):
     """Bitwise, in the results and the hidden gradient, for which the rows of a batch are shared out."""
-    _, part = whole_and_part(linear_case((9,), batch_invariant=True, temperature=0.9), group, widths)
+    part = shared(linear_case((9,), batch_invariant=True, temperature=0.9), group, widths)
     for backend in conftest.BACKENDS:
         found = []
         for rows in (slice(0, 9), slice(0, 1), slice(3, 4), slice(2, 7)):
@@ -174,7 +174,7 @@ def a_row_does_not_depend_on_the_batch(group, widths):
 def a_loss_has_the_bits_of_the_scoring(group, widths):
     """With and without a gradient: a ratio of exactly 1; and only the loss carries a gradient."""
     for backend in conftest.BACKENDS:
-        _, part = whole_and_part(linear_case(mask=some_mask(), temperature=0.7), group, widths)
+        part = shared(linear_case(mask=some_mask(), temperature=0.7), group, widths)
         scored = linear_token_stats(**part, backend=backend)
         part |= {"old_logprob": scored.logprob, "advantage": torch.ones(3, 7), "entropy_coef": 0.1}
         part["hidden"].requires_grad_()
@@ -191,13 +191,13 @@ def a_loss_has_the_bits_of_the_scoring(group, widths):
 
 def two_runs_have_the_same_bits(group, widths):
     for backend in conftest.BACKENDS:
-        _, part = whole_and_part(linear_case(), group, widths)
+        part = shared(linear_case(), group, widths)
         runs = [evaluate(linear_token_stats, part, backend, ["hidden", "weight"]) for _ in range(2)]
         assert all(torch.equal(x, runs[1][name]) for name, x in runs[0].items())
 
 
 def the_gradient_is_written_over_the_logits(group, widths):
-    _, part = whole_and_part(logits_case(), group, widths)
+    part = shared(logits_case(), group, widths)
     for backend in conftest.BACKENDS:
         leaf, found = part["logits"].clone().requires_grad_(), []
         logits = leaf * 1
@@ -259,7 +259,7 @@ def ranks_that_disagree_are_told(group, widths):
     rank = group.rank()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAFE_KERNELS_DEBUG", "1")
-        _, part = whole_and_part(linear_case(), group, widths)
+        part = shared(linear_case(), group, widths)
         linear_token_stats(**part)  # ids of another rank are no mistake
         with pytest.raises(ValueError, match=r"the number of tokens is \[21, 28\] on the ranks"):
             linear_token_stats(**part_of(linear_case((3 + rank, 7)), rank, widths), process_group=group)
@@ -270,12 +270,12 @@ def ranks_that_disagree_are_told(group, widths):
         with pytest.raises(ValueError, match="mask differs between the ranks"):
             linear_token_stats(**part | {"mask": part["tokens"] != rank})
         with pytest.raises(ValueError, match=r"tokens has the id 37; it must be in \[0, 37\)"):
-            token_stats(**whole_and_part(logits_case(), group, widths)[1] | {"tokens": torch.full((3, 7), 37)})
+            token_stats(**shared(logits_case(), group, widths) | {"tokens": torch.full((3, 7), 37)})
 
 
 def activation_checkpointing(group, widths):
     for backend in BACKENDS:
-        _, part = whole_and_part(linear_case(), group, widths)
+        part = shared(linear_case(), group, widths)
         hidden = part.pop("hidden").requires_grad_()
 
         def loss(hidden, backend=backend, part=part):
@@ -288,7 +288,7 @@ def activation_checkpointing(group, widths):
 
 
 def one_compiled_graph(group, widths):
-    _, part = whole_and_part(linear_case(mask=some_mask()), group, widths)
+    part = shared(linear_case(mask=some_mask()), group, widths)
     hidden = part.pop("hidden").requires_grad_()
 
     def loss(hidden):
@@ -324,14 +324,13 @@ def results_of_a_rank(names, behaviours):
     """In a process of a group: of every case and edge on every backend; and what went wrong in the behaviours."""
     patch = pytest.MonkeyPatch()
     conftest.make_small(patch)
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=180))
     group, widths, found = distributed.group.WORLD, WIDTHS[distributed.get_world_size()], {}
     tasks = {name: of(name) for name in names}
     tasks |= {edge: (token_stats, case, ["logits"]) for edge, case in edges().items()}
     for backend in BACKENDS:
         for name, (op, case, wrt) in tasks.items():
-            part = part_of(case, group.rank(), widths) | {"process_group": group}
-            found[backend, name] = arrays(evaluate(op, part, backend, wrt))
+            found[backend, name] = arrays(evaluate(op, shared(case, group, widths), backend, wrt))
     errors = {name: error_of(behaviour, group, widths) for name, behaviour in behaviours.items()}
     distributed.barrier()  # nobody leaves while another still listens
     return found, errors
