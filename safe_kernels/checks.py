@@ -11,7 +11,9 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+
+from . import vocab_parallel
 
 
 def debugging() -> bool:
@@ -103,7 +105,57 @@ def is_coefficient(name: str, x: object) -> float | Tensor:
     return x.detach()
 
 
-def logits_arguments(logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor | None) -> None:
+def parts_of(process_group, axis: int = 0, **tensors: Tensor | None) -> list[Any]:
+    """What this rank holds of tensors that have the vocabulary along `axis`, DTensors or not, and the group: None if it
+    is of one rank, which holds the whole.
+    """
+    if process_group is None:
+        for name, x in tensors.items():
+            _is_no_dtensor(name, x)
+        return [*tensors.values(), None]
+    if not distributed.is_available() or not isinstance(process_group, distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group is {type(process_group).__name__}; it must be a torch.distributed.ProcessGroup that has "
+            "this rank in it, or None"
+        )
+    parts = [_part(name, x, process_group, axis) if _is_dtensor(x) else x for name, x in tensors.items()]
+    return [*parts, process_group if process_group.size() > 1 else None]
+
+
+def _part(name, x, process_group, axis):
+    ranks, mesh, axis = distributed.get_process_group_ranks(process_group), x.device_mesh.mesh.tolist(), axis % x.dim()
+    if mesh != ranks or not x.placements[0].is_shard(axis):
+        raise ValueError(
+            f"{name} is a DTensor with the placements {x.placements} on the ranks {mesh}; with process_group it must "
+            f"have Shard({axis}) on the group's ranks, in their order: {ranks}. They must hold the same tokens: those "
+            "of FSDP hold different ones, and its weights must be gathered first"
+        )
+    widest = -(-x.shape[axis] // len(ranks))
+    if widest * (len(ranks) - 1) >= x.shape[axis]:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)} on {len(ranks)} ranks, which leaves none of axis {axis} to the last; "
+            "every rank must hold at least one id"
+        )
+    return x.to_local(grad_placements=x.placements)
+
+
+def _is_no_dtensor(name, x):
+    if _is_dtensor(x):
+        raise ValueError(
+            f"{name} is a DTensor; it must be the whole {name}. A shard holds part of the vocabulary, while each rank "
+            f"of FSDP holds other tokens: gather it first ({name}.full_tensor(), or call inside the module's forward). "
+            "Where tensor-parallel ranks hold the same tokens, give their process_group"
+        )
+
+
+def _is_dtensor(x):
+    module = sys.modules.get("torch.distributed.tensor")  # without it there is none
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def logits_arguments(
+    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, mask: Tensor | None, process_group=None
+) -> None:
     if is_floating("logits", logits).dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be (..., V) with V >= 1")
     are_tokens(tokens, logits.shape[:-1], logits.device, "logits")
@@ -111,7 +163,7 @@ def logits_arguments(logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, 
     if ref_logits is not None:
         has_shape("ref_logits", is_floating("ref_logits", ref_logits), logits.shape, "that of logits")
         is_on("ref_logits", ref_logits, logits.device)
-    debug_values(tokens, logits.shape[-1], mask, logits=logits, ref_logits=ref_logits)
+    debug_values(tokens, logits.shape[-1], mask, process_group, logits=logits, ref_logits=ref_logits)
 
 
 def head_arguments(
@@ -126,6 +178,7 @@ def head_arguments(
     softcap: float | None,
     logit_scale: float,
     mask: Tensor | None,
+    process_group=None,
 ) -> dict[str, Any]:
     """Check how hidden states become logits; return it as keyword arguments of every `linear_*` function."""
     if is_floating("hidden", hidden).dim() == 0:
@@ -139,7 +192,7 @@ def head_arguments(
                 raise ValueError(f"{name} is given without ref_hidden; it must be None, or ref_hidden given")
     else:
         _is_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    debug_values(tokens, len(weight), mask, hidden=hidden, ref_hidden=ref_hidden)
+    debug_values(tokens, len(weight), mask, process_group, hidden=hidden, ref_hidden=ref_hidden)
     return {
         "bias": bias,
         "ref_hidden": ref_hidden,
@@ -148,6 +201,7 @@ def head_arguments(
         "temperature": is_temperature(temperature, tokens, mask, hidden),
         "softcap": None if softcap is None else is_positive("softcap", softcap),
         "logit_scale": is_number("logit_scale", logit_scale),
+        "process_group": process_group,
     }
 
 
@@ -182,7 +236,7 @@ def value_arguments(
 def is_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
     """hidden [..., H], weight [V, H], bias [V] or None."""
     name = f"{prefix}weight"
-    _is_whole(name, weight)
+    _is_gathered(name, weight)
     is_floating(name, weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
@@ -219,13 +273,7 @@ def _is_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
         is_on(name, bias, weight.device)
 
 
-def _is_whole(name: str, weight: object) -> None:
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(weight, distributed.DTensor):
-        raise ValueError(
-            f"{name} is a DTensor; it must be the whole weight. A shard holds part of the vocabulary, while each rank "
-            "of FSDP holds other tokens: gather it first (weight.full_tensor(), or call inside the module's forward)"
-        )
+def _is_gathered(name: str, weight: object) -> None:
     if isinstance(weight, Tensor) and weight.numel() == 0:
         raise ValueError(
             f"{name} is empty, shape {tuple(weight.shape)}; it must be the whole weight. An empty tensor is what FSDP "
@@ -275,10 +323,14 @@ def is_time(tokens_like: Tensor, cu_seqlens: object, bootstrap: object = None) -
         is_on("bootstrap", bootstrap, tokens_like.device)
 
 
-def debug_values(tokens: Tensor, vocabulary: int, mask: Tensor | None, **tensors: Tensor | None) -> None:
+def debug_values(
+    tokens: Tensor, vocabulary: int, mask: Tensor | None, process_group=None, **tensors: Tensor | None
+) -> None:
     """With SAFE_KERNELS_DEBUG=1: live ids inside the vocabulary, and no NaN in the rows of live tokens."""
     if not debugging():
         return
+    if process_group is not None:
+        vocabulary = vocab_parallel.agreed_vocabulary(process_group, tokens, vocabulary, mask, **tensors)
     live = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     outside = live & ((tokens < 0) | (tokens >= vocabulary))
     if outside.any():

@@ -9,12 +9,30 @@ import torch
 from torch import Tensor
 
 
+class Shard(NamedTuple):
+    """Which part of the vocabulary this rank holds."""
+
+    group: str  # its name
+    rank: int
+    bounds: Tensor  # [K + 1] int64: rank r holds the ids from bounds[r] to bounds[r + 1]
+
+    def local(self, tokens_N: Tensor) -> Tensor:
+        """Ids within the part; those of other ranks fall outside of it."""
+        return tokens_N.long() - self.bounds[self.rank]
+
+    def holders(self, local_N: Tensor) -> Tensor:
+        """bool [K, N]: whether rank k holds the token; nobody does if its id is outside the whole vocabulary."""
+        tokens_N = local_N + self.bounds[self.rank]
+        return (tokens_N >= self.bounds[:-1, None]) & (tokens_N < self.bounds[1:, None])
+
+
 class LogitsInputs(NamedTuple):
     logits: Tensor  # [..., V], in the caller's strides
     tokens_N: Tensor
     ref_logits: Tensor | None
     temperature: float | Tensor  # [N]
     mask_N: Tensor | None
+    shard: Shard | None  # None: logits of the whole vocabulary; else of a part, and tokens_N count from its first id
 
     @classmethod
     def of(
@@ -25,9 +43,11 @@ class LogitsInputs(NamedTuple):
         ref_logits: Tensor | None,
         temperature: float | Tensor,
         mask: Tensor | None,
+        shard: Shard | None = None,
     ) -> "LogitsInputs":
         ref_logits = None if ref_logits is None else ref_logits.detach()
-        return cls(logits, flat(tokens), ref_logits, flat_temperature(temperature), flat_or_none(mask))
+        tokens_N = local(tokens, shard)
+        return cls(logits, tokens_N, ref_logits, flat_temperature(temperature), flat_or_none(mask), shard)
 
 
 class LinearInputs(NamedTuple):
@@ -43,6 +63,7 @@ class LinearInputs(NamedTuple):
     softcap: float | None
     logit_scale: float
     batch_invariant: bool
+    shard: Shard | None  # None: the head of the whole vocabulary; else of a part, and tokens_N count from its first id
 
     @classmethod
     def of(
@@ -60,6 +81,7 @@ class LinearInputs(NamedTuple):
         softcap: float | None,
         logit_scale: float,
         batch_invariant: bool,
+        shard: Shard | None = None,
     ) -> "LinearInputs":
         return cls(
             _rows(hidden),
@@ -68,12 +90,13 @@ class LinearInputs(NamedTuple):
             None if ref_hidden is None else _rows(ref_hidden.detach()),
             None if ref_weight is None else ref_weight.detach(),
             None if ref_bias is None else ref_bias.detach(),
-            flat(tokens),
+            local(tokens, shard),
             flat_temperature(temperature),
             flat_or_none(mask),
             softcap,
             logit_scale,
             batch_invariant,
+            shard,
         )
 
     def take(self, rows: Tensor) -> "LinearInputs":
@@ -135,6 +158,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def flat(x: Tensor) -> Tensor:
     return x.reshape(-1)
+
+
+def local(tokens: Tensor, shard: Shard | None) -> Tensor:
+    return flat(tokens) if shard is None else shard.local(flat(tokens))
 
 
 def flat_or_none(x: Tensor | None) -> Tensor | None:

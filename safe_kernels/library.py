@@ -7,10 +7,14 @@ here once for all of them. An op returns plain tensors, empty where there is not
     logits_gradient(inputs, stats, slopes, out)   d loss / d logits, written to `out`, which may be the logits
     linear_statistics, linear_gradients           the same from hidden states; gradients of (hidden, weight, bias)
     sweep(inputs, objective, needed)              statistics, and the gradients of the closed-form loss
+    terms_of(terms, stats, mask_N)                the terms [3, N] of tokens whose statistics are known
     soft_min_gae(...)                             value, advantage, returns
 
-`stats` has the rows logprob, entropy, the maximum of the logits and a measure of their sum, as the backend likes it;
-with a reference the same four again: ref_logprob, kl, and so on.
+`stats` has the rows logprob, entropy, the maximum of the logits and the total of their exponentials, or its logarithm
+if TOTALS_ARE_LOGS; with a reference the same four again: ref_logprob, kl, and so on. A token's log-prob that is NaN has
+a NaN gradient. That, and not its id, tells a backward of an id outside the vocabulary: where `inputs.shard` says that
+this rank has only a part of it, a backend computes the statistics of that part, gets back those of the whole, and finds
+in its part no token that another rank holds.
 
 Shapes: N tokens, V vocabulary, H hidden width.
 """
@@ -19,27 +23,46 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .inputs import LinearInputs, LogitsInputs, Terms, compute_dtype
+from . import reference, vocab_parallel
+from .inputs import LinearInputs, LogitsInputs, Shard, Terms, compute_dtype
 from .objective import Objective
 from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
 from .schema import Signature
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 Slopes = tuple[Tensor | None, Tensor | None, Tensor | None]  # d loss / d (logprob, entropy, kl) [N]; None is none
 
 
-def token_stats(logits: Tensor, tokens: Tensor, *, inplace_backward: bool, backend: str, **options: Any) -> TokenStats:
-    inputs = LogitsInputs.of(logits, tokens, **options)
+def token_stats(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    inplace_backward: bool,
+    process_group: ProcessGroup | None,
+    backend: str,
+    **options: Any,
+) -> TokenStats:
+    inputs = LogitsInputs.of(logits, tokens, **options, shard=_shard(process_group, logits.shape[-1], tokens))
     return _token_stats(_logits_op(*_LOGITS.flatten(inputs, None, inplace_backward, backend)), tokens.shape)
 
 
-def linear_token_stats(hidden: Tensor, weight: Tensor, tokens: Tensor, *, backend: str, **head: Any) -> TokenStats:
-    inputs = LinearInputs.of(hidden, weight, tokens, **head)
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    process_group: ProcessGroup | None,
+    backend: str,
+    **head: Any,
+) -> TokenStats:
+    inputs = LinearInputs.of(hidden, weight, tokens, **head, shard=_shard(process_group, len(weight), tokens))
     return _token_stats(_linear_op(*_LINEAR.flatten(inputs, None, backend)), tokens.shape)
 
 
@@ -51,21 +74,29 @@ def safe_terms(
     temperature: float | Tensor,
     mask: Tensor | None,
     inplace_backward: bool,
+    process_group: ProcessGroup | None,
     backend: str,
     **options: Any,
 ) -> SafeTerms:
-    inputs = LogitsInputs.of(logits, tokens, ref_logits=ref_logits, temperature=temperature, mask=mask)
+    shard = _shard(process_group, logits.shape[-1], tokens)
+    inputs = LogitsInputs.of(logits, tokens, ref_logits=ref_logits, temperature=temperature, mask=mask, shard=shard)
     terms = Terms.of(*values, **options)
     found = _logits_op(*_LOGITS.flatten(inputs, terms, inplace_backward, backend))
     return SafeTerms._make(x.view(tokens.shape) for x in found[:-1])
 
 
 def linear_safe_terms(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, *values: Tensor, backend: str, **options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *values: Tensor,
+    process_group: ProcessGroup | None,
+    backend: str,
+    **options: Any,
 ) -> SafeTerms:
     names = ("target_v1", "target_v2", "kl_threshold", "alpha", "gamma", "cu_seqlens")
     terms = Terms.of(*values, **{name: options.pop(name) for name in names})
-    inputs = LinearInputs.of(hidden, weight, tokens, **options)
+    inputs = LinearInputs.of(hidden, weight, tokens, **options, shard=_shard(process_group, len(weight), tokens))
     found = _linear_op(*_LINEAR.flatten(inputs, terms, backend))
     return SafeTerms._make(x.view(tokens.shape) for x in found[:-1])
 
@@ -84,10 +115,11 @@ def linear_policy_loss(
     kl_coef: float | Tensor,
     kl_penalty_coef: float | Tensor,
     kl_threshold: float | Tensor,
+    process_group: ProcessGroup | None,
     backend: str,
     **head: Any,
 ) -> PolicyLoss:
-    inputs = LinearInputs.of(hidden, weight, tokens, **head)
+    inputs = LinearInputs.of(hidden, weight, tokens, **head, shard=_shard(process_group, len(weight), tokens))
     coefficients = (clip_low, clip_high, entropy_coef, kl_coef, kl_penalty_coef, kl_threshold)
     objective = Objective.of(inputs, old_logprob, advantage, loss_weight, *coefficients)
     needed = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs[:3])
@@ -104,6 +136,12 @@ def soft_min(v1: Tensor, v2: Tensor, alpha: float, *, backend: str) -> Tensor:
 def soft_min_gae(v1: Tensor, v2: Tensor, rewards: Tensor, mask: Tensor | None, **options: Any) -> ValueTargets:
     values = (v1.detach(), v2.detach(), rewards.detach(), mask)
     return ValueTargets._make(_gae_op(*values, *(options[name] for name in _GAE.names[len(values) :])))
+
+
+def _shard(group: ProcessGroup | None, width: int, tokens: Tensor) -> Shard | None:
+    if group is None:
+        return None
+    return Shard(group.group_name, group.rank(), _bounds_op(tokens, width, group.group_name))
 
 
 def _token_stats(found: Sequence[Tensor], shape: torch.Size) -> TokenStats:
@@ -146,6 +184,7 @@ _LINEAR = Signature(inputs=LinearInputs, terms=Terms | None, backend=str)
 _NEEDS = dict.fromkeys(("need_hidden", "need_weight", "need_bias"), bool)
 _LINEAR_BACKWARD = Signature(inputs=LinearInputs, backend=str, stats=Tensor, **_SLOPES, **_NEEDS)
 _LOSS = Signature(inputs=LinearInputs, objective=Objective, **_NEEDS, backend=str)
+_BOUNDS = Signature(like=Tensor, width=int, group=str)
 _SCALED = Signature(gradient=Tensor, factor=Tensor, dtype=str)
 _GAE = Signature(
     v1=Tensor,
@@ -163,12 +202,12 @@ _GAE = Signature(
 
 @_register("token_stats", _LOGITS, _STATISTICS)
 def _logits_op(inputs: LogitsInputs, terms: Terms | None, inplace_backward: bool, backend: str) -> tuple[Tensor, ...]:
-    return _found(*_backend(backend).logits_statistics(inputs, terms))
+    return _found(*vocab_parallel.statistics(_backend(backend), inputs, terms))
 
 
 @_register("linear_token_stats", _LINEAR, _STATISTICS)
 def _linear_op(inputs: LinearInputs, terms: Terms | None, backend: str) -> tuple[Tensor, ...]:
-    return _found(*_backend(backend).linear_statistics(inputs, terms))
+    return _found(*vocab_parallel.statistics(_backend(backend), inputs, terms))
 
 
 def _found(stats: Tensor, terms: Tensor | None) -> tuple[Tensor, ...]:
@@ -216,8 +255,7 @@ def _logits_backward_inplace_op(inputs: LogitsInputs, backend: str, stats: Tenso
 
 @_register("linear_token_stats_backward", _LINEAR_BACKWARD, "(Tensor, Tensor, Tensor)")
 def _linear_backward_op(inputs: LinearInputs, backend: str, stats: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    slopes, needed = rest[:3], rest[3:]
-    sums = _backend(backend).linear_gradients(inputs, stats, slopes, needed)
+    sums = vocab_parallel.linear_gradients(_backend(backend), inputs, stats, rest[:3], rest[3:])
     leaves = (inputs.hidden_NH, inputs.weight_VH, inputs.bias_V)
     gradients = (None if x is None or leaf is None else x.to(leaf.dtype) for x, leaf in zip(sums, leaves, strict=True))
     return tuple(stats.new_empty(0) if x is None else x for x in gradients)
@@ -313,12 +351,12 @@ _linear_op.register_autograd(_linear_backward, setup_context=_statistics_context
 def _loss_op(inputs: LinearInputs, objective: Objective, *rest: Any) -> tuple[Tensor, ...]:
     """loss, clip_fraction, logprob, entropy, ref_logprob, kl, and the gradients of (hidden, weight, bias)."""
     *needed, backend = rest
-    stats, gradients = _backend(backend).sweep(inputs, objective, tuple(needed))
+    stats, gradients = vocab_parallel.sweep(_backend(backend), inputs, objective, tuple(needed))
     logprob, entropy, _, kl = _results(stats)
     loss_N, is_clipped_N, _ = objective.evaluate(logprob, entropy, kl if len(stats) == 8 else None)
     clip_fraction = (objective.share_N * is_clipped_N).sum()
-    gradients = (stats.new_empty(0) if x is None else x for x in gradients)
-    return loss_N.sum(), clip_fraction, *(x.clone() for x in _results(stats)), *gradients
+    gradients_or_empty = (stats.new_empty(0) if x is None else x for x in gradients)
+    return loss_N.sum(), clip_fraction, *(x.clone() for x in _results(stats)), *gradients_or_empty
 
 
 @_loss_op.register_fake
@@ -355,6 +393,16 @@ def _(gradient: Tensor, factor: Tensor, dtype: str) -> Tensor:
 
 
 _loss_op.register_autograd(_loss_backward, setup_context=_save_loss)
+
+
+@_register("vocabulary_bounds", _BOUNDS, "Tensor")
+def _bounds_op(like: Tensor, width: int, group: str) -> Tensor:
+    return vocab_parallel.bounds_of(like, width, vocab_parallel.group_of(group))
+
+
+@_bounds_op.register_fake
+def _(like: Tensor, width: int, group: str) -> Tensor:
+    return like.new_empty(vocab_parallel.group_of(group).size() + 1, dtype=torch.int64)
 
 
 @_register("soft_min_gae", _GAE, "(Tensor, Tensor, Tensor)")

@@ -7,18 +7,32 @@ results of exactly 0 and gradients of exactly 0, and what its row holds, NaN inc
 Every function takes `backend`: "triton", "torch", "reference", or None, which is the environment variable
 SAFE_KERNELS_BACKEND or else Triton on GPUs, and PyTorch elsewhere and for float64. Wrong arguments raise ValueError or
 TypeError at the call. SAFE_KERNELS_DEBUG=1 also checks what needs a synchronisation with the device: ids, NaN, the
-values of tensors.
+values of tensors; and what needs an exchange between ranks: that they agree.
+
+With `process_group` its ranks share the vocabulary, as tensor-parallel ranks do. Of what has an axis V each rank gives
+its part, of at least one id; the parts follow one another in the order of the ranks and need not be equal. Of all else,
+hidden states, tokens (ids of the whole vocabulary), masks, temperature, every rank gives the same: FSDP's do not. Every
+rank gets the results of the whole vocabulary, with the same bits, and must compute the same loss from them, as incoming
+gradients are taken to be the same on all ranks; none may leave out a call or a backward. Gradients of a part stay with
+its rank, that of the hidden states is complete on each. What is exchanged: the sizes of the parts, 4 numbers a token, 8
+with a reference, and the hidden gradient in float32; never logits, except by the reference backend, which gathers them.
+A DTensor that is sharded along V over the group stands for its part, and its gradient is such a DTensor.
 """
+
+from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import checks, library, reference
 from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _BACKENDS = ("reference", "torch", "triton")
 
@@ -31,6 +45,7 @@ def token_stats(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> TokenStats:
     """Log-prob of each token, entropy, and exact KL to a reference, from logits. Equivalent to
@@ -47,11 +62,13 @@ def token_stats(
         mask: [...] bool.
         inplace_backward: write the gradient over `logits`, which must not be a leaf. A second backward, or another
             operation that needs the logits afterwards, raises.
+        process_group: the ranks that share the vocabulary; None is this one alone. See the top of this module.
 
     Returns:
         TokenStats; `ref_logprob` and `kl` are None without `ref_logits`.
     """
-    checks.logits_arguments(logits, tokens, ref_logits, mask)
+    logits, ref_logits, group = checks.parts_of(process_group, -1, logits=logits, ref_logits=ref_logits)
+    checks.logits_arguments(logits, tokens, ref_logits, mask, group)
     if inplace_backward:
         checks.may_be_overwritten("logits", logits)
     temperature = checks.is_temperature(temperature, tokens, mask, logits)
@@ -64,6 +81,7 @@ def token_stats(
         temperature=temperature,
         mask=mask,
         inplace_backward=inplace_backward,
+        process_group=group,
     )
 
 
@@ -81,6 +99,7 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     batch_invariant: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> TokenStats:
     """The same from hidden states and the head's weight; the logits are never stored. Equivalent to
@@ -91,19 +110,23 @@ def linear_token_stats(
 
     Args:
         hidden: [..., H], any floating dtype.
-        weight: [V, H], the whole of it: a shard raises.
+        weight: [V, H], the whole of it, or with `process_group` this rank's rows: any other shard raises.
         bias: [V].
         ref_hidden: [..., H'] of the reference; None is no reference.
         ref_weight: [V, H']; None shares `weight`, and `bias` unless `ref_bias` is given.
         softcap: > 0, or None for none.
         batch_invariant: a row's results and hidden gradient have the same bits whatever the other rows are. On the
             torch backend that is one row at a time, and slow; the reference refuses it.
+        process_group: the ranks that share the head; None is this one alone. See the top of this module.
 
     The other arguments and the results are those of `token_stats`. Gradients go to hidden, weight and bias, as far as
     they require them.
     """
+    weight, bias, ref_weight, ref_bias, group = checks.parts_of(
+        process_group, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
+    )
     head = checks.head_arguments(
-        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
+        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask, group
     )
     return _call(
         "linear_token_stats", backend, hidden, weight, tokens, mask=mask, batch_invariant=batch_invariant, **head
@@ -127,6 +150,7 @@ def safe_terms(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> SafeTerms:
     """Everything SAFE needs of a token in one call: `token_stats`, and
@@ -146,7 +170,8 @@ def safe_terms(
     The other arguments are those of `token_stats`.
     """
     checks.is_floating("ref_logits", ref_logits)
-    checks.logits_arguments(logits, tokens, ref_logits, mask)
+    logits, ref_logits, group = checks.parts_of(process_group, -1, logits=logits, ref_logits=ref_logits)
+    checks.logits_arguments(logits, tokens, ref_logits, mask, group)
     if inplace_backward:
         checks.may_be_overwritten("logits", logits)
     values = checks.value_arguments(
@@ -165,6 +190,7 @@ def safe_terms(
         temperature=temperature,
         mask=mask,
         inplace_backward=inplace_backward,
+        process_group=group,
         **values,
     )
 
@@ -192,12 +218,16 @@ def linear_safe_terms(
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     batch_invariant: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> SafeTerms:
     """`safe_terms` from hidden states: arguments of `linear_token_stats` and of `safe_terms`."""
     checks.is_floating("ref_hidden", ref_hidden)
+    weight, bias, ref_weight, ref_bias, group = checks.parts_of(
+        process_group, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
+    )
     head = checks.head_arguments(
-        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
+        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask, group
     )
     values = checks.value_arguments(
         tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens
@@ -307,6 +337,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     batch_invariant: bool = False,
+    process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> PolicyLoss:
     """The clipped policy loss with entropy bonus and KL terms, its gradient taken in the forward. Equivalent to
@@ -321,6 +352,9 @@ def linear_policy_loss(
     have the same bits in and out of torch.no_grad and whatever the advantages are, so that a ratio to log-probs that
     this function returned before is exactly 1; on the torch backend they also have those of `linear_token_stats`.
 
+    With `process_group` it takes two sweeps, as no token's slope is known before all ranks have given their statistics:
+    it costs a `linear_token_stats` and its backward, whose bits it has on every backend.
+
     Args:
         old_logprob, advantage: [...]; without gradient.
         loss_weight: [...]; it carries the reduction. Default: 1 / number of live tokens, the token mean.
@@ -333,8 +367,11 @@ def linear_policy_loss(
     Returns:
         PolicyLoss; only `loss` carries a gradient, to hidden, weight and bias as far as they require it.
     """
+    weight, bias, ref_weight, ref_bias, group = checks.parts_of(
+        process_group, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
+    )
     head = checks.head_arguments(
-        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
+        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask, group
     )
     checks.per_token(tokens, old_logprob=old_logprob, advantage=advantage, loss_weight=loss_weight)
     coefficients = {

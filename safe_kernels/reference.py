@@ -9,11 +9,17 @@ import math
 import torch
 from torch import Tensor
 
+from . import vocab_parallel
 from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
 
 
-def token_stats(logits, tokens, *, ref_logits=None, temperature=1.0, mask=None, inplace_backward=False) -> TokenStats:
+def token_stats(
+    logits, tokens, *, ref_logits=None, temperature=1.0, mask=None, inplace_backward=False, process_group=None
+) -> TokenStats:
     """`inplace_backward` is a permission that the reference does not use."""
+    if process_group is not None:
+        logits = _Whole.apply(logits, process_group)
+        ref_logits = None if ref_logits is None else _Whole.apply(ref_logits.detach(), process_group)
     logp = _log_softmax(logits, temperature, mask)
     p = logp.exp()
     # A probability of 0 contributes 0, whatever it is multiplied with.
@@ -42,6 +48,7 @@ def linear_token_stats(
     logit_scale=1.0,
     mask=None,
     batch_invariant=False,
+    process_group=None,
 ) -> TokenStats:
     if batch_invariant:
         raise ValueError(
@@ -50,6 +57,7 @@ def linear_token_stats(
 
     def logits(hidden, weight, bias):
         hidden = _compute(hidden if mask is None else hidden.where(mask[..., None], 0))
+        hidden = hidden if process_group is None else _Shared.apply(hidden, process_group)
         u = hidden @ weight.to(hidden.dtype).T
         u = (u if bias is None else u + bias.to(hidden.dtype)) * logit_scale
         return u if softcap is None else softcap * torch.tanh(u / softcap)
@@ -60,7 +68,8 @@ def linear_token_stats(
         ref_bias = bias if shared and ref_bias is None else ref_bias
         with torch.no_grad():
             ref_logits = logits(ref_hidden, weight if shared else ref_weight, ref_bias)
-    return token_stats(logits(hidden, weight, bias), tokens, ref_logits=ref_logits, temperature=temperature, mask=mask)
+    options = {"temperature": temperature, "mask": mask, "process_group": process_group}
+    return token_stats(logits(hidden, weight, bias), tokens, ref_logits=ref_logits, **options)
 
 
 def safe_terms(
@@ -211,3 +220,34 @@ def _sequences(x, mask, cu_seqlens) -> list[list[tuple[int, ...]]]:
         return [[(t,) for t in range(a, b) if live[t]] for a, b in zip(bounds, bounds[1:], strict=False)]
     rows = [tuple(row) for row in torch.ones(x.shape[:-1]).nonzero().tolist()]
     return [[(*row, t) for t in range(x.shape[-1]) if live[(*row, t)]] for row in rows]
+
+
+class _Whole(torch.autograd.Function):
+    """Logits [..., V] of the whole vocabulary from each rank's columns; all ranks have the same gradient of them."""
+
+    @staticmethod
+    def forward(ctx, columns, group):
+        bounds = vocab_parallel.bounds_of(columns, columns.shape[-1], group).tolist()
+        widths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        ctx.own = slice(*bounds[group.rank() :][:2])
+        padded = torch.nn.functional.pad(columns, (0, max(widths) - columns.shape[-1]))
+        parts = vocab_parallel.gathered(padded, group)
+        return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient[..., ctx.own], None
+
+
+class _Shared(torch.autograd.Function):
+    """Hidden states [..., H] that all ranks have; each rank's columns of the logits add to their gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden, group):
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return vocab_parallel.summed(rows, ctx.group).view(gradient.shape), None

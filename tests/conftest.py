@@ -38,6 +38,17 @@ def float64_backend(request):
 @pytest.fixture
 def kernels(monkeypatch):
     """For every test of the kernels: uninitialised memory is NaN, and tiles are so small that a test has many."""
+    make_small(monkeypatch)
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+def make_small(monkeypatch):
+    """Tiles so small that a test has many."""
     from safe_kernels.torch_backend import linear, rows
     from safe_kernels.triton_backend import launch, values
     from safe_kernels.triton_backend import linear as triton_linear
@@ -53,12 +64,6 @@ def kernels(monkeypatch):
     gemm = launch.GemmChoice(rows=16, columns=16, inner=16, num_warps=1, num_stages=1, split=32)
     monkeypatch.setattr(launch, "gemm_choice", lambda *_: gemm)
     monkeypatch.setattr(values, "SCAN", launch.ScanChoice(tokens=16, num_warps=1))
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 @pytest.fixture
@@ -73,3 +78,12 @@ def coarse(kernels, monkeypatch):
     monkeypatch.setattr(triton_linear, "TILE_BYTES", 64 * 512 * 4)
     monkeypatch.setattr(triton_linear, "SWEEP_BYTES", 32 * 1000 * 4)
     monkeypatch.setattr(values, "SCAN", launch.ScanChoice(tokens=1024, num_warps=8))
+
+
+@pytest.fixture
+def all_rows_in_one_program(kernels, monkeypatch):
+    """Still several tiles a row; the interpreter's time goes with the number of tiles."""
+    from safe_kernels.triton_backend import launch
+
+    for name in ("NARROW_ROWS", "WIDE_ROWS"):
+        monkeypatch.setattr(launch, name, launch.RowChoice(rows=64, columns=32, num_warps=1))

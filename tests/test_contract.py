@@ -213,16 +213,17 @@ def test_the_import_needs_torch_alone():
 
 
 def test_imports_run_one_way():
-    """inputs -> objective -> the modules of a backend, in order -> library, by name -> ops."""
+    """inputs -> objective -> vocab_parallel, the modules of a backend, in order -> library, by name -> ops."""
     torch_values, launch, rows = "torch_backend.values", "triton_backend.launch", "triton_backend.rows"
     allowed = {
         "results": set(),
         "schema": set(),
         "inputs": set(),
         "objective": {"inputs"},
-        "checks": set(),
-        "reference": {"results"},
-        "library": {"inputs", "objective", "reference", "results", "schema"},
+        "vocab_parallel": {"inputs", "objective"},
+        "checks": {"vocab_parallel"},
+        "reference": {"results", "vocab_parallel"},
+        "library": {"inputs", "objective", "reference", "results", "schema", "vocab_parallel"},
         "ops": {"checks", "library", "reference", "results"},
         "__init__": {"ops", "results"},
         "torch_backend.rows": set(),

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safe_kernels import linear_token_stats, soft_min, soft_min_gae, token_stats
-from safe_kernels.triton_backend import launch
 
-pytestmark = pytest.mark.usefixtures("kernels", "all_rows_in_one_program")
+pytestmark = pytest.mark.usefixtures("all_rows_in_one_program")
 BACKEND = pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 
 seeds = st.integers(0, 2**31)
@@ -23,13 +22,6 @@ alphas = st.sampled_from([1e-2, 0.3, 10.0, 1e3, 1e7])
 cases = st.builds(
     logits_case, shape=shapes, vocabulary=vocabularies, scale=scales, seed=seeds, temperature=temperatures
 )
-
-
-@pytest.fixture
-def all_rows_in_one_program(monkeypatch):
-    """Still several tiles a row; the interpreter's time goes with the number of tiles."""
-    for name in ("NARROW_ROWS", "WIDE_ROWS"):
-        monkeypatch.setattr(launch, name, launch.RowChoice(rows=64, columns=32, num_warps=1))
 
 
 def close(found, expected, vocabulary, scale=1.0):

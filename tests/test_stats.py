@@ -98,6 +98,8 @@ def test_id_outside_the_vocabulary(any_backend, index):
     others[1, 2] = False
     for name, x in stats._asdict().items():
         assert torch.equal(x[others], clean[name][others]), name
+    gradient = evaluate(token_stats, case, any_backend, ["logits"])["d logits"]
+    assert gradient[1, 2].isnan().all() and gradient[others].isfinite().all()
     masked = evaluate(token_stats, case | {"mask": others}, any_backend, ["logits"])
     assert all(x[1, 2].eq(0).all() for x in masked.values())
 
@@ -309,6 +311,17 @@ def evaluate_kept(op, case, backend, logits):
 def test_a_ratio_that_is_infinite_where_the_policy_underflows(any_backend):
     case = {"logits": torch.tensor([[0.0, -200.0]]), "ref_logits": torch.tensor([[0.0, -math.inf]])}
     assert token_stats(**case, tokens=torch.tensor([0]), backend=any_backend).kl == math.inf
+
+
+@pytest.mark.parametrize("poison", ["policy", "reference", "all of the reference"])
+def test_no_infinite_kl_where_there_is_none(any_backend, poison):
+    """A row that is poisoned, or without a reference, has no KL, not even an infinite one."""
+    case = logits_case((3,), 20)
+    case["ref_logits"][1, slice(None) if poison == "all of the reference" else 18] = -math.inf
+    if poison != "all of the reference":
+        case["logits" if poison == "policy" else "ref_logits"][1, 3] = math.nan
+    kl = token_stats(**case, backend=any_backend).kl
+    assert kl[1].isnan() and kl[[0, 2]].isfinite().all()
 
 
 def test_a_leaf_is_not_overwritten(any_backend):

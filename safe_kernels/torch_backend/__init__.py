@@ -2,13 +2,17 @@
 
 from .linear import linear_gradients, linear_statistics, sweep
 from .logits import logits_gradient, logits_statistics
-from .values import soft_min_gae
+from .values import soft_min_gae, terms_of
+
+TOTALS_ARE_LOGS = False
 
 __all__ = [
+    "TOTALS_ARE_LOGS",
     "linear_gradients",
     "linear_statistics",
     "logits_gradient",
     "logits_statistics",
     "soft_min_gae",
     "sweep",
+    "terms_of",
 ]

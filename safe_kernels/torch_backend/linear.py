@@ -14,7 +14,7 @@ from torch import Tensor
 from ..inputs import LinearInputs, Terms
 from ..objective import Objective
 from .rows import Gradients, RowStats, Tile, Tokens, logit_gradient, new_stats, restore, row_statistics, take, tiles
-from .values import found_terms
+from .values import terms_of
 
 PRODUCT_BYTES = 64 << 20  # the logits of the rows that are multiplied together; a reference doubles it
 WEIGHT_TILE_BYTES = 16 << 20
@@ -28,7 +28,7 @@ def linear_statistics(inputs: LinearInputs, terms: Terms | None) -> tuple[Tensor
         for rows, part, tile in product.tiles():
             row_statistics(tile, part).write(stats[:, product.rows], rows)
     stats = spread(stats, 1, kept, len(inputs.tokens_N))
-    return stats, found_terms(terms, stats, inputs.mask_N)
+    return stats, terms_of(terms, stats, inputs.mask_N)
 
 
 def linear_gradients(
@@ -39,7 +39,8 @@ def linear_gradients(
     if kept is not None:
         stats, slopes = stats[:, kept], tuple(None if x is None else x[kept] for x in slopes)
     tokens, head, sums = asked_of(some), head_of(some), GradientSums(some, needed)
-    row_stats, gradients = RowStats.of(stats), Gradients.of(tokens, *slopes)
+    row_stats = RowStats.of(stats)
+    gradients = Gradients.of(tokens, row_stats, *slopes)
     for product in products(some, tokens, gradients.kl is not None):
         here = take(row_stats, product.rows), take(gradients, product.rows)
         for rows, asked, tile in product.tiles():
@@ -64,7 +65,7 @@ def sweep(inputs: LinearInputs, objective: Objective, needed: Sequence[bool]) ->
             part.write(stats[:, product.rows], rows)
             if any(needed):
                 *_, slopes = goal.take(rows).evaluate(part.logprob, part.entropy, part.kl)
-                logit_gradient(tile, asked, part, Gradients.of(asked, *slopes))
+                logit_gradient(tile, asked, part, Gradients.of(asked, part, *slopes))
                 tile.x.copy_(head.product_gradient(tile, asked, part))
         sums.add(product)
     return spread(stats, 1, kept, len(inputs.tokens_N)), sums.spread(kept, len(inputs.tokens_N))

@@ -21,7 +21,7 @@ from .rows import (
     tile_height,
     tiles,
 )
-from .values import found_terms
+from .values import terms_of
 
 
 def logits_statistics(inputs: LogitsInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
@@ -29,13 +29,13 @@ def logits_statistics(inputs: LogitsInputs, terms: Terms | None) -> tuple[Tensor
     stats = new_stats(tokens, inputs.ref_logits is not None)
     for rows, some, tile in tiles(tokens, inputs.logits.shape[-1], _loader(inputs, tokens, inputs.ref_logits)):
         row_statistics(tile, some).write(stats, rows)
-    return stats, found_terms(terms, stats, inputs.mask_N)
+    return stats, terms_of(terms, stats, inputs.mask_N)
 
 
 def logits_gradient(inputs: LogitsInputs, stats: Tensor, slopes: tuple[Tensor | None, ...], out: Tensor) -> None:
     """Write d loss / d logits to `out`, which may be the logits."""
     tokens, row_stats = asked_of(inputs), RowStats.of(stats)
-    gradients = Gradients.of(tokens, *slopes)
+    gradients = Gradients.of(tokens, row_stats, *slopes)
     reference = None if gradients.kl is None else inputs.ref_logits
     for rows, some, tile in tiles(tokens, inputs.logits.shape[-1], _loader(inputs, tokens, reference)):
         part = take(row_stats, rows)

@@ -34,7 +34,7 @@ class Tokens(NamedTuple):
     """What is asked of the rows."""
 
     index_N: Tensor  # int64, inside the vocabulary
-    known_N: Tensor  # 1, or NaN where the id was outside the vocabulary
+    known_N: Tensor  # 1, or NaN where the id was outside the vocabulary, or in another rank's part of it
     temperature_N1: float | Tensor
     mask_N: Tensor | None
 
@@ -87,14 +87,10 @@ class Gradients(NamedTuple):
     kl: Tensor | None
 
     @classmethod
-    def of(cls, tokens: Tokens, *grads: Tensor | None) -> "Gradients":
-        """In the compute dtype, 0 where masked, NaN where the id is outside the vocabulary."""
-        logprob, entropy, kl = (None if x is None else x.to(tokens.known_N.dtype) for x in grads)
-        return cls(
-            None if logprob is None else tokens.known(logprob),
-            None if entropy is None else tokens.live(entropy),
-            None if kl is None else tokens.live(kl),
-        )
+    def of(cls, tokens: Tokens, stats: RowStats, *grads: Tensor | None) -> "Gradients":
+        """In the compute dtype, 0 where masked, NaN where the log-prob is."""
+        logprob, entropy, kl = (None if x is None else tokens.live(x.to(tokens.known_N.dtype)) for x in grads)
+        return cls(None if logprob is None else logprob.masked_fill(stats.logprob.isnan(), math.nan), entropy, kl)
 
 
 class Tile(NamedTuple):
@@ -186,7 +182,8 @@ def logit_gradient(tile: Tile, tokens: Tokens, stats: RowStats, grads: Gradients
         factor = torch.add(tile.y.mul_(grads.kl[:, None] * per_total_R1), factor, out=tile.scratch)
     tile.e.mul_(factor)
     if grads.logprob is not None:
-        tile.e.scatter_add_(1, tokens.index_N[:, None], grads.logprob[:, None] * per_temperature)
+        at_token = grads.logprob.masked_fill(tokens.known_N.isnan(), 0)  # of an id that another rank holds
+        tile.e.scatter_add_(1, tokens.index_N[:, None], at_token[:, None] * per_temperature)
     return tile.e
 
 

@@ -35,7 +35,7 @@ def soft_min_gae(
     return value, advantage, returns
 
 
-def found_terms(terms: Terms | None, stats: Tensor, mask_N: Tensor | None) -> Tensor | None:
+def terms_of(terms: Terms | None, stats: Tensor, mask_N: Tensor | None) -> Tensor | None:
     """(kl_penalty, value, value_target) [3, N] of tokens with statistics [8, N]."""
     if terms is None:
         return None

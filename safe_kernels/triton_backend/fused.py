@@ -201,6 +201,7 @@ def multiply(
         stride_weight=strides[1],
         stride_ref_hidden=strides[2],
         stride_ref_weight=strides[3],
+        vocabulary=asked.vocabulary,
         H=matrices[0].shape[1],
         ref_H=0 if ref_hidden is None else matrices[2].shape[1],
         splits=splits,
@@ -219,11 +220,12 @@ def multiply(
 
 def merge_splits(carry: Tensor, asked: Asked, stats: Tensor) -> None:
     splits, carried, count = carry.shape
-    per_row = ("tokens", "temperatures", "temperature", "mask", "N", "vocabulary")
+    per_row = ("tokens", "temperatures", "temperature", "mask", "N")
     merge_kernel[(triton.cdiv(count, launch.MERGE.rows),)](
         carry=carry,
         stats=stats,
         stride_stats=stats.stride(0),
+        vocabulary=asked.vocabulary,
         splits=splits,
         CARRIED=carried,
         REFERENCE=carried == len(CARRY),

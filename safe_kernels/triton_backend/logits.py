@@ -79,7 +79,6 @@ class Asked(NamedTuple):
             "temperature": 1.0 if per_row else self.temperature,
             "mask": None if self.mask_N is None else self.mask_N.view(torch.uint8),
             "N": len(self.tokens_N),
-            "vocabulary": self.vocabulary,
             "logit_scale": self.logit_scale,
             "softcap": self.softcap,
         }
@@ -116,6 +115,7 @@ def statistics(
         stride_stats=stats.stride(0),
         W=width,
         first_column=first_column,
+        vocabulary=asked.vocabulary,
         FIRST=first_column == 0,
         LAST=first_column + width == asked.vocabulary,
         ALIGNED=width % 16 == 0 and logits.is_aligned() and reference.is_aligned(),

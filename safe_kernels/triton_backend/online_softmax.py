@@ -126,7 +126,8 @@ def finish_reference(policy, reference, a_ref_token, inverse_temperature):
     """(ref_logprob, kl, log r)."""
     log_r = tl.log(reference.r)
     kl = reference.c / policy.s - tl.log(policy.s) + log_r
-    kl = tl.where(reference.outside > 0, float("inf"), kl)
+    infinity = tl.where(reference.r > 0, float("inf"), float("nan"))  # a reference that is -inf alone has no KL
+    kl = tl.where((reference.outside > 0) & (kl == kl), infinity, kl)
     return (a_ref_token - reference.n) * inverse_temperature - log_r, kl, log_r
 
 

@@ -283,7 +283,6 @@ def gradient_kernel(
     stride_stats,
     W,
     first_column,
-    vocabulary,
     temperature,
     logit_scale,
     softcap,
@@ -296,15 +295,15 @@ def gradient_kernel(
     inside = row < N
     live = (load_rows(mask, 1.0, row, inside) != 0) & inside
     inverse = 1.0 / tl.where(live, load_rows(temperatures, temperature, row, inside), 1.0)
-    token = tl.load(tokens + row, mask=inside, other=0)
-    known = (token >= 0) & (token < vocabulary)
+    token = tl.load(tokens + row, mask=inside, other=0)  # where it lies in another rank's part, in no column
+    saved = stats + row
     g_logprob = grad_logprob
     g_entropy = grad_entropy
     if grad_logprob is not None:
-        g_logprob = tl.where(known, load_rows(grad_logprob, 0.0, row, inside), float("nan"))
+        logprob = tl.load(saved, mask=inside)
+        g_logprob = tl.where(logprob == logprob, load_rows(grad_logprob, 0.0, row, inside), float("nan"))
     if grad_entropy is not None:
         g_entropy = load_rows(grad_entropy, 0.0, row, inside)
-    saved = stats + row
     entropy, peak = tl.load(saved + stride_stats, mask=inside), tl.load(saved + 2 * stride_stats, mask=inside)
     log_total = tl.load(saved + 3 * stride_stats, mask=inside)
     pointer = row_pointers(logits, row, rows_inner, stride_outer, stride_inner, ALIGNED)
