@@ -6,12 +6,11 @@ here once for all of them. An op returns plain tensors, empty where there is not
     logits_statistics(inputs, terms)              the statistics of rows, `stats` [4 or 8, N], and the terms [3, N]
     logits_gradient(inputs, stats, slopes, out)   d loss / d logits, written to `out`, which may be the logits
     linear_statistics, linear_gradients           the same from hidden states; gradients of (hidden, weight, bias)
-    log_total(stats)                              log of the sum of exp((logits - their maximum) / T)
     sweep(inputs, objective, needed)              statistics, and the gradients of the closed-form loss
     soft_min_gae(...)                             value, advantage, returns
 
-`stats` has the rows logprob, entropy, the maximum of the logits and a measure of their sum, as the backend likes it;
-with a reference the same four again: ref_logprob, kl, and so on.
+`stats` has the rows logprob, entropy, the maximum of the logits, and the sum of exp((logits - maximum) / T), of which
+the Triton backend takes the logarithm; with a reference the same four again: ref_logprob, kl, and so on.
 
 Shapes: N tokens, V vocabulary, H hidden width.
 """
@@ -118,7 +117,7 @@ def statistics(inputs: LinearInputs | LogitsInputs, backend: str) -> tuple[Tenso
 
 def log_total(stats: Tensor, backend: str) -> Tensor:
     """[N], log of the sum of exp((logits - their maximum) / T): minus the log-prob of the most likely token."""
-    return _backend(backend).log_total(stats)
+    return stats[3].log() if backend == "torch" else stats[3]
 
 
 def linear_gradients(

@@ -161,8 +161,7 @@ def selective_log_softmax_and_entropy(
 class SelectedLogprobs(torch.autograd.Function):
     """Log-probs of K tokens in each row: that of the most likely of them, and the others by their distance to it.
 
-    The gradient to the logits is one tensor: sum(g) * (onehot of that token - p) over the row, and in its K places
-    g - sum(g) * p instead.
+    The gradient to the logits is one tensor: sum(g) * (onehot of that token - p), and in the K places g - sum(g) * p.
     """
 
     @staticmethod
@@ -190,8 +189,13 @@ class SelectedLogprobs(torch.autograd.Function):
         found = library.logits_gradient(inputs, ctx.backend, stats, (total.reshape(-1), None, None))
         total = total.unsqueeze(-1)
         share = torch.where(total == 0, 0, total * result.exp())  # a row that is left out may hold NaN
-        found.scatter_(-1, index, (-share / ctx.temperature).to(found.dtype))
-        found.scatter_add_(-1, index, (grad / ctx.temperature).to(found.dtype))
+        index, order = index.sort(-1)
+        place = torch.nn.functional.pad(index.diff(dim=-1).ne(0).cumsum(-1), (1, 0))  # equal tokens share one
+        own = torch.zeros_like(grad).scatter_add_(-1, place, grad.gather(-1, order)).gather(-1, place)
+        values = ((own - share.gather(-1, order)) / ctx.temperature).to(found.dtype)
+        K, row_N1 = index.shape[-1], torch.arange(total.numel(), device=index.device)[:, None]
+        rows_NV = found.view(-1, found.shape[-1])  # scatter_ would make a float32 copy of it on a CPU
+        rows_NV[row_N1, index.view(-1, K)] = values.view(-1, K)
         return found, None, None, None
 
 
@@ -257,7 +261,7 @@ def _fast_backend(*tensors: Tensor) -> str:
 
 def _gathered(*parameters: Tensor | None) -> Any:
     """Under ZeRO-3 the parameters as they were in the forward, for the backward."""
-    gather = getattr(importlib.import_module(UTILS), "maybe_gather_lm_head_ctx", None)
+    gather = getattr(sys.modules[UTILS], "maybe_gather_lm_head_ctx", None)
     return nullcontext() if gather is None else gather(*parameters)
 
 

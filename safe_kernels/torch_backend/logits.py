@@ -84,7 +84,3 @@ def _store_rows(x: Tensor, rows: slice, values_RV: Tensor) -> None:
 
 def _leading_index(x: Tensor, rows: slice) -> tuple[Tensor, ...]:
     return torch.unravel_index(torch.arange(rows.start, rows.stop, device=x.device), x.shape[:-1])
-
-
-def log_total(stats: Tensor) -> Tensor:
-    return stats[3].log()

@@ -1,13 +1,12 @@
 """The operations as Triton kernels: float32 inside, whatever the inputs; float64 belongs to the other backends."""
 
 from .linear import linear_gradients, linear_statistics, sweep
-from .logits import log_total, logits_gradient, logits_statistics
+from .logits import logits_gradient, logits_statistics
 from .values import soft_min_gae
 
 __all__ = [
     "linear_gradients",
     "linear_statistics",
-    "log_total",
     "logits_gradient",
     "logits_statistics",
     "soft_min_gae",

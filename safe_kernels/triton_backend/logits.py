@@ -198,7 +198,3 @@ def asked_of(inputs: LogitsInputs) -> Asked:
 
 def new_stats(tokens_N: Tensor, with_reference: bool) -> Tensor:
     return tokens_N.new_empty(len(STATS) if with_reference else len(STATS) // 2, len(tokens_N), dtype=torch.float32)
-
-
-def log_total(stats: Tensor) -> Tensor:
-    return stats[3]
