@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ import torch
 from cases import hold, linear_case, logits_case, some_mask
 from memory import Allocations
 
+import safe_kernels
 from safe_kernels import library
 
 pytest.importorskip("trl", reason="TRL is not installed; it needs Python 3.11: pip install 'safe-kernels[test]'")
@@ -355,6 +357,49 @@ def test_a_temperature_of_zero_is_refused_as_by_trl(name):
         patch.selective_log_softmax(case["logits"], case["tokens"][..., None], temperature=0.0)
 
 
+def code_of(heading):
+    text = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text()
+    return text.partition(f"{heading}\n")[2].partition("```python\n")[2].partition("```")[0]
+
+
+def test_the_recipe_for_any_other_trainer():
+    """As it stands in docs/integrations.md: its loss against plain PyTorch on whole logits."""
+    model, reference = tiny.model(), tiny.model(seed=1)
+    draw = torch.Generator().manual_seed(4)
+    ids, mask = torch.randint(2, 20, (3, 8), generator=draw), some_mask((3, 8))
+    old_logprob, advantage = torch.randn(2, 3, 7, generator=draw).unbind()
+    old_logprob -= 3
+    given = {"model": model, "reference": reference, "ids": ids, "mask": mask, "attention_mask": torch.ones_like(ids)}
+    given |= {"temperature": 0.7, "old_logprob": old_logprob, "advantage": advantage}
+    exec(code_of("## Any other trainer"), {"torch": torch, "safe_kernels": safe_kernels}, given)
+    logp, logq = ((x(ids).logits[:, :-1] / 0.7).log_softmax(-1) for x in (model, reference))
+    ratio = (logp.gather(-1, ids[:, 1:, None])[..., 0] - old_logprob).exp()
+    terms = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    terms = terms + (logp.exp() * (0.01 * logp + 0.05 * (logp - logq))).sum(-1)
+    live = mask[:, 1:]
+    weight = model.lm_head.weight
+    gradients = [torch.autograd.grad(loss, [weight])[0] for loss in (given["loss"], terms[live].sum() / live.sum())]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_the_recipe_for_an_exact_kl_in_trl(model_folder, tmp_path, monkeypatch):
+    """A policy that starts at its reference stays nearer to it."""
+    space = {"torch": torch, "trl": trl, "safe_kernels": safe_kernels}
+    exec(code_of("### Exact KL in TRL"), space)
+    final = {}
+    for coefficient in (0.0, 10.0):
+        space["ExactKLTrainer"].kl_coef, space["ExactKLTrainer"].reference = coefficient, tiny.model()
+        monkeypatch.setattr(trl, "GRPOTrainer", space["ExactKLTrainer"])
+        options = {**SAMPLED, "beta": 0.0, "learning_rate": 3e-3, "max_steps": 8}
+        monkeypatch.setitem(TRAINERS, "GRPO", ("prompts", options))
+        logged, _ = trained("GRPO", model_folder, tmp_path)
+        assert logged[0]["exact_kl"] == pytest.approx(0, abs=1e-6)
+        final[coefficient] = logged[-1]["exact_kl"]
+    assert 0 < final[10.0] < 0.5 * final[0.0]
+
+
 MIB = 1 << 20
 
 
@@ -420,9 +465,7 @@ def trained(name, model, output_dir):
     kind = name.partition(",")[0]
     settings = getattr(trl, f"{kind}Config")(
         output_dir=str(output_dir),
-        max_steps=3,
         per_device_train_batch_size=4,
-        learning_rate=1e-3,
         logging_steps=1,
         report_to="none",
         save_strategy="no",
@@ -430,7 +473,7 @@ def trained(name, model, output_dir):
         use_cpu=True,
         bf16=False,
         seed=1,
-        **options,
+        **{"max_steps": 3, "learning_rate": 1e-3, **options},
     )
     reward = {"reward_funcs": tiny.good_words} if rows == "prompts" else {}
     data = {"train_dataset": Dataset.from_list(ROWS[rows]), "processing_class": tiny.tokenizer()}
