@@ -107,7 +107,7 @@ def soft_min_gae(v1: Tensor, v2: Tensor, rewards: Tensor, mask: Tensor | None, *
 
 
 def statistics(inputs: LinearInputs | LogitsInputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprob [N], entropy [N], stats): for those who write their own autograd.Function, with `gradients`."""
+    """(logprob [N], entropy [N], stats), without autograd: for a Function of one's own, with the gradients below."""
     if isinstance(inputs, LinearInputs):
         found = _linear_op(*_LINEAR.flatten(inputs, None, backend))
     else:

@@ -189,14 +189,19 @@ class SelectedLogprobs(torch.autograd.Function):
         found = library.logits_gradient(inputs, ctx.backend, stats, (total.reshape(-1), None, None))
         total = total.unsqueeze(-1)
         share = torch.where(total == 0, 0, total * result.exp())  # a row that is left out may hold NaN
-        index, order = index.sort(-1)
-        place = torch.nn.functional.pad(index.diff(dim=-1).ne(0).cumsum(-1), (1, 0))  # equal tokens share one
-        own = torch.zeros_like(grad).scatter_add_(-1, place, grad.gather(-1, order)).gather(-1, place)
-        values = ((own - share.gather(-1, order)) / ctx.temperature).to(found.dtype)
-        K, row_N1 = index.shape[-1], torch.arange(total.numel(), device=index.device)[:, None]
-        rows_NV = found.view(-1, found.shape[-1])  # scatter_ would make a float32 copy of it on a CPU
-        rows_NV[row_N1, index.view(-1, K)] = values.view(-1, K)
+        values = (_sum_of_equal(index, grad) - share) / ctx.temperature
+        index_NK, found_NV = index.reshape(-1, index.shape[-1]), found.view(-1, found.shape[-1])
+        row_N1 = torch.arange(len(index_NK), device=index.device)[:, None]
+        found_NV[row_N1, index_NK] = values.view_as(index_NK).to(found.dtype)  # scatter_ copies to float32 on a CPU
         return found, None, None, None
+
+
+def _sum_of_equal(index: Tensor, grad: Tensor) -> Tensor:
+    """The sum of `grad` over the places of a row that name the same token, in each of these places."""
+    index, order = index.sort(-1)
+    place = torch.nn.functional.pad(index.diff(dim=-1).ne(0).cumsum(-1), (1, 0))  # one for equal tokens
+    sums = torch.zeros_like(grad).scatter_add_(-1, place, grad.gather(-1, order)).gather(-1, place)
+    return sums.gather(-1, order.argsort(-1))
 
 
 def _log_sum_sq_probs(inputs: LinearInputs, logprob: Tensor, stats: Tensor, backend: str) -> Tensor:
@@ -210,6 +215,7 @@ def _mean_logits(inputs: LinearInputs, *_: Any) -> Tensor:
     dtype, scale = compute_dtype(inputs.hidden_NH), inputs.logit_scale
     bias = inputs.weight_VH.new_zeros(()) if inputs.bias_V is None else inputs.bias_V.to(dtype)
     parts = inputs.weight_VH.split(MEAN_COLUMNS)
+    product = torch.promote_types(inputs.hidden_NH.dtype, inputs.weight_VH.dtype)
     if inputs.softcap is None:
         row_H = torch.stack([part.sum(0, dtype=dtype) for part in parts]).sum(0) / len(inputs.weight_VH)
         return scale / inputs.temperature * (inputs.hidden_NH.to(dtype) @ row_H + bias.mean())
@@ -217,7 +223,7 @@ def _mean_logits(inputs: LinearInputs, *_: Any) -> Tensor:
     for rows_RH in inputs.hidden_NH.split(MEAN_ROWS):
         total_R = rows_RH.new_zeros(len(rows_RH), dtype=dtype)
         for part, bias_C in zip(parts, bias.expand(len(inputs.weight_VH)).split(MEAN_COLUMNS), strict=True):
-            u_RC = scale * (torch.mm(rows_RH.to(part.dtype), part.T).to(dtype) + bias_C)
+            u_RC = scale * (torch.mm(rows_RH.to(product), part.T.to(product)).to(dtype) + bias_C)
             total_R += u_RC.div_(inputs.softcap).tanh_().sum(-1)
         totals.append(total_R)
     return inputs.softcap / inputs.temperature / len(inputs.weight_VH) * torch.cat(totals)
