@@ -138,6 +138,32 @@ def soft_min_gae(v1: Tensor, v2: Tensor, rewards: Tensor, mask: Tensor | None, *
     return ValueTargets._make(_gae_op(*values, *(options[name] for name in _GAE.names[len(values) :])))
 
 
+def statistics(inputs: LinearInputs | LogitsInputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprob [N], entropy [N], stats), without autograd: for a Function of one's own, with the gradients below."""
+    if isinstance(inputs, LinearInputs):
+        found = _linear_op(*_LINEAR.flatten(inputs, None, backend))
+    else:
+        found = _logits_op(*_LOGITS.flatten(inputs, None, False, backend))
+    return found[0], found[1], found[-1]
+
+
+def log_total(stats: Tensor, backend: str) -> Tensor:
+    """[N], log of the sum of exp((logits - their maximum) / T): minus the log-prob of the most likely token."""
+    return stats[3] if backend == "triton" else stats[3].log()  # TOTALS_ARE_LOGS, which torch.compile cannot look up
+
+
+def linear_gradients(
+    inputs: LinearInputs, backend: str, stats: Tensor, slopes: Slopes, needed: Sequence[bool], leaves: Sequence[Any]
+) -> list[Tensor | None]:
+    """Of (hidden, weight, bias), summed in the compute dtype, then in that of its leaf; None where none is needed."""
+    sums = _linear_backward_op(*_LINEAR_BACKWARD.flatten(inputs, backend, stats, *slopes, *needed))
+    return [x.to(leaf.dtype) if need else None for x, leaf, need in zip(sums, leaves, needed, strict=True)]
+
+
+def logits_gradient(inputs: LogitsInputs, backend: str, stats: Tensor, slopes: Slopes) -> Tensor:
+    return _logits_backward_op(*_LOGITS_BACKWARD.flatten(inputs, backend, stats, *slopes))
+
+
 def _shard(group: ProcessGroup | None, width: int, tokens: Tensor) -> Shard | None:
     if group is None:
         return None
@@ -256,9 +282,7 @@ def _logits_backward_inplace_op(inputs: LogitsInputs, backend: str, stats: Tenso
 @_register("linear_token_stats_backward", _LINEAR_BACKWARD, "(Tensor, Tensor, Tensor)")
 def _linear_backward_op(inputs: LinearInputs, backend: str, stats: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     sums = vocab_parallel.linear_gradients(_backend(backend), inputs, stats, rest[:3], rest[3:])
-    leaves = (inputs.hidden_NH, inputs.weight_VH, inputs.bias_V)
-    gradients = (None if x is None or leaf is None else x.to(leaf.dtype) for x, leaf in zip(sums, leaves, strict=True))
-    return tuple(stats.new_empty(0) if x is None else x for x in gradients)
+    return tuple(stats.new_empty(0) if x is None else x for x in sums)
 
 
 @_logits_backward_op.register_fake
@@ -275,7 +299,7 @@ def _(*_: Any) -> None:
 def _(*flat: Any) -> tuple[Tensor, ...]:
     inputs, _, stats, *rest = _LINEAR_BACKWARD.restore(flat)
     leaves = zip(inputs[:3], rest[3:], strict=True)
-    return tuple(x.new_empty(x.shape) if need else stats.new_empty(0) for x, need in leaves)
+    return tuple(stats.new_empty(x.shape if need else 0) for x, need in leaves)
 
 
 # What a backward does not read; and what it reads only for the gradient of logits, hidden states or head.
@@ -301,7 +325,7 @@ def _statistics_context(signature: Signature, leaves: int) -> Callable[..., None
 
 def _logits_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     (inputs, terms, inplace, backend), stats = _saved(ctx, _LOGITS)
-    slopes, found = _slopes(terms, stats, grads), [None] * len(_LOGITS.names)
+    slopes, found = _slopes(terms, stats, grads), _nothing(_LOGITS)
     if ctx.needs_input_grad[0] and any(x is not None for x in slopes):
         arguments = _LOGITS_BACKWARD.flatten(inputs._replace(logits=inputs.logits.detach()), backend, stats, *slopes)
         if inplace:
@@ -312,12 +336,14 @@ def _logits_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
 
 def _linear_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     (inputs, terms, backend), stats = _saved(ctx, _LINEAR)
-    slopes, found = _slopes(terms, stats, grads), [None] * len(_LINEAR.names)
+    slopes, found = _slopes(terms, stats, grads), _nothing(_LINEAR)
     if any(ctx.needs_input_grad[:3]) and any(x is not None for x in slopes):
-        needed = ctx.needs_input_grad[:3]
-        gradients = _linear_backward_op(*_LINEAR_BACKWARD.flatten(inputs, backend, stats, *slopes, *needed))
-        found[:3] = [x if need else None for x, need in zip(gradients, needed, strict=True)]
+        found[:3] = linear_gradients(inputs, backend, stats, slopes, ctx.needs_input_grad[:3], inputs[:3])
     return _with_values(found, _LINEAR, inputs.mask_N, terms, grads)
+
+
+def _nothing(signature: Signature) -> list[Tensor | None]:
+    return [None] * len(signature.names)
 
 
 def _slopes(terms: Terms | None, stats: Tensor, grads: Sequence[Tensor | None]) -> Slopes:

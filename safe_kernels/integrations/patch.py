@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
+
+logger = logging.getLogger("safe_kernels")
+DECORATORS = ("torch", "contextlib")  # whose wrappers a package may put around its own functions
 
 
 class Replacement(NamedTuple):
@@ -26,13 +31,15 @@ class Patch:
 
     What the package does not have is left out. A signature that is not known means that its version is not: then
     nothing is replaced, with one warning. What another library has replaced already is refused with RuntimeError,
-    since the two would train wrong together without a word.
+    since the two would train wrong together without a word. SAFE_KERNELS_<PACKAGE>=0 in the environment switches the
+    patch off. What was replaced is logged as INFO of the logger "safe_kernels".
     """
 
     def __init__(self, package: str, replacements: Sequence[Replacement]):
         self.package, self.replacements = package, replacements
+        self.switch = f"SAFE_KERNELS_{package.upper()}"
         self._made: list[tuple[Replacement, Any, Any]] = []  # (what, the original, ours)
-        self._warned = False
+        self._said: set[str] = set()
 
     @property
     def replaced(self) -> list[str]:
@@ -42,19 +49,27 @@ class Patch:
     def apply(self) -> Patch:
         if self._made:
             return self
-        if importlib.util.find_spec(self.package) is None:
-            raise ModuleNotFoundError(f"{self.package} is not installed: there is nothing to replace", name=self.package)
+        if os.environ.get(self.switch) == "0":
+            self._warn(f"safe_kernels leaves {self.package} as it is: {self.switch} is 0")
+            return self
+        if self.package not in sys.modules and importlib.util.find_spec(self.package) is None:
+            raise ModuleNotFoundError(
+                f"{self.package} is not installed: there is nothing to replace", name=self.package
+            )
         found = [(what, original) for what in self.replacements if (original := _find(what)) is not None]
         for what, original in found:
             _refuse_foreign(self.package, what, original)
         unknown = [_unknown(what, original) for what, original in found if _parameters(original) not in what.signatures]
         if unknown or not found:
-            self._warn(unknown)
+            reason = "; ".join(unknown) or "none of the functions that it would replace is there"
+            self._warn(f"safe_kernels leaves {self.package} as it is, whose version it does not know: {reason}")
             return self
-        for what, original in found:
-            ours = what.make(original)
-            self._made.append((what, original, ours))
+        made = [(what, original, what.make(original)) for what, original in found]
+        for what, original, ours in made:
             self._rebind(what, original, ours)
+        self._made = made
+        version = getattr(sys.modules[self.package], "__version__", "?")
+        logger.info("in %s %s these are now of safe_kernels: %s", self.package, version, ", ".join(self.replaced))
         return self
 
     def revert(self) -> None:
@@ -89,23 +104,22 @@ class Patch:
             if module is not None and (name == self.package or name.startswith(self.package + ".")):
                 yield module
 
-    def _warn(self, unknown: Sequence[str]) -> None:
-        if not self._warned:
-            self._warned = True
-            reason = "; ".join(unknown) or "none of the functions that it would replace is there"
-            warnings.warn(
-                f"safe_kernels leaves {self.package} as it is, whose version it does not know: {reason}", stacklevel=3
-            )
+    def _warn(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=4)
 
 
 def _find(what: Replacement) -> Any:
     """None where this version of the package does not have it."""
     try:
-        return _get(importlib.import_module(what.module), what.name)
+        module = importlib.import_module(what.module)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{what.module}.".startswith(f"{error.name}."):
             return None
         raise
+    try:
+        return _get(module, what.name)
     except AttributeError:
         return None
 
@@ -118,7 +132,7 @@ def _get(module: Any, path: str) -> Any:
 
 def _parameters(function: Any) -> tuple[str, ...]:
     """Of a function, or of the `forward` of an autograd function or a module, without `self` and `ctx`."""
-    target = getattr(function, "forward") if inspect.isclass(function) else function  # noqa: B009
+    target = getattr(function, "forward", function) if inspect.isclass(function) else function
     return tuple(name for name in inspect.signature(target).parameters if name not in ("self", "ctx"))
 
 
@@ -127,8 +141,11 @@ def _unknown(what: Replacement, original: Any) -> str:
 
 
 def _refuse_foreign(package: str, what: Replacement, original: Any) -> None:
-    origin = getattr(original, "__module__", None) or "?"
-    if origin != package and not origin.startswith(package + "."):
-        raise RuntimeError(
-            f"{what.module}.{what.name} comes from {origin}: another library has replaced it. Use one of the two"
-        )
+    """By where it was defined; functools.wraps copies `__module__`, but not the globals of the code that runs."""
+    origins = [getattr(original, "__module__", None) or "?"]
+    origins += [getattr(original, "__globals__", {}).get("__name__", origins[0])]
+    for origin, allowed in zip(origins, ((package,), (package, *DECORATORS)), strict=True):
+        if origin.partition(".")[0] not in allowed:
+            raise RuntimeError(
+                f"{what.module}.{what.name} comes from {origin}: another library has replaced it. Use one of the two"
+            )

@@ -1,0 +1,223 @@
+"""Functions of another package are replaced as a whole, put back as a whole, and never on top of somebody else's."""
+
+import functools
+import importlib
+import logging
+import sys
+import textwrap
+import types
+import warnings
+
+import pytest
+
+from safe_kernels.integrations.patch import Patch, Replacement
+
+SOURCES = {
+    "__init__.py": "__version__ = '1.2'",
+    "maths.py": """
+        def double(x):
+            return 2 * x
+
+        def triple(x, *, exact=False):
+            return 3 * x
+
+        class Scale:
+            @staticmethod
+            def forward(ctx, x, factor):
+                return x * factor
+
+        class Actor:
+            def act(self, x):
+                return -x
+    """,
+    "user.py": """
+        from .maths import double, double as twice
+
+        def use(x):
+            return double(x) + twice(x)
+    """,
+    "late.py": "from .maths import double",
+}
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package that is installed, of which `maths` and `user` are imported."""
+    folder = tmp_path / "other_trainer"
+    folder.mkdir()
+    for name, source in SOURCES.items():
+        (folder / name).write_text(textwrap.dedent(source))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("SAFE_KERNELS_OTHER_TRAINER", raising=False)
+    yield types.SimpleNamespace(
+        folder=folder, **{x: importlib.import_module(f"other_trainer.{x}") for x in ("maths", "user")}
+    )
+    for name in [name for name in sys.modules if name.partition(".")[0] == "other_trainer"]:
+        del sys.modules[name]
+
+
+def hundredfold(name, *signatures, module="other_trainer.maths"):
+    def make(original):
+        return lambda *arguments, **options: 100 * original(*arguments, **options)
+
+    return Replacement(module, name, signatures, make)
+
+
+DOUBLE = hundredfold("double", ("x",))
+TRIPLE = hundredfold("triple", ("x",), ("x", "exact"))
+
+
+def test_a_function_is_replaced_under_every_name_that_it_has_in_the_package(package):
+    with Patch("other_trainer", [DOUBLE]) as patch:
+        assert patch.replaced == ["other_trainer.maths.double"]
+        assert package.maths.double(1) == 200
+        assert package.user.use(1) == 400
+        assert importlib.import_module("other_trainer.late").double(1) == 200
+    assert patch.replaced == []
+    assert package.user.use(1) == 4
+    assert sys.modules["other_trainer.late"].double is package.maths.double
+
+
+def test_originals_come_back_as_the_objects_they_were(package):
+    before = {name: dict(vars(module)) for name, module in vars(package).items() if name != "folder"}
+    act = package.maths.Actor.act
+    patch = Patch("other_trainer", [DOUBLE, TRIPLE, hundredfold("Actor.act", ("x",))])
+    patch.apply()
+    assert package.maths.Actor.act is not act
+    patch.revert()
+    for name, attributes in before.items():
+        assert all(vars(getattr(package, name))[key] is value for key, value in attributes.items()), name
+    assert package.maths.Actor.act is act
+    patch.revert()  # of nothing
+
+
+def test_a_method_is_replaced_for_objects_that_exist(package):
+    actor = package.maths.Actor()
+    with Patch("other_trainer", [hundredfold("Actor.act", ("x",))]):
+        assert actor.act(1) == -100
+    assert actor.act(1) == -1
+
+
+def test_a_class_is_known_by_its_forward(package):
+    def make(original):
+        return type("Ours", (), {"forward": staticmethod(lambda ctx, x, factor: 0)})
+
+    known = Replacement("other_trainer.maths", "Scale", [("x", "factor")], make)
+    with Patch("other_trainer", [known]):
+        assert package.maths.Scale.forward(None, 1, 2) == 0
+    assert package.maths.Scale.forward(None, 1, 2) == 2
+
+
+def test_applying_twice_is_applying_once(package):
+    patch = Patch("other_trainer", [DOUBLE])
+    assert patch.apply() is patch.apply()
+    assert package.maths.double(1) == 200
+    patch.revert()
+    assert package.maths.double(1) == 2
+
+
+@pytest.mark.parametrize("name", ["triple", "Actor"])  # a class without `forward` too
+def test_one_unknown_signature_leaves_everything_alone_and_warns_once(package, name):
+    before = dict(vars(package.maths))
+    patch = Patch("other_trainer", [DOUBLE, hundredfold(name, ("x", "temperature"))])
+    with pytest.warns(UserWarning, match=rf"version it does not know: other_trainer\.maths\.{name} takes \("):
+        patch.apply()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert patch.apply().replaced == []
+    assert dict(vars(package.maths)) == before
+    patch.revert()
+
+
+def test_what_a_version_does_not_have_is_left_out(package):
+    missing = [hundredfold("quadruple", ("x",)), hundredfold("double", ("x",), module="other_trainer.kernels.triton")]
+    with Patch("other_trainer", [DOUBLE, *missing]) as patch:
+        assert patch.replaced == ["other_trainer.maths.double"]
+    with pytest.warns(UserWarning, match="none of the functions that it would replace is there"):
+        assert Patch("other_trainer", missing).apply().replaced == []
+
+
+@pytest.mark.parametrize("source", ["import not_there_at_all", "import sys; sys.no_such_name"])
+def test_a_module_that_fails_to_import_is_no_missing_module(package, source):
+    (package.folder / "broken.py").write_text(source)
+    with pytest.raises((ModuleNotFoundError, AttributeError), match="not_there_at_all|no_such_name"):
+        Patch("other_trainer", [hundredfold("double", ("x",), module="other_trainer.broken")]).apply()
+
+
+@pytest.mark.parametrize("disguised", [False, True])
+def test_a_foreign_patch_is_refused(package, disguised):
+    original = package.maths.double
+
+    def theirs(x):
+        return 5 * x
+
+    package.maths.double = functools.wraps(original)(theirs) if disguised else theirs
+    patch = Patch("other_trainer", [TRIPLE, DOUBLE])
+    with pytest.raises(RuntimeError, match="double comes from .*test_patch: another library has replaced it"):
+        patch.apply()
+    assert package.maths.double(1) == 5 and package.maths.triple(1) == 3 and patch.replaced == []
+
+
+def test_two_patches_of_the_same_function_are_refused(package):
+    with Patch("other_trainer", [DOUBLE]):
+        with pytest.raises(RuntimeError, match="another library has replaced it"):
+            Patch("other_trainer", [DOUBLE]).apply()
+        assert package.maths.double(1) == 200
+
+
+def test_a_function_that_the_package_itself_decorates_is_its_own(package):
+    (package.folder / "decorated.py").write_text(
+        "import torch\n@torch.no_grad()\ndef grow(x):\n    return x + torch.is_grad_enabled()\n"
+    )
+    with Patch("other_trainer", [hundredfold("grow", ("x",), module="other_trainer.decorated")]) as patch:
+        assert sys.modules["other_trainer.decorated"].grow(1) == 100
+        assert patch.replaced
+
+
+def test_a_patch_over_ours_is_refused_when_ours_is_undone(package):
+    patch = Patch("other_trainer", [TRIPLE, DOUBLE]).apply()
+    ours = package.maths.double
+    package.maths.double = theirs = lambda x: 5 * x
+    with pytest.raises(RuntimeError, match=r"maths\.double was replaced again after safe_kernels"):
+        patch.revert()
+    assert package.maths.double is theirs and package.maths.triple(1) == 300 and len(patch.replaced) == 2
+    package.maths.double = ours
+    patch.revert()
+    assert package.maths.double(1) == 2 and package.maths.triple(1) == 3
+
+
+def test_nothing_is_replaced_when_a_replacement_cannot_be_made(package):
+    def make(original):
+        raise ValueError("no kernel for this device")
+
+    patch = Patch("other_trainer", [DOUBLE, Replacement("other_trainer.maths", "triple", [("x", "exact")], make)])
+    with pytest.raises(ValueError, match="no kernel"):
+        patch.apply()
+    assert package.maths.double(1) == 2 and patch.replaced == []
+
+
+def test_a_package_that_is_not_installed_is_an_error():
+    with pytest.raises(ModuleNotFoundError, match="no_such_trainer is not installed: there is nothing to replace"):
+        Patch("no_such_trainer", [hundredfold("double", ("x",), module="no_such_trainer.maths")]).apply()
+
+
+def test_the_environment_switches_a_patch_off_and_says_so_once(package, monkeypatch):
+    monkeypatch.setenv("SAFE_KERNELS_OTHER_TRAINER", "0")
+    patch = Patch("other_trainer", [DOUBLE])
+    with pytest.warns(UserWarning, match="leaves other_trainer as it is: SAFE_KERNELS_OTHER_TRAINER is 0"):
+        assert patch.apply().replaced == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.apply()
+    monkeypatch.setenv("SAFE_KERNELS_OTHER_TRAINER", "1")
+    assert patch.apply().replaced
+    patch.revert()
+
+
+def test_what_was_replaced_is_logged(package, caplog):
+    with caplog.at_level(logging.INFO, logger="safe_kernels"), Patch("other_trainer", [DOUBLE, TRIPLE]):
+        pass
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "in other_trainer 1.2 these are now of safe_kernels: other_trainer.maths.double, other_trainer.maths.triple"
+    )
