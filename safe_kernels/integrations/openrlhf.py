@@ -14,11 +14,13 @@ As in OpenRLHF, the temperature divides the logits of both the log-probs and the
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ ACTOR, UTILS = "openrlhf.models.actor", "openrlhf.models.utils"
 
 
 def _actor_forward(original: Any) -> Callable[..., Any]:
-    change_logits: set[type] = set()  # models whose logits are not what their head returned
+    change_logits: WeakSet[nn.Module] = WeakSet()  # models whose logits are not what their head returned
 
     def forward(
         self: Any,
@@ -51,44 +53,40 @@ def _actor_forward(original: Any) -> Callable[..., Any]:
         `return_entropy`.
         """
 
-        def theirs() -> Any:
-            return original(
-                self,
-                sequences,
-                action_mask,
-                attention_mask,
-                return_output,
-                allgather_logits,
-                return_logprobs,
-                ring_attn_group,
-                packed_seq_lens,
-                return_entropy,
-                **mm_inputs,
-            )
-
+        theirs = functools.partial(
+            original,
+            self,
+            sequences,
+            action_mask,
+            attention_mask,
+            return_output,
+            allgather_logits,
+            return_logprobs,
+            ring_attn_group,
+            packed_seq_lens,
+            return_entropy,
+            **mm_inputs,
+        )
         model = getattr(self.model, "module", self.model)  # inside DeepSpeed's engine
         head = model.get_output_embeddings()
         wants_logits = (action_mask is None and not return_logprobs) or (return_entropy and not return_output)
         images = bool(mm_inputs) or getattr(self, "is_vlm", False)
         compiled = getattr(self.model, "is_compiled", False)
-        if wants_logits or images or compiled or not _is_plain_linear(head) or type(model) in change_logits:
+        if wants_logits or images or compiled or not _is_plain_linear(head) or model in change_logits:
             return theirs()
         inputs, labels, whole = _layout(self.packing_samples, sequences, attention_mask, ring_attn_group)
         with _head_returns_statistics(head, labels, self.temperature) as returned:
             output = self.model(**inputs)
-        statistics = output["logits"]
-        if [x.data_ptr() for x in returned] != [statistics.data_ptr()]:
-            change_logits.add(type(model))
-            warnings.warn(
-                f"safe_kernels leaves the forward of {type(model).__name__} to OpenRLHF: it changes its logits after "
-                "the head",
-                stacklevel=2,
-            )
+        if [x.data_ptr() for x in returned] != [output["logits"].data_ptr()]:
+            change_logits.add(model)
+            name = type(model).__name__
+            warnings.warn(f"safe_kernels leaves {name} to OpenRLHF: it changes its logits after the head", stacklevel=2)
             return theirs()
-        logprob, entropy = (whole(x)[:, :-1] for x in statistics.unbind(-1))
+        logprob, entropy = output["logits"].unbind(-1)
         output["logits"] = None
         if return_entropy:
-            output.entropy = entropy
+            output.entropy = whole(entropy)[:, :-1]
+        logprob = whole(logprob)[:, :-1]
         if action_mask is not None:
             logprob = logprob[:, -action_mask.shape[1] :] * action_mask.float()
         return (logprob, output) if return_output else logprob
