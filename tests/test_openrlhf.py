@@ -2,10 +2,15 @@
 
 import contextlib
 import importlib
-import importlib.machinery
+import importlib.util
+import os
+import runpy
+import subprocess
 import sys
+import textwrap
 import types
 import warnings
+from pathlib import Path
 
 import cases
 import memory
@@ -304,6 +309,44 @@ def test_training_is_the_same(calls, make):
     assert (logprob - old).abs().max() > 0.1
     torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(logprob, logprob_plain, rtol=1e-3, atol=1e-3)
+
+
+def test_the_command_reaches_the_workers_of_ray(monkeypatch):
+    """Beside what OpenRLHF itself gives to ray.init."""
+    ray, given = pytest.importorskip("ray"), []
+    monkeypatch.setattr(ray, "init", lambda **options: given.append(options))
+    monkeypatch.setattr(openrlhf, "apply", lambda: given.append("applied"))
+    monkeypatch.setattr(runpy, "run_module", lambda name, **_: given.append(name) or ray.init(runtime_env={"a": 1}))
+    monkeypatch.setattr(sys, "argv", ["openrlhf.py", "train_ppo_ray", "--option"])
+    openrlhf.main()
+    hook = {"worker_process_setup_hook": "safe_kernels.integrations.openrlhf.apply_when_imported"}
+    assert given == ["applied", "openrlhf.cli.train_ppo_ray", {"runtime_env": {"a": 1, **hook}}]
+    assert sys.argv == ["openrlhf.py", "--option"]
+
+
+def test_an_unknown_command_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["openrlhf.py", "train_rm"])
+    with pytest.raises(SystemExit, match="train_dpo, train_ppo_ray, train_sft"):
+        openrlhf.main()
+
+
+@pytest.mark.slow
+def test_a_process_that_imports_no_model_imports_no_deepspeed():
+    """In a new process: nothing of OpenRLHF at first, and the patch as soon as its models are there."""
+    script = """
+        import sys, test_openrlhf
+        from safe_kernels.integrations import openrlhf
+        openrlhf.apply_when_imported()
+        print([name for name in ("openrlhf.models", "deepspeed") if name in sys.modules], openrlhf.PATCH.replaced)
+        test_openrlhf.import_actor()
+        print(len(openrlhf.PATCH.replaced), sys.modules["openrlhf.models"].Actor.forward.__module__)
+    """
+    path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(__file__).parents[1]))
+    run = [sys.executable, "-c", textwrap.dedent(script)]
+    printed = subprocess.run(
+        run, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert [line for line in printed if "[WARNING]" not in line] == ["[] []", "3 safe_kernels.integrations.openrlhf"]
 
 
 def in_a_process_of_a_group():

@@ -1,4 +1,5 @@
-"""OpenRLHF on these kernels: `apply()` in each process that runs an `Actor`.
+"""OpenRLHF on these kernels: `python -m safe_kernels.integrations.openrlhf train_ppo_ray ...` in the place of
+`python -m openrlhf.cli.train_ppo_ray ...`, or `apply()` in each process that runs an `Actor`.
 
 `Actor.forward` gets log-probs and entropy from the hidden states, inside its model's own call of the head: float32
 logits are never made, and whoever gathers a sharded head around that call (ZeRO-3's hooks) gathers it for us too, in
@@ -16,6 +17,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.abc
+import importlib.util
+import runpy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -172,3 +177,57 @@ PATCH = Patch(
     ],
 )
 apply, revert = PATCH.apply, PATCH.revert
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Applies the patch when `openrlhf.models` has been imported."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "openrlhf.models":
+            return None
+        sys.meta_path.remove(self)
+        spec: Any = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            apply()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def apply_when_imported() -> None:
+    """For processes that may never need it: OpenRLHF keeps DeepSpeed, which its models import, out of vLLM's."""
+    if "openrlhf.models" in sys.modules:
+        apply()
+    else:
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def main() -> None:
+    """Apply the patch here and in the workers of Ray, then run OpenRLHF's command."""
+    commands = ("train_dpo", "train_ppo_ray", "train_sft")
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.exit(
+            "usage: python -m safe_kernels.integrations.openrlhf COMMAND [arguments of openrlhf.cli.COMMAND]\n"
+            f"COMMAND is one of {', '.join(commands)}"
+        )
+    command, name = sys.argv.pop(1), "safe_kernels.integrations.openrlhf"  # as a script, this module is __main__
+    importlib.import_module(name).apply_when_imported()
+    if command == "train_ppo_ray":
+        ray: Any = importlib.import_module("ray")
+        ray.init = _with_setup_hook(ray.init, f"{name}.apply_when_imported")
+    runpy.run_module(f"openrlhf.cli.{command}", run_name="__main__", alter_sys=True)
+
+
+def _with_setup_hook(init: Callable[..., Any], hook: str) -> Callable[..., Any]:
+    def init_with_hook(*arguments: Any, runtime_env: dict[str, Any] | None = None, **options: Any) -> Any:
+        runtime_env = {**(runtime_env or {}), "worker_process_setup_hook": hook}
+        return init(*arguments, runtime_env=runtime_env, **options)
+
+    return init_with_hook
+
+
+if __name__ == "__main__":
+    main()
