@@ -18,7 +18,14 @@ import processes
 import pytest
 import tiny
 import torch
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import safe_kernels
 from safe_kernels.integrations import openrlhf
@@ -279,6 +286,31 @@ def test_logits_that_change_after_the_head_are_found_out_once(calls, make):
     assert calls == {"linear_token_stats": 1, "token_stats": 4}
     for found in (first, second):
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+
+
+def with_experts():
+    torch.manual_seed(0)
+    return actor(MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, output_router_logits=True)).eval())
+
+
+def test_the_router_loss_of_experts_is_kept(calls):
+    made, options = with_experts(), {"return_logprobs": True, "return_output": True}
+    _, plain = made(SEQUENCES, attention_mask=ATTENTION, **options)
+    with openrlhf.apply():
+        _, found = made(SEQUENCES, attention_mask=ATTENTION, **options)
+    assert calls["linear_token_stats"] == 1
+    assert found.aux_loss.requires_grad
+    torch.testing.assert_close(found.aux_loss, plain.aux_loss)
+
+
+def test_with_gradient_checkpointing(calls):
+    made, options = actor(tiny.model().train()), OPTIONS["actions and entropy"]
+    plain = step(made, options)
+    made.gradient_checkpointing_enable()
+    with openrlhf.apply():
+        found = step(made, options)
+    assert calls["linear_token_stats"] == 1
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [lambda: actor(tiny.model()), lambda: with_lora("q_proj")], ids=["whole", "LoRA"])
