@@ -23,6 +23,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -266,22 +268,31 @@ SIZES = {
 }
 
 
+class InPlace(LlamaForCausalLM):
+    def forward(self, *arguments, **options):
+        output = super().forward(*arguments, **options)
+        output.logits.mul_(0.5)
+        return output
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: InPlace(LlamaConfig(**SIZES)),
         lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, final_logit_softcapping=2.0)),
         lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.5)),
     ],
-    ids=["softcap", "scale"],
+    ids=["in place", "softcap", "scale"],
 )
 def test_logits_that_change_after_the_head_are_found_out_once(calls, make):
     torch.manual_seed(0)
     made, options = actor(make().eval()), OPTIONS["actions and entropy"]
     plain = step(made, options)
     with openrlhf.apply():
-        with pytest.warns(UserWarning, match="ForCausalLM to OpenRLHF: it changes its logits"):
+        with pytest.warns(UserWarning, match="to OpenRLHF: it changes its logits"):
             first = step(made, options)
-        with warnings.catch_warnings(action="error"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             second = step(made, options)
     assert calls == {"linear_token_stats": 1, "token_stats": 4}
     for found in (first, second):

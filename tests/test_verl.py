@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cases
 import memory
+import processes
 import pytest
 import tiny
 import torch
@@ -244,6 +245,36 @@ def test_a_training_step_of_verl(calls, monkeypatch, switches, called):
         ours = training_step(monkeypatch, *switches)
     assert calls == called
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def fsdp_step():
+    """Log-probs and gradients without and with the patch, of a model that FSDP2 has cut as verl's engine does."""
+    fully_shard = importlib.import_module("torch.distributed.fsdp").fully_shard
+    torch.distributed.init_process_group("gloo")
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    draw = torch.Generator().manual_seed(torch.distributed.get_rank())
+    ids, found = torch.randint(2, 20, (1, 12), generator=draw), []
+    for _ in range(2):
+        model = tiny.model()
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+        MODELS.patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
+        output = model(input_ids=ids, temperature=0.7, return_dict=True, use_cache=False)
+        (output.log_probs.sum() + output.entropy.sum()).backward()
+        gradients = {f"d {name}": p.grad.full_tensor().tolist() for name, p in model.named_parameters()}
+        found.append({"logprob": output.log_probs.tolist(), **gradients})
+        verl.apply()
+    return found
+
+
+@pytest.mark.slow
+def test_a_head_that_fsdp_has_cut_is_whole_in_the_forward():
+    for outcome in processes.run(fsdp_step, 2, seconds=300):
+        assert not outcome.error, outcome.error
+        plain, patched = outcome.result
+        assert plain["d lm_head.weight"] != patched["d lm_head.weight"]  # other bits: it is another function
+        for name, x in patched.items():
+            torch.testing.assert_close(torch.tensor(x), torch.tensor(plain[name]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("switch, applied", [(None, 0), ("0", 0), ("1", 1)])

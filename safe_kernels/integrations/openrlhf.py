@@ -57,7 +57,6 @@ def _actor_forward(original: Any) -> Callable[..., Any]:
         With `return_output` also the model's output, whose `logits` are None, and whose `entropy` is [B, T - 1] with
         `return_entropy`.
         """
-
         theirs = functools.partial(
             original,
             self,
@@ -82,7 +81,7 @@ def _actor_forward(original: Any) -> Callable[..., Any]:
         inputs, labels, whole = _layout(self.packing_samples, sequences, attention_mask, ring_attn_group)
         with _head_returns_statistics(head, labels, self.temperature) as returned:
             output = self.model(**inputs)
-        if [x.data_ptr() for x in returned] != [output["logits"].data_ptr()]:
+        if not _is_untouched(output["logits"], returned):
             change_logits.add(model)
             name = type(model).__name__
             warnings.warn(f"safe_kernels leaves {name} to OpenRLHF: it changes its logits after the head", stacklevel=2)
@@ -139,20 +138,20 @@ def _head_returns_statistics(head: nn.Linear, labels: Tensor, temperature: float
         del head.forward
 
 
-def _log_probs_from_logits(original: Any) -> Callable[..., Tensor]:
-    def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-        """[...] of logits [..., V], which are left as they are: OpenRLHF's own divides them by the temperature."""
-        return token_stats(logits, labels, temperature=temperature).logprob
-
-    return log_probs_from_logits
+def _is_untouched(logits: Tensor, returned: list[Tensor]) -> bool:
+    """Whether the model's logits are what its head returned, in one call: the same memory, written once."""
+    same_memory = [x.data_ptr() for x in returned] == [logits.data_ptr()]
+    return same_memory and (logits.is_inference() or logits._version == 0)
 
 
-def _compute_entropy(original: Any) -> Callable[[Tensor], Tensor]:
-    def compute_entropy(logits: Tensor) -> Tensor:
-        any_token = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-        return token_stats(logits, any_token).entropy
+def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """[...] of logits [..., V], which are left as they are: OpenRLHF's own divides them by the temperature."""
+    return token_stats(logits, labels, temperature=temperature).logprob
 
-    return compute_entropy
+
+def compute_entropy(logits: Tensor) -> Tensor:
+    any_token = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return token_stats(logits, any_token).entropy
 
 
 FORWARD = (
@@ -172,8 +171,13 @@ PATCH = Patch(
     "openrlhf",
     [
         Replacement(ACTOR, "Actor.forward", [FORWARD], _actor_forward),
-        Replacement(UTILS, "log_probs_from_logits", [("logits", "labels", "temperature")], _log_probs_from_logits),
-        Replacement(UTILS, "compute_entropy", [("logits",)], _compute_entropy),
+        Replacement(
+            UTILS,
+            "log_probs_from_logits",
+            [("logits", "labels", "temperature")],
+            lambda original: log_probs_from_logits,
+        ),
+        Replacement(UTILS, "compute_entropy", [("logits",)], lambda original: compute_entropy),
     ],
 )
 apply, revert = PATCH.apply, PATCH.revert
