@@ -54,7 +54,7 @@ class Row:
 
 
 def record(run: Run, suite: str, workload: Workload, row: Row) -> dict[str, Any]:
-    """A row as it is stored; `suite` is kernels, trainer, gate or tune."""
+    """A row as it is stored; `suite` is kernels, trainer, integrations, gate or tune."""
     fields = [dataclasses.asdict(part) for part in (run, workload, row)]
     return {"suite": suite} | fields[0] | fields[1] | fields[2]
 

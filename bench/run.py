@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ sys.path.append(str(ROOT))  # for a checkout that is not installed
 import measure  # noqa: E402
 from compare import Revision, ratios  # noqa: E402
 from gate import Gate, backward  # noqa: E402
+from integrations import integration_workloads  # noqa: E402
+from integrations import offered as offered_in_trainers  # noqa: E402
 from model import Roofs, cost  # noqa: E402
 from peers import NO_KL, Case, Provider, interpret_trl, providers  # noqa: E402
 from rows import ALL_PASSES, Row, Run, append, record, table  # noqa: E402
@@ -40,7 +43,11 @@ from trainer import measured as measured_step  # noqa: E402
 from trainer import trainer_workloads  # noqa: E402
 from workloads import Workload, gate_workloads, kernel_workloads, make_case  # noqa: E402
 
-SUITES: dict[str, Callable[[str, bool], list[Workload]]] = {"kernels": kernel_workloads, "trainer": trainer_workloads}
+SUITES: dict[str, Callable[[str, bool], list[Workload]]] = {
+    "kernels": kernel_workloads,
+    "trainer": trainer_workloads,
+    "integrations": integration_workloads,
+}
 RESULTS = ROOT / "bench" / "results"
 SECONDS, QUICK_SECONDS = 0.8, 0.3  # of repeats for each pass of each provider
 
@@ -78,9 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
                 left = "\n  ".join(str(w) for _, w in workloads[i:])
                 print(f"--minutes {args.minutes:g} are over; not measured:\n  {left}")
                 break
-            measured_by = measured_step if suite == "trainer" else measured
-            found = measured_by(workload, settings, title=f"{i + 1}/{len(workloads)}")
-            if other is not None and suite != "trainer":
+            found = MEASURED_BY.get(suite, measured)(workload, settings, title=f"{i + 1}/{len(workloads)}")
+            if other is not None and suite not in MEASURED_BY:
                 found += other.measured(workload)
             append(path, [record(run, suite, workload, row) for row in found])
             print(table(workload, found), ratios(found), sep="\n", flush=True)
@@ -123,9 +129,15 @@ def print_header(run: Run, roofs: dict[str, Roofs]) -> None:
     print("  each cell: time, times faster than pytorch, memory beyond inputs and gradients, share of the roof\n")
 
 
-def measured(workload: Workload, settings: Settings, title: str = "", only: str | tuple[str, ...] = "") -> list[Row]:
+def measured(
+    workload: Workload,
+    settings: Settings,
+    title: str = "",
+    only: str | tuple[str, ...] = "",
+    offer: Callable[[Workload], list[Provider]] = providers,
+) -> list[Row]:
     """Rows of every provider that has something like this operation."""
-    offered = [p for p in providers(workload) if p.name.startswith(only)]
+    offered = [p for p in offer(workload) if p.name.startswith(only)]
     try:
         case = make_case(workload, settings.device)
         gate = Gate(workload, case)
@@ -136,6 +148,9 @@ def measured(workload: Workload, settings: Settings, title: str = "", only: str 
     torch.compiler.reset()
     clean(settings.device)
     return rows
+
+
+MEASURED_BY = {"trainer": measured_step, "integrations": partial(measured, offer=offered_in_trainers)}
 
 
 def rows_of(offered: Iterable[Provider], gate: Gate, settings: Settings) -> list[Row]:

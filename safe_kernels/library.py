@@ -9,8 +9,8 @@ here once for all of them. An op returns plain tensors, empty where there is not
     sweep(inputs, objective, needed)              statistics, and the gradients of the closed-form loss
     soft_min_gae(...)                             value, advantage, returns
 
-`stats` has the rows logprob, entropy, the maximum of the logits and a measure of their sum, as the backend likes it;
-with a reference the same four again: ref_logprob, kl, and so on.
+`stats` has the rows logprob, entropy, the maximum of the logits, and the sum of exp((logits - maximum) / T), of which
+the Triton backend takes the logarithm; with a reference the same four again: ref_logprob, kl, and so on.
 
 Shapes: N tokens, V vocabulary, H hidden width.
 """
@@ -104,6 +104,32 @@ def soft_min(v1: Tensor, v2: Tensor, alpha: float, *, backend: str) -> Tensor:
 def soft_min_gae(v1: Tensor, v2: Tensor, rewards: Tensor, mask: Tensor | None, **options: Any) -> ValueTargets:
     values = (v1.detach(), v2.detach(), rewards.detach(), mask)
     return ValueTargets._make(_gae_op(*values, *(options[name] for name in _GAE.names[len(values) :])))
+
+
+def statistics(inputs: LinearInputs | LogitsInputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprob [N], entropy [N], stats), without autograd: for a Function of one's own, with the gradients below."""
+    if isinstance(inputs, LinearInputs):
+        found = _linear_op(*_LINEAR.flatten(inputs, None, backend))
+    else:
+        found = _logits_op(*_LOGITS.flatten(inputs, None, False, backend))
+    return found[0], found[1], found[-1]
+
+
+def log_total(stats: Tensor, backend: str) -> Tensor:
+    """[N], log of the sum of exp((logits - their maximum) / T): minus the log-prob of the most likely token."""
+    return stats[3].log() if backend == "torch" else stats[3]
+
+
+def linear_gradients(
+    inputs: LinearInputs, backend: str, stats: Tensor, slopes: Slopes, needed: Sequence[bool], leaves: Sequence[Any]
+) -> list[Tensor | None]:
+    """Of (hidden, weight, bias), summed in the compute dtype, then in that of its leaf; None where none is needed."""
+    sums = _linear_backward_op(*_LINEAR_BACKWARD.flatten(inputs, backend, stats, *slopes, *needed))
+    return [x.to(leaf.dtype) if need else None for x, leaf, need in zip(sums, leaves, needed, strict=True)]
+
+
+def logits_gradient(inputs: LogitsInputs, backend: str, stats: Tensor, slopes: Slopes) -> Tensor:
+    return _logits_backward_op(*_LOGITS_BACKWARD.flatten(inputs, backend, stats, *slopes))
 
 
 def _token_stats(found: Sequence[Tensor], shape: torch.Size) -> TokenStats:
@@ -218,9 +244,7 @@ def _logits_backward_inplace_op(inputs: LogitsInputs, backend: str, stats: Tenso
 def _linear_backward_op(inputs: LinearInputs, backend: str, stats: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     slopes, needed = rest[:3], rest[3:]
     sums = _backend(backend).linear_gradients(inputs, stats, slopes, needed)
-    leaves = (inputs.hidden_NH, inputs.weight_VH, inputs.bias_V)
-    gradients = (None if x is None or leaf is None else x.to(leaf.dtype) for x, leaf in zip(sums, leaves, strict=True))
-    return tuple(stats.new_empty(0) if x is None else x for x in gradients)
+    return tuple(stats.new_empty(0) if x is None else x for x in sums)
 
 
 @_logits_backward_op.register_fake
@@ -237,7 +261,7 @@ def _(*_: Any) -> None:
 def _(*flat: Any) -> tuple[Tensor, ...]:
     inputs, _, stats, *rest = _LINEAR_BACKWARD.restore(flat)
     leaves = zip(inputs[:3], rest[3:], strict=True)
-    return tuple(x.new_empty(x.shape) if need else stats.new_empty(0) for x, need in leaves)
+    return tuple(stats.new_empty(x.shape if need else 0) for x, need in leaves)
 
 
 # What a backward does not read; and what it reads only for the gradient of logits, hidden states or head.
@@ -263,7 +287,7 @@ def _statistics_context(signature: Signature, leaves: int) -> Callable[..., None
 
 def _logits_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     (inputs, terms, inplace, backend), stats = _saved(ctx, _LOGITS)
-    slopes, found = _slopes(terms, stats, grads), [None] * len(_LOGITS.names)
+    slopes, found = _slopes(terms, stats, grads), _nothing(_LOGITS)
     if ctx.needs_input_grad[0] and any(x is not None for x in slopes):
         arguments = _LOGITS_BACKWARD.flatten(inputs._replace(logits=inputs.logits.detach()), backend, stats, *slopes)
         if inplace:
@@ -274,12 +298,14 @@ def _logits_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
 
 def _linear_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     (inputs, terms, backend), stats = _saved(ctx, _LINEAR)
-    slopes, found = _slopes(terms, stats, grads), [None] * len(_LINEAR.names)
+    slopes, found = _slopes(terms, stats, grads), _nothing(_LINEAR)
     if any(ctx.needs_input_grad[:3]) and any(x is not None for x in slopes):
-        needed = ctx.needs_input_grad[:3]
-        gradients = _linear_backward_op(*_LINEAR_BACKWARD.flatten(inputs, backend, stats, *slopes, *needed))
-        found[:3] = [x if need else None for x, need in zip(gradients, needed, strict=True)]
+        found[:3] = linear_gradients(inputs, backend, stats, slopes, ctx.needs_input_grad[:3], inputs[:3])
     return _with_values(found, _LINEAR, inputs.mask_N, terms, grads)
+
+
+def _nothing(signature: Signature) -> list[Tensor | None]:
+    return [None] * len(signature.names)
 
 
 def _slopes(terms: Terms | None, stats: Tensor, grads: Sequence[Tensor | None]) -> Slopes:

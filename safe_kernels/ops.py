@@ -369,17 +369,22 @@ def linear_policy_loss(
 
 def _call(function: str, backend: str | None, like: Tensor, *arguments: Any, **options: Any) -> Any:
     """By the backend asked for, or the best one for a first argument like this."""
-    wide = any(_is_wide(x) for x in (like, *arguments, *options.values()))
+    name = chosen_backend(backend, like, *arguments, *options.values())
+    if name != "reference":
+        return getattr(library, function)(like, *arguments, **options, backend=name)
+    with torch.autocast(like.device.type, enabled=False):  # it would round logits on their way to the exponent
+        return getattr(reference, function)(like, *arguments, **options)
+
+
+def chosen_backend(backend: str | None, like: Tensor, *others: object) -> str:
+    wide = any(_is_wide(x) for x in (like, *others))
     name = backend or os.environ.get("SAFE_KERNELS_BACKEND") or ("torch" if wide else _best(like))
     if name not in _BACKENDS:
         origin = "backend" if backend else "the environment variable SAFE_KERNELS_BACKEND"
         raise ValueError(f"{origin} is {name!r}; it must be one of {', '.join(map(repr, _BACKENDS))}")
     if name == "triton" and wide:
         raise ValueError("backend 'triton' computes in float32; float64 inputs need backend 'torch' or 'reference'")
-    if name != "reference":
-        return getattr(library, function)(like, *arguments, **options, backend=name)
-    with torch.autocast(like.device.type, enabled=False):  # it would round logits on their way to the exponent
-        return getattr(reference, function)(like, *arguments, **options)
+    return name
 
 
 def _best(like: Tensor) -> str:

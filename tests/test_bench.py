@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -15,7 +16,9 @@ sys.path.append(str(BENCH))
 model, peers, rows, run, tune, workloads = (
     importlib.import_module(name) for name in ("model", "peers", "rows", "run", "tune", "workloads")
 )
-compare, gate, measure, trainer = (importlib.import_module(x) for x in ("compare", "gate", "measure", "trainer"))
+compare, gate, integrations, measure, trainer = (
+    importlib.import_module(name) for name in ("compare", "gate", "integrations", "measure", "trainer")
+)
 
 TOY = workloads.Workload("hidden", "toy", 24, 32, 203)
 FIELDS = {f.name for part in (rows.Run, rows.Row, workloads.Workload) for f in dataclasses.fields(part)} | {"suite"}
@@ -41,7 +44,8 @@ def few(monkeypatch):
     monkeypatch.setattr(peers, "PROVIDERS", offered)
     cases = [dataclasses.replace(TOY, kl=True), dataclasses.replace(TOY, entrance="logits", masked=0.3)]
     monkeypatch.setitem(run.SUITES, "kernels", lambda device, quick: [*cases, workloads.gae(3, 20)])
-    monkeypatch.setitem(run.SUITES, "trainer", lambda device, quick: [])
+    for suite in ("trainer", "integrations"):
+        monkeypatch.setitem(run.SUITES, suite, lambda device, quick: [])
     monkeypatch.setattr(run, "QUICK_SECONDS", 0.0)
     monkeypatch.setattr(measure, "roofs", lambda dtype, device: model.Roofs(1e11, 1e10))
 
@@ -236,3 +240,25 @@ def test_a_wrong_update_is_red(monkeypatch):
     rows = trainer.measured(STEP, settings())
     assert any(row.status == "red" for row in rows)
     assert not any(row.provider.startswith("safe-kernels") and row.seconds and row.part != "rollout" for row in rows)
+
+
+@pytest.mark.parametrize("entrance", ["hidden", "logits"])
+def test_functions_of_other_trainers_are_judged_before_and_after_the_patch(entrance):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    offered = [
+        p for p in integrations.offered(dataclasses.replace(TOY, entrance=entrance)) if p.package in (None, "trl")
+    ]
+    found = run.measured(dataclasses.replace(TOY, entrance=entrance), settings(), offer=lambda workload: offered)
+    assert all(row.gate == "green" and row.seconds and row.peak_bytes for row in found)
+    ours = {
+        row.provider.removeprefix("safe-kernels in ") for row in found if row.provider.startswith("safe-kernels in ")
+    }
+    theirs = {row.provider for row in found if row.provider.startswith("trl ")}
+    assert ours == theirs and len(ours) == (1 if entrance == "hidden" else 3)
+    assert {row.version for row in found} == {torch.__version__, importlib.metadata.version("trl")}
+
+
+def test_a_trainer_that_is_not_installed_is_a_row():
+    function = integrations.TABLE[0]._replace(package="no-such-trainer")
+    found = run.measured(TOY, settings(), offer=lambda workload: [function.provider(True), function.provider(False)])
+    assert [row.status for row in found] == ["not installed"] * 2

@@ -1,0 +1,93 @@
+"""What a patch of another trainer changes: each function that it replaces, as that trainer calls it, before and after.
+
+    trl selective_log_softmax                    the trainer's own
+    safe-kernels in trl selective_log_softmax    what stands there while the patch is active
+
+Both are judged and timed like every provider, beside plain PyTorch. A new function needs an entry of TABLE, no more.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from peers import STATS, Case, Provider, Results, providers
+from workloads import Workload, of
+
+
+class Function(NamedTuple):
+    package: str  # also the name of the module in safe_kernels.integrations
+    module: str
+    name: str
+    entrance: str  # "hidden" or "logits": what it starts from
+    outputs: tuple[str, ...]
+    call: Callable[[Any, Case], Results]  # of the function, whoever wrote it
+
+    def provider(self, patched: bool) -> Provider:
+        name = f"{'safe-kernels in ' if patched else ''}{self.package} {self.name}"
+
+        def run(case: Case) -> Results:
+            return self.call(_both(self)[patched], case)
+
+        return Provider(name, self.entrance, self.outputs, run, self.package)
+
+
+@functools.cache
+def _both(function: Function) -> tuple[Any, Any]:
+    """(the trainer's own, ours)."""
+    module = importlib.import_module(function.module)
+    own = getattr(module, function.name)
+    with importlib.import_module(f"safe_kernels.integrations.{function.package}").apply() as patch:
+        if f"{function.module}.{function.name}" not in patch.replaced:
+            raise NotImplementedError(f"{function.package} is not patched: {', '.join(patch.replaced) or 'not at all'}")
+        return own, getattr(module, function.name)
+
+
+def integration_workloads(device: str, quick: bool) -> list[Workload]:
+    if device == "cuda":
+        return [of(e, "Qwen2.5-3B", 2048 if quick else 8192, dtype="bfloat16") for e in ("hidden", "logits")]
+    return [of(e, "SmolLM2-135M", 64 if quick else 256) for e in ("hidden", "logits")]
+
+
+def offered(workload: Workload) -> list[Provider]:
+    """The baseline, then each function of this entrance, its own and ours."""
+    pairs = [f.provider(patched) for f in TABLE if f.entrance == workload.entrance for patched in (False, True)]
+    return providers(workload)[:1] + pairs
+
+
+def trl_chunked(function: Any, case: Case) -> Results:
+    """As `add_fused_lm_head` calls it for GRPO."""
+    chunk = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
+    head = (case["hidden"], case["weight"], None, case["tokens"])
+    logprob, entropy, *_ = function.apply(*head, 1.0, chunk, None, 1.0, ("log_probs", "entropy"))
+    return {"logprob": logprob, "entropy": entropy}
+
+
+def trl_both(function: Any, case: Case) -> Results:
+    return dict(zip(STATS, _in_sequences(function, case["logits"], case["tokens"]), strict=True))
+
+
+def trl_logprob(function: Any, case: Case) -> Results:
+    return {"logprob": _in_sequences(function, case["logits"], case["tokens"])[0]}
+
+
+def trl_entropy(function: Any, case: Case) -> Results:
+    return {"entropy": _in_sequences(function, case["logits"])[0]}
+
+
+def _in_sequences(function: Any, *tensors: Any) -> list[Any]:
+    """Of [sequences, time, ...], over whose first axis TRL loops."""
+    sequences = 4 if len(tensors[0]) % 4 == 0 else 1
+    found = function(*(x.unflatten(0, (sequences, -1)) for x in tensors))
+    return [x.flatten() for x in (found if isinstance(found, tuple) else (found,))]
+
+
+_TRL = "trl.trainer.utils"
+TABLE = [
+    Function("trl", _TRL, "_ChunkedLogProbFunction", "hidden", STATS, trl_chunked),
+    Function("trl", _TRL, "selective_log_softmax_and_entropy", "logits", STATS, trl_both),
+    Function("trl", _TRL, "selective_log_softmax", "logits", ("logprob",), trl_logprob),
+    Function("trl", _TRL, "entropy_from_logits", "logits", ("entropy",), trl_entropy),
+]

@@ -1,0 +1,340 @@
+"""TRL on these kernels: its GRPO, RLOO, DPO, KTO and SFT trainers, and its functions on logits.
+
+    from safe_kernels.integrations import trl
+    trl.apply()
+
+or, for TRL's own scripts, `python -m safe_kernels.integrations.trl grpo --model_name_or_path ...` in the place of
+`trl grpo ...`, and `accelerate launch -m safe_kernels.integrations.trl grpo ...` on several GPUs.
+
+Shapes: N tokens, V vocabulary, H hidden width, K tokens that are asked for in one row.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pkgutil
+import runpy
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, library, ops
+from ..inputs import LinearInputs, LogitsInputs, compute_dtype
+from .patch import Patch, Replacement
+
+UTILS = "trl.trainer.utils"
+METRICS = ("log_sum_sq_probs", "mean_logits", "is_top1")  # of one token each, without gradient
+TIE = 4  # ulps: two log-probs so close are equal
+MEAN_COLUMNS, MEAN_ROWS = 8192, 4096  # of the weight and of tokens at a time, where a mean over V is taken
+
+
+def apply() -> Patch:
+    """Replace what this version of TRL has of these functions, in this process; see `Patch` for what it refuses.
+
+    Call it before or after `import trl`, and before names of TRL's functions are imported elsewhere. The result is a
+    context manager, and its `replaced` lists the names.
+    """
+    return PATCH.apply()
+
+
+def revert() -> None:
+    """TRL as it was."""
+    PATCH.revert()
+
+
+class LinearLogprob(torch.autograd.Function):
+    """In the place of TRL's chunked log-prob: `linear_token_stats`, and what TRL's metrics want. Equivalent to
+
+        z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature       (softcap None: none)
+        logprob = log_softmax(z)[targets];  entropy = -(p * log p).sum(-1), with p = softmax(z)
+        log_sum_sq_probs = log((p**2).sum(-1));  mean_logits = z.mean(-1);  is_top1 = z[targets] == z.max(-1)
+
+    with float32 logits, which are never stored. Under autocast hidden and weight are rounded to its dtype first, and
+    their gradients are still summed in float32. ZeRO-3 takes the weight away between forward and backward: the
+    backward gathers it again.
+
+    Args:
+        hidden, weight, bias: [N, H], [V, H] and [V] or None.
+        targets: [N]. An id outside 0..V-1 has a NaN log-prob; TRL leaves out or replaces -100 before.
+        outputs: what to return beyond the log-prob; the rest is None.
+        chunk_size: unused.
+
+    Returns:
+        (logprob, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N]; the first two are differentiable. A tie
+        for the most likely token makes each of the tied is_top1.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", *METRICS),
+    ) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        no_reference, softcap = (None, None, None), final_logit_softcapping
+        head = checks.head_arguments(
+            hidden, weight, targets, bias, *no_reference, temperature, softcap, logit_scale, None
+        )
+        ctx.head = {**head, "bias": None}
+        device = hidden.device.type
+        ctx.rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        ctx.backend = _fast_backend(hidden, weight)
+        inputs = _linear_inputs(hidden, weight, bias, targets, ctx.head, ctx.rounded)
+        logprob, entropy, stats = library.statistics(inputs, ctx.backend)
+        ctx.save_for_backward(hidden, weight, bias, targets, stats)
+        with torch.autocast(device, enabled=False):
+            metrics = [
+                METRIC[name](inputs, logprob, stats, ctx.backend) if name in outputs else None for name in METRICS
+            ]
+        ctx.mark_non_differentiable(*(x for x in metrics if x is not None))
+        return logprob, entropy if "entropy" in outputs else None, *metrics
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, stats = ctx.saved_tensors
+        slopes, needed, leaves = (grads[0], grads[1], None), ctx.needs_input_grad[:3], (hidden, weight, bias)
+        found: list[Tensor | None] = [None, None, None]
+        if any(needed) and any(x is not None for x in slopes):
+            with _gathered(weight, bias):
+                inputs = _linear_inputs(hidden, weight, bias, targets, ctx.head, ctx.rounded)
+                found = library.linear_gradients(inputs, ctx.backend, stats, slopes, needed, leaves)
+        return *found, *[None] * 6
+
+
+class TwoOutputs:
+    """`LinearLogprob` as TRL called it before 1.15, with (logprob, entropy) as the result; at first without a bias."""
+
+    def __init__(self, has_bias: bool):
+        self.missing = () if has_bias else (None,)
+
+    def apply(self, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        head = (*self.missing, *rest)  # bias, targets, temperature, chunk_size, and perhaps softcap and scale
+        options = (None, 1.0)[len(head) - 4 :]
+        logprob, entropy, *_ = LinearLogprob.apply(hidden, weight, *head, *options, ("entropy",))
+        return logprob, entropy
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    """Log-probs of the tokens `index`, (...) or (..., K). Equivalent to
+
+        (logits / temperature).log_softmax(-1).gather(-1, index).masked_fill(row_mask == 0, 0)
+
+    in float32 (float64 for float64 logits), which TRL's own returns on GPUs; on CPUs it returns the logits' dtype.
+    """
+    if index.dim() < logits.dim():
+        return ops.token_stats(logits, index, temperature=temperature, mask=_live(row_mask)).logprob
+    logprob = SelectedLogprobs.apply(logits, index.long(), temperature, _live(row_mask))
+    return logprob if row_mask is None else logprob.masked_fill(row_mask == 0, 0)
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    """-(p * log p).sum(-1) with p = softmax(logits), float32 (float64 for float64 logits). `chunk_size` is unused."""
+    return ops.token_stats(logits, _first_ids(logits)).entropy
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both in one pass; `index` has one token a row. The gradient of an entropy that requires none costs nothing."""
+    stats = ops.token_stats(logits, index, temperature=temperature, mask=_live(row_mask))
+    return stats.logprob, stats.entropy if entropy_requires_grad else stats.entropy.detach()
+
+
+class SelectedLogprobs(torch.autograd.Function):
+    """Log-probs of K tokens in each row: that of the most likely of them, and the others by their distance to it.
+
+    The gradient to the logits is one tensor: sum(g) * (onehot of that token - p), and in the K places g - sum(g) * p.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, index: Tensor, temperature: float, live: Tensor | None) -> Tensor:
+        z = logits.gather(-1, index).to(compute_dtype(logits))
+        best = z.argmax(-1, keepdim=True)
+        token = index.gather(-1, best).squeeze(-1)
+        rows = None if live is None else live.any(-1)
+        checks.logits_arguments(logits, token, None, rows)
+        ctx.temperature, ctx.backend = checks.is_positive("temperature", temperature), _fast_backend(logits)
+        inputs = _logits_inputs(logits, token, ctx.temperature, rows)
+        logprob, _, stats = library.statistics(inputs, ctx.backend)
+        z_best = z.gather(-1, best)
+        gap = ((z - z_best) / ctx.temperature).masked_fill(z == z_best, 0)  # -inf - -inf
+        result = logprob.view(token.shape).unsqueeze(-1) + gap
+        ctx.save_for_backward(logits, index, token, rows, stats, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, index, token, rows, stats, result = ctx.saved_tensors
+        grad = grad.to(stats.dtype)
+        total = grad.sum(-1)
+        inputs = _logits_inputs(logits, token, ctx.temperature, rows)
+        found = library.logits_gradient(inputs, ctx.backend, stats, (total.reshape(-1), None, None))
+        total = total.unsqueeze(-1)
+        share = torch.where(total == 0, 0, total * result.exp())  # a row that is left out may hold NaN
+        values = (_sum_of_equal(index, grad) - share) / ctx.temperature
+        index_NK, found_NV = index.reshape(-1, index.shape[-1]), found.view(-1, found.shape[-1])
+        row_N1 = torch.arange(len(index_NK), device=index.device)[:, None]
+        found_NV[row_N1, index_NK] = values.view_as(index_NK).to(found.dtype)  # scatter_ copies to float32 on a CPU
+        return found, None, None, None
+
+
+def _sum_of_equal(index: Tensor, grad: Tensor) -> Tensor:
+    """The sum of `grad` over the places of a row that name the same token, in each of these places."""
+    index, order = index.sort(-1)
+    place = torch.nn.functional.pad(index.diff(dim=-1).ne(0).cumsum(-1), (1, 0))  # one for equal tokens
+    sums = torch.zeros_like(grad).scatter_add_(-1, place, grad.gather(-1, order)).gather(-1, place)
+    return sums.gather(-1, order.argsort(-1))
+
+
+def _log_sum_sq_probs(inputs: LinearInputs, logprob: Tensor, stats: Tensor, backend: str) -> Tensor:
+    """Squares of probabilities are those of half the temperature: one more pass."""
+    *_, squares = library.statistics(inputs._replace(temperature=inputs.temperature / 2), backend)
+    return library.log_total(squares, backend) - 2 * library.log_total(stats, backend)
+
+
+def _mean_logits(inputs: LinearInputs, *_: Any) -> Tensor:
+    """Without a softcap, the product with the mean row of the weight; with one, each logit has to be made."""
+    dtype, scale = compute_dtype(inputs.hidden_NH), inputs.logit_scale
+    bias = inputs.weight_VH.new_zeros(()) if inputs.bias_V is None else inputs.bias_V.to(dtype)
+    parts = inputs.weight_VH.split(MEAN_COLUMNS)
+    product = torch.promote_types(inputs.hidden_NH.dtype, inputs.weight_VH.dtype)
+    if inputs.softcap is None:
+        row_H = torch.stack([part.sum(0, dtype=dtype) for part in parts]).sum(0) / len(inputs.weight_VH)
+        return scale / inputs.temperature * (inputs.hidden_NH.to(dtype) @ row_H + bias.mean())
+    totals = []
+    for rows_RH in inputs.hidden_NH.split(MEAN_ROWS):
+        total_R = rows_RH.new_zeros(len(rows_RH), dtype=dtype)
+        for part, bias_C in zip(parts, bias.expand(len(inputs.weight_VH)).split(MEAN_COLUMNS), strict=True):
+            u_RC = scale * (torch.mm(rows_RH.to(product), part.T.to(product)).to(dtype) + bias_C)
+            total_R += u_RC.div_(inputs.softcap).tanh_().sum(-1)
+        totals.append(total_R)
+    return inputs.softcap / inputs.temperature / len(inputs.weight_VH) * torch.cat(totals)
+
+
+def _is_top1(inputs: LinearInputs, logprob: Tensor, stats: Tensor, backend: str) -> Tensor:
+    best = -library.log_total(stats, backend)
+    return logprob >= best - TIE * torch.finfo(best.dtype).eps * best.abs().clamp(min=1)
+
+
+METRIC = dict(zip(METRICS, (_log_sum_sq_probs, _mean_logits, _is_top1), strict=True))
+
+
+def _linear_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    head: dict[str, Any],
+    rounded: torch.dtype | None,
+) -> LinearInputs:
+    """`rounded` is autocast's dtype, to which hidden and weight go."""
+    if rounded is not None and hidden.dtype != torch.float64:
+        hidden, weight = hidden.to(rounded), weight.to(rounded)
+    return LinearInputs.of(hidden, weight, targets, **{**head, "bias": bias}, mask=None, batch_invariant=False)
+
+
+def _logits_inputs(logits: Tensor, token: Tensor, temperature: float, rows: Tensor | None) -> LogitsInputs:
+    return LogitsInputs.of(logits, token, ref_logits=None, temperature=temperature, mask=rows)
+
+
+def _fast_backend(*tensors: Tensor) -> str:
+    name = ops.chosen_backend(None, *tensors)
+    if name == "reference":
+        raise ValueError(
+            "SAFE_KERNELS_BACKEND is 'reference'; inside TRL it must be 'torch' or 'triton'. TRL's own functions come "
+            "back with SAFE_KERNELS_TRL=0"
+        )
+    return name
+
+
+def _gathered(*parameters: Tensor | None) -> Any:
+    """Under ZeRO-3 the parameters as they were in the forward, for the backward."""
+    gather = getattr(sys.modules[UTILS], "maybe_gather_lm_head_ctx", None)
+    return nullcontext() if gather is None else gather(*parameters)
+
+
+def _live(row_mask: Tensor | None) -> Tensor | None:
+    return None if row_mask is None else row_mask != 0
+
+
+def _first_ids(logits: Tensor) -> Tensor:
+    return torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+
+
+def _linear_logprob(original: Any) -> Any:
+    names = inspect.signature(original.forward).parameters
+    return LinearLogprob if "outputs" in names else TwoOutputs("bias" in names)
+
+
+_HEAD = ("targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
+_MASKED = ("temperature", "row_mask")
+PATCH = Patch(
+    "trl",
+    [
+        Replacement(
+            UTILS,
+            "_ChunkedLogProbFunction",
+            [
+                ("hidden", "weight", "bias", *_HEAD, "outputs"),  # 1.15 and later
+                ("last_hidden", "weight", "bias", *_HEAD),
+                ("last_hidden", "weight", *_HEAD),
+            ],
+            _linear_logprob,
+        ),
+        Replacement(
+            UTILS,
+            "selective_log_softmax",
+            [("logits", "index", *_MASKED), ("logits", "index")],
+            lambda original: selective_log_softmax,
+        ),
+        Replacement(UTILS, "entropy_from_logits", [("logits", "chunk_size")], lambda original: entropy_from_logits),
+        Replacement(
+            UTILS,
+            "selective_log_softmax_and_entropy",
+            [("logits", "index", "entropy_requires_grad", *_MASKED)],
+            lambda original: selective_log_softmax_and_entropy,
+        ),
+    ],
+)
+
+
+def main() -> None:
+    """Apply the patch in this process, then run TRL's script as `trl SCRIPT` would in one process."""
+    scripts = sorted(
+        module.name
+        for module in pkgutil.iter_modules(importlib.import_module("trl.scripts").__path__)
+        if not module.name.startswith("_") and module.name not in ("utils", "env", "vllm_serve")
+    )
+    if len(sys.argv) < 2 or sys.argv[1] not in scripts:
+        sys.exit(
+            f"usage: python -m safe_kernels.integrations.trl SCRIPT [arguments of `trl SCRIPT`]\n"
+            f"SCRIPT is one of {', '.join(scripts)}"
+        )
+    patch, script = apply(), sys.argv.pop(1)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"safe_kernels replaces {', '.join(patch.replaced) or 'nothing'}", file=sys.stderr)
+    runpy.run_module(f"trl.scripts.{script}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    from safe_kernels.integrations.trl import main as main_of_the_module  # so that there is one patch, not two
+
+    main_of_the_module()
