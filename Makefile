@@ -9,20 +9,22 @@ TORCH_INDEX ?= https://download.pytorch.org/whl
 
 VENV := .venv
 BIN := $(VENV)/bin
+INTEGRATIONS := .venv-integrations
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --no-compile --constraint constraints.txt
 
 unexport PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 .NOTPARALLEL:
-.PHONY: help demo test check format bench setup clean
+.PHONY: help demo test test-integrations check format bench setup clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with SAFE on this machine, and draw a report"
 	@echo "make test    make check, then the tests"
+	@echo "make test-integrations  the tests on verl and OpenRLHF themselves, which it installs into $(INTEGRATIONS)"
 	@echo "make check   ruff and mypy"
 	@echo "make format  rewrite the sources as 'make check' wants them"
 	@echo "make bench   time and memory beside plain PyTorch, and other projects that are installed (docs/performance.md)"
 	@echo "make setup   only install, into $(VENV)"
-	@echo "make clean   remove $(VENV), caches and build files"
+	@echo "make clean   remove $(VENV), $(INTEGRATIONS), caches and build files"
 	@echo
 	@echo "TORCH=cpu          without an NVIDIA GPU: PyTorch's CPU build, not gigabytes of CUDA (read at installation)"
 	@echo "PYTHON=python3.12  another Python than python3 (read at installation)"
@@ -33,6 +35,9 @@ demo: $(VENV)/.installed-demo
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(ARGS)
+
+test-integrations: $(INTEGRATIONS)/.installed
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n 0 tests/test_verl.py tests/test_openrlhf.py $(ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check
@@ -49,7 +54,7 @@ bench: $(VENV)/.installed-demo
 setup: $(VENV)/.installed-test
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # The stamp comes last: an interrupted installation is taken up again. The tests' packages include the demo's.
 # The imports prove the installation, and compile what the first run needs (all at once, pip takes a minute more).
@@ -62,6 +67,16 @@ $(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
 	   $(BIN)/python -c 'from safe_train.models import smollm2_folder; smollm2_folder()'; } || { echo >&2 \
 	   "Installation failed, for the reason above. Check the network and the free disk space, and run make again."; exit 1; }
 	@touch $(VENV)/.installed-demo $@
+
+# On top of $(VENV)'s packages, which stay as they are: verl and OpenRLHF pin other versions of some than the project does.
+$(INTEGRATIONS)/.installed: $(VENV)/.installed-test tests/integrations.txt
+	@echo "Installing verl and OpenRLHF into $(INTEGRATIONS)."
+	@rm -rf $(INTEGRATIONS) && $(BIN)/python -m venv --without-pip $(INTEGRATIONS)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	   > "`$(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/project.pth"
+	@$(BIN)/python -m pip --python $(INTEGRATIONS)/bin/python install -qq --disable-pip-version-check --no-input \
+	   --no-compile --no-deps --no-build-isolation --requirement tests/integrations.txt
+	@touch $@
 
 # A .venv of your own is used as it is; one that was left half made is made anew.
 $(VENV)/.created:

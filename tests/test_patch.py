@@ -9,6 +9,7 @@ import types
 import warnings
 
 import pytest
+import torch
 
 from safe_kernels.integrations.patch import Patch, Replacement
 
@@ -221,3 +222,22 @@ def test_what_was_replaced_is_logged(package, caplog):
     assert record.getMessage() == (
         "in other_trainer 1.2 these are now of safe_kernels: other_trainer.maths.double, other_trainer.maths.triple"
     )
+
+
+def test_apply_of_an_autograd_function_is_known_by_its_forward(package):
+    """Its own module and signature are those of PyTorch's Function."""
+
+    class Double(torch.autograd.Function):
+        __module__ = "other_trainer.maths"
+
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+    package.maths.double_of_tensors = Double.apply
+    with Patch("other_trainer", [hundredfold("double_of_tensors", ("x",))]):
+        assert package.maths.double_of_tensors(torch.ones(())) == 200
+    assert package.maths.double_of_tensors(torch.ones(())) == 2
+    Double.__module__ = "somebody_else"
+    with pytest.raises(RuntimeError, match="comes from somebody_else"):
+        Patch("other_trainer", [hundredfold("double_of_tensors", ("x",))]).apply()

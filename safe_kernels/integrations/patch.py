@@ -130,9 +130,16 @@ def _get(module: Any, path: str) -> Any:
     return module
 
 
+def _definition(function: Any) -> Any:
+    """The class of an autograd function's `apply`, whose own module and signature are PyTorch's; else itself."""
+    owner = getattr(function, "__self__", None)
+    return owner if inspect.isclass(owner) else function
+
+
 def _parameters(function: Any) -> tuple[str, ...]:
     """Of a function, or of the `forward` of an autograd function or a module, without `self` and `ctx`."""
-    target = getattr(function, "forward", function) if inspect.isclass(function) else function
+    target = _definition(function)
+    target = getattr(target, "forward", target) if inspect.isclass(target) else target
     return tuple(name for name in inspect.signature(target).parameters if name not in ("self", "ctx"))
 
 
@@ -142,6 +149,7 @@ def _unknown(what: Replacement, original: Any) -> str:
 
 def _refuse_foreign(package: str, what: Replacement, original: Any) -> None:
     """By where it was defined; functools.wraps copies `__module__`, but not the globals of the code that runs."""
+    original = _definition(original)
     origins = [getattr(original, "__module__", None) or "?"]
     origins += [getattr(original, "__globals__", {}).get("__name__", origins[0])]
     for origin, allowed in zip(origins, ((package,), (package, *DECORATORS)), strict=True):
