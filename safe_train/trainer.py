@@ -89,9 +89,11 @@ class SafeTrainer:
         self.eval_prompts = self.prompt_dataset(eval_dataset, args.eval_dataset or "") if has_eval else None
         self.callbacks = callbacks
 
-        self.policy: Policy = make_policy(sharding.place(model, self.device), args, peft_config, device=self.device)
+        dtype = sharding.compute_dtype(self.device, model.dtype, args)
+        model = sharding.place(model, self.device)
+        self.policy: Policy = make_policy(model, args, peft_config, device=self.device, dtype=dtype)
         parallel.broadcast(parameter for each in (self.policy, *self.policy._frozen) for parameter in each.parameters())
-        sharding.shard(self.policy, self.device)
+        sharding.shard(self.policy, self.device, args)
         self.sampler = make_sampler(self.policy, self.tokenizer, args)
         self.trainable = [p for p in self.policy.parameters() if p.requires_grad]
         rate = args.learning_rate or (1e-4 if self.policy.is_lora else 1e-5)
