@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
@@ -47,11 +47,6 @@ def settings() -> FullyShardedDataParallelPlugin | None:
         if given:
             raise ConfigError(f"{name} of the accelerate config must be false (see gradient_checkpointing for memory)")
     return plugin
-
-
-def place(model: Any, device: torch.device) -> Any:
-    """The model on its device; one that will be sharded waits on the CPU, and comes over layer by layer."""
-    return model.to(device) if settings() is None else model
 
 
 def precision(device: torch.device, dtype: torch.dtype, args: SafeConfig) -> MixedPrecisionPolicy:

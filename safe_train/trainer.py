@@ -22,7 +22,8 @@ from safe_train.checkpoint import Checkpoints
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
-from safe_train.data import PromptDataset, load_rows
+from safe_train.data import Prompt, PromptDataset, load_rows
+from safe_train.engine import make_engine, place
 from safe_train.evaluation import Evaluation, evaluate
 from safe_train.experience import Experience, MicroBatch, gathered, value_states
 from safe_train.importance import importance_corrected
@@ -90,14 +91,12 @@ class SafeTrainer:
         self.callbacks = callbacks
 
         dtype = sharding.compute_dtype(self.device, model.dtype, args)
-        model = sharding.place(model, self.device)
+        model = place(model, self.device)
         self.policy: Policy = make_policy(model, args, peft_config, device=self.device, dtype=dtype)
         parallel.broadcast(parameter for each in (self.policy, *self.policy._frozen) for parameter in each.parameters())
-        sharding.shard(self.policy, self.device, args)
+        self.engine = make_engine(self.policy, self.device, args)
+        self.trainable = self.engine.parameters
         self.sampler = make_sampler(self.policy, self.tokenizer, args)
-        self.trainable = [p for p in self.policy.parameters() if p.requires_grad]
-        rate = args.learning_rate or (1e-4 if self.policy.is_lora else 1e-5)
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=rate, weight_decay=args.weight_decay)
         self.critic: Critic | None = None
         self.critic_optimizer: torch.optim.Optimizer | None = None
         if args.critic != "none":
@@ -165,8 +164,7 @@ class SafeTrainer:
         """Samples on the held-out prompts, always with the same random numbers, and leaves training's alone."""
         if self.eval_prompts is None:
             raise ConfigError("an evaluation needs held-out prompts: set eval_dataset")
-        with sharding.gathered(self.policy):
-            return evaluate(self.policy, self.sampler, self.eval_prompts, self.rewards, self.args, self.device)
+        return evaluate(self.policy, self.complete, self.eval_prompts, self.rewards, self.args, self.device)
 
     def collect(self, step: int) -> tuple[Rollout, dict[str, Tensor]]:
         """The rollout and the rewards of all processes, on each of them."""
@@ -182,8 +180,12 @@ class SafeTrainer:
         args = self.args
         prompts = parallel.share(self.prompts.at(step * args.prompts_per_step, args.prompts_per_step))
         repeated = [prompt for prompt in prompts for _ in range(args.completions_per_prompt)]
-        with sharding.gathered(self.policy):
-            return self.sampler(repeated)
+        return self.complete(repeated)
+
+    def complete(self, prompts: Sequence[Prompt]) -> Rollout:
+        """A completion for each of this process's prompts."""
+        with self.engine.gathered():
+            return self.sampler(prompts)
 
     def observe(self, experience: Experience, reward_B: Tensor) -> Control:
         """Takes the rollout into the reward moments, then asks the controller for the update's coefficients."""
@@ -227,7 +229,7 @@ class SafeTrainer:
         """Adds a micro-batch's share of the minibatch's gradient; returns its share of the minibatch's means."""
         share = len(micro.batch.targets_L) / tokens
         weight_L = torch.full_like(micro.logprob_L, 1 / tokens)
-        hidden_LH = self.policy(micro.batch)
+        hidden_LH = self.engine.forward(micro.batch)
         sampled_L = importance_corrected(weight_L, micro.logprob_L, micro.sampler_logprob_L, self.args)
         policy = losses.policy_loss(hidden_LH, self.policy.head(), micro, sampled_L, control, self.args)
         total, value_loss = policy.loss, torch.zeros_like(policy.loss)
@@ -235,7 +237,7 @@ class SafeTrainer:
             values_KL = self.critic(value_states(hidden_LH, micro.batch, self.args))
             value_loss = losses.value_loss(values_KL, micro, weight_L, self.args)
             total = total + self.args.value_coef * value_loss
-        total.backward()
+        self.engine.backward(total)
         assert policy.kl is not None
         return {
             "policy_loss": policy.loss.detach(),
@@ -249,14 +251,14 @@ class SafeTrainer:
     def optimizer_step(self, loss: Tensor) -> dict[str, float]:
         """Clips both gradients and steps both optimizers, or neither when something is not finite."""
         args, critics = self.args, [] if self.critic is None else list(self.critic.heads.parameters())
-        parallel.sum_gradients([*sharding.unsharded(self.trainable), *critics])
-        norm = sharding.number(clip_grad_norm_(self.trainable, args.max_grad_norm))
+        parallel.sum_gradients(critics)
+        norm = self.engine.clip(args.max_grad_norm)
         critic_norm = clip_grad_norm_(critics, args.critic_max_grad_norm)
         finite = bool(torch.isfinite(norm + critic_norm + loss))
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if finite:
             self.take_step()
-        self.optimizer.zero_grad()
+        self.engine.zero_grad()
         if self.critic_optimizer is not None:
             self.critic_optimizer.zero_grad()
         if self.bad_steps >= args.max_bad_steps:
@@ -270,7 +272,7 @@ class SafeTrainer:
     def take_step(self) -> None:
         if self.preview is not None:
             self.preview.remember()
-        self.optimizer.step()
+        self.engine.step()
         if self.critic is not None and self.critic_optimizer is not None:
             self.critic_optimizer.step()
             self.critic.polyak(self.args.polyak)

@@ -419,7 +419,11 @@ def test_a_full_disk_under_the_first_process_stops_all(tmp_path):
 
 
 REFUSED = [
-    ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed is not supported; FSDP2"),
+    (
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+        {},
+        "offload_param_device of the accelerate config must be none for DeepSpeed, got cpu",
+    ),
     (FSDP | {"FSDP_VERSION": "1"}, {}, "fsdp_version of the accelerate config must be 2, got 1"),
     (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params of the accelerate config must be false"),
     ({}, {"prompts_per_step": 1, "minibatch_size": 2}, "prompts_per_step must be at least the 2 processes"),
