@@ -143,6 +143,11 @@ def from_main(value: T) -> T:
     return values[0]
 
 
+def to_main(tensor: Tensor) -> Tensor:
+    """The tensor, on the CPU of rank 0, and an empty one elsewhere."""
+    return tensor.cpu() if is_main() else tensor.new_empty(0, device="cpu")
+
+
 def main_only(function: Callable[P, None]) -> Callable[P, None]:
     """Rank 0 alone runs the function, while the others wait; when it fails, all of them stop."""
 

@@ -125,10 +125,7 @@ def gathered(policy: Policy) -> Iterator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or gathered from its shards: on the CPU of rank 0, and empty elsewhere."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    full = tensor.full_tensor()
-    return full.cpu() if parallel.is_main() else full.new_empty(0, device="cpu")
+    return parallel.to_main(tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor
 
 
 def unsharded(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

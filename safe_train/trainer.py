@@ -53,7 +53,8 @@ class SafeTrainer:
         callbacks: each is called after every step as `callback(trainer, metrics)`, on every process.
 
     Started by `accelerate launch` or torchrun, each process samples, judges and trains on its share, and the weights,
-    the controller and the metrics are the same on all of them; see `parallel` and, for FSDP2, `sharding`.
+    the controller and the metrics are the same on all of them; see `parallel`, `engine`, and for weights in parts
+    `sharding` (FSDP2) and `zero` (DeepSpeed).
 
     Raises:
         ConfigError: a setting, model, reward or data set that cannot be used, and what to do about it.

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import DeepSpeedPlugin
-from accelerate.utils import patch_environment
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -27,29 +25,31 @@ from safe_train.models import Policy
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+# Fields of the accelerate config: the variable that `accelerate launch` sets, what it may be, and what to set instead.
+FIELDS = {
+    "deepspeed_config_file": ("DEEPSPEED_CONFIG_FILE", ("none",), ""),
+    "zero_stage": ("DEEPSPEED_ZERO_STAGE", ("2", "3"), ""),
+    "offload_optimizer_device": ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", ("none",), ""),
+    "offload_param_device": ("DEEPSPEED_OFFLOAD_PARAM_DEVICE", ("none",), ""),
+    "zero3_init_flag": ("DEEPSPEED_ZERO3_INIT", ("false",), ""),
+    "deepspeed_moe_layer_cls_names": ("DEEPSPEED_MOE_LAYER_CLS_NAMES", ("none",), ""),
+    "mixed_precision": ("MIXED_PRECISION", ("no",), "; see dtype"),
+    "gradient_clipping": ("GRADIENT_CLIPPING", ("auto",), "; see max_grad_norm"),
+    "gradient_accumulation_steps": ("GRADIENT_ACCUMULATION_STEPS", ("1", "auto"), "; see minibatch_size"),
+}
+
+
 def stage() -> int | None:
     """ZeRO's stage, if `accelerate launch` was told to use DeepSpeed."""
     if parallel.size() == 1 or not parallel.flag("ACCELERATE_USE_DEEPSPEED"):
         return None
-    environment, no_file = os.environ, {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "none"}
-    with patch_environment(**no_file):
-        plugin = DeepSpeedPlugin()
-    allowed = {
-        "deepspeed_config_file": (environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"), ("none",), ""),
-        "deepspeed_moe_layer_cls_names": (environment.get("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"), (None,), ""),
-        "zero_stage": (plugin.zero_stage, (2, 3), ""),
-        "offload_optimizer_device": (plugin.offload_optimizer_device, ("none",), ""),
-        "offload_param_device": (plugin.offload_param_device, ("none",), ""),
-        "zero3_init_flag": (parallel.flag("ACCELERATE_DEEPSPEED_ZERO3_INIT"), (False,), ""),
-        "mixed_precision": (environment.get("ACCELERATE_MIXED_PRECISION", "no"), ("no",), " (see dtype)"),
-        "gradient_clipping": (plugin.gradient_clipping, ("auto",), " (see max_grad_norm)"),
-        "gradient_accumulation_steps": (plugin.gradient_accumulation_steps, ("auto", 1), " (see minibatch_size)"),
-    }
-    for name, (given, accepted, instead) in allowed.items():
-        if given not in accepted:
-            choices = " or ".join(map(str, accepted))
-            raise ConfigError(f"{name} of the accelerate config must be {choices} for DeepSpeed, got {given}{instead}")
-    return plugin.zero_stage
+    given = {name: os.environ.get(f"ACCELERATE_{variable}") for name, (variable, *_) in FIELDS.items()}
+    for name, (_, allowed, instead) in FIELDS.items():
+        value = given[name] or allowed[0]
+        if value not in allowed:
+            needed = " or ".join(allowed)
+            raise ConfigError(f"{name} of the accelerate config must be {needed} for DeepSpeed, got {value}{instead}")
+    return int(given["zero_stage"] or 2)
 
 
 def import_deepspeed() -> Any:
@@ -65,6 +65,7 @@ def config(stage: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": None,
+        "log_level": "warning",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000},
@@ -101,7 +102,7 @@ class Zero2Engine(Engine):
         self.engine.set_gradient_accumulation_boundary(False)  # `clip` is the boundary
 
     def place(self, device: torch.device) -> None:
-        """Brings the weights to where DeepSpeed wants them."""
+        """Stage 2 finds the weights on the device."""
 
     def forward(self, batch: TokenBatch) -> Tensor:
         return self.engine(batch)
@@ -137,36 +138,33 @@ class Zero2Engine(Engine):
         return self.zero.single_partition_of_fp32_groups
 
     def state_dict(self) -> dict[str, Any]:
-        parts = [state for state in self.zero.optimizer.state.values() if state]
-        states = {
-            i: self.moments(p) | {"step": parts[0]["step"].clone()} for i, p in enumerate(self.parameters) if parts
-        }
+        steps = [state["step"] for state in self.optimizer.state.values() if state]
+        states = {i: {"step": steps[0].clone(), **self.moments(p)} for i, p in enumerate(self.parameters) if steps}
         return {"state": states, "param_groups": self.options}
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """AdamW's, of a parameter: whole on rank 0, and empty elsewhere."""
-        whole = {name: self.deepspeed.utils.safe_get_full_optimizer_state(parameter, name) for name in MOMENTS}
-        return {name: x.cpu() if parallel.is_main() else x.new_empty(0, device="cpu") for name, x in whole.items()}
+        get = self.deepspeed.utils.safe_get_full_optimizer_state
+        return {name: parallel.to_main(get(parameter, name)) for name in MOMENTS}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         (options,) = saved["param_groups"]
         if len(options["params"]) != len(self.parameters):
             raise ValueError(f"the optimizer is of {len(options['params'])} parameters, not {len(self.parameters)}")
-        for group in self.zero.optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group.update({name: value for name, value in options.items() if name != "params"})
         if saved["state"]:
             for part in self.parts():
                 state = {name: torch.zeros_like(part) for name in MOMENTS}
-                self.zero.optimizer.state[part] = {"step": saved["state"][0]["step"].clone(), **state}
+                self.optimizer.state[part] = {"step": saved["state"][0]["step"].clone(), **state}
             self.load_moments(saved["state"])
 
     def load_moments(self, states: dict[int, dict[str, Tensor]]) -> None:
         self.zero._lazy_init_hp_params_optimizer_state()
+        put = self.deepspeed.utils.safe_set_full_optimizer_state
         for index, parameter in enumerate(self.parameters):
             for name in MOMENTS:
-                self.deepspeed.utils.safe_set_full_optimizer_state(
-                    parameter, states[index][name].view_as(parameter), name
-                )
+                put(parameter, states[index][name].view_as(parameter), name)
 
 
 class Zero3Engine(Zero2Engine):
@@ -195,7 +193,8 @@ class Zero3Engine(Zero2Engine):
         heads: list[Any] = [p for p in self.policy.head().values() if isinstance(p, nn.Parameter)]
         for head in heads:
             head.ds_persist = head.is_external_param = True
-        self.zero.persistent_parameters[:] = {*self.zero.persistent_parameters, *heads}
+        known = self.zero.persistent_parameters
+        known += [head for head in heads if not any(head is each for each in known)]
         heads[0].all_gather(heads)
 
     @contextmanager
@@ -216,24 +215,26 @@ class Zero3Engine(Zero2Engine):
             yield
 
     @contextmanager
-    def whole_parameters(self, parameters: Iterable[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
+    def whole_parameters(self, parameters: Iterable[Tensor], modifier_rank: int | None = None) -> Iterator[None]:
         self.zero.empty_partition_cache()
         with self.deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=modifier_rank):
             yield
         self.keep_heads()
 
     def whole(self, tensor: Tensor) -> Tensor:
-        held = getattr(tensor, "is_external_param", True)  # a buffer, or a head
-        with self.deepspeed.zero.GatheredParameters([] if held else [tensor]):
-            return tensor.detach().to("cpu", copy=True) if parallel.is_main() else tensor.new_empty(0, device="cpu")
+        if tensor.requires_grad:
+            return parallel.to_main(self.deepspeed.utils.safe_get_full_fp32_param(tensor))
+        with self.whole_parameters([tensor]):
+            return parallel.to_main(tensor.detach())
 
     def parts(self) -> list[Tensor]:
         return self.zero.fp32_partitioned_groups_flat
 
     def load_moments(self, states: dict[int, dict[str, Tensor]]) -> None:
+        put = self.deepspeed.utils.safe_set_local_optimizer_state
         for index, parameter in enumerate(self.parameters):
             size = parameter.ds_tensor.numel()
             for name in MOMENTS:
                 whole = states[index][name].view(parameter.ds_shape).flatten()
-                own = pad(whole, (0, size * parallel.size() - whole.numel())).split(size)[parallel.rank()]
-                self.deepspeed.utils.safe_set_local_optimizer_state(parameter, own, name)
+                padded = pad(whole, (0, size * parallel.size() - whole.numel()))
+                put(parameter, padded.split(size)[parallel.rank()], name)
