@@ -117,7 +117,8 @@ class Zero2Engine(Engine):
         # Sums, not means: the loss is normalised by the tokens of all processes already.
         torch._foreach_mul_(gradients, parallel.size())
         norm = parallel.total(torch.stack([g.square().sum() for g in gradients]).sum()).sqrt()
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1))
+        # Not by NaN: the padding of the parts is zero, and DeepSpeed never writes it again.
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1).nan_to_num(1.0))
         return norm
 
     def step(self) -> None:
