@@ -96,7 +96,7 @@ def in_two_dtypes(folder) -> list[dict]:
     return [without_clock(row) for row in trainer.train()]
 
 
-def bfloat16_weights(folder) -> str:
+def refused(folder) -> str:
     with pytest.raises(ConfigError, match="the trained weights must be float32 for DeepSpeed, got torch.bfloat16"):
         tiny.trainer(folder, policy=tiny.model().to(torch.bfloat16), lora_r=0)
     with pytest.raises(ConfigError, match="max_preview_kl cannot be used with DeepSpeed"):
@@ -106,6 +106,7 @@ def bfloat16_weights(folder) -> str:
 
 def everything(folder, foreign) -> dict:
     """All that needs DeepSpeed, in one start of the processes: results, or what was raised, by stage and name."""
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
     # Without the C++ extension that exchanges through shared memory on a CPU, and takes a minute to compile.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     config, found = zero.config, {}
@@ -122,7 +123,7 @@ def everything(folder, foreign) -> dict:
     todo = {name: (steps, case) for name, case in CASES.items()} | {
         "resume": (stopped_and_resumed, {"foreign": foreign}),
         "bfloat16": (in_two_dtypes, {}),
-        "refused": (bfloat16_weights, {}),
+        "refused": (refused, {}),
     }
     for stage in STAGES:
         os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)
@@ -147,15 +148,9 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def on_three(alone, tmp_path_factory):
     folder, foreign = tmp_path_factory.mktemp("three"), alone["folder"] / "foreign" / "checkpoints" / "step-2"
-    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
-    outcomes = processes.run(with_environment, 3, environment, folder, foreign, seconds=550)
+    outcomes = processes.run(everything, 3, folder, foreign, seconds=550)
     assert all(outcome.exit_code == 0 for outcome in outcomes), "".join(outcome.error for outcome in outcomes)
     return [outcome.result for outcome in outcomes], folder
-
-
-def with_environment(environment, folder, foreign) -> dict:
-    os.environ.update(environment)
-    return everything(folder, foreign)
 
 
 def results(on_three, stage, name) -> list:
