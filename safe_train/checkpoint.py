@@ -24,6 +24,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 
 from safe_train import parallel, sharding
 from safe_train.config import ConfigError
+from safe_train.engine import Engine
 from safe_train.models import Policy
 from safe_train.randomness import random_numbers, random_states, restore_random_states
 
@@ -66,7 +67,8 @@ class Checkpoints:
         final = self.folder / f"step-{trainer.step}"
         sharding.reshard(trainer.policy)
         # All processes take part in gathering what is sharded; one of them writes.
-        self.write(final, trainer, policy_weights(trainer.policy), optimizers(trainer))
+        states = {name: optimizer.state_dict() for name, optimizer in optimizers(trainer).items()}
+        self.write(final, trainer, policy_weights(trainer.engine), states)
         return final
 
     @parallel.main_only
@@ -184,11 +186,12 @@ def read_policy(policy: Policy, folder: Path) -> Mapping[str, Tensor]:
 def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     sharding.reshard(trainer.policy)
     try:
-        load_policy(trainer.policy, contents.policy)
+        with trainer.engine.writable():
+            load_policy(trainer.policy, contents.policy)
         if trainer.critic is not None:
             trainer.critic.load_state_dict(contents.critic)
-        for name, optimizer_state in contents.optimizers.items():
-            load_optimizer(getattr(trainer, name), optimizer_state)
+        for name, saved in contents.optimizers.items():
+            optimizers(trainer)[name].load_state_dict(saved)
     except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} does not fit this run's settings: {error}") from error
     values = contents.state
@@ -213,13 +216,6 @@ def load_policy(policy: Policy, weights: Mapping[str, Tensor]) -> None:
         raise ValueError(f"adapters of another model or rank: {result.unexpected_keys[:3]} ...")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, moments in saved["state"].items():
-        saved["state"][index] = {name: sharding.shard_like(x, parameters[index]) for name, x in moments.items()}
-    optimizer.load_state_dict(saved)
-
-
 def state(trainer: SafeTrainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
@@ -230,22 +226,18 @@ def state(trainer: SafeTrainer) -> dict[str, Any]:
     }
 
 
-def policy_weights(policy: Policy) -> dict[str, Tensor]:
+def policy_weights(engine: Engine) -> dict[str, Tensor]:
     """The model's state, with what a checkpoint needs of it gathered; tied weights stay one."""
+    policy = engine.policy
     tensors = policy.model.state_dict(keep_vars=True)
-    saved = {id(t): t.detach() for t in tensors.values() if t.requires_grad or not policy.is_lora}
-    gathered = {key: sharding.whole(tensor) for key, tensor in saved.items()}
+    saved = {id(t): t for t in tensors.values() if t.requires_grad or not policy.is_lora}
+    gathered = {key: engine.whole(tensor) for key, tensor in saved.items()}
     return {name: gathered.get(id(tensor), tensor.detach()) for name, tensor in tensors.items()}
 
 
 def optimizers(trainer: SafeTrainer) -> dict[str, Any]:
-    found = {}
-    for name in ("optimizer",) if trainer.critic_optimizer is None else ("optimizer", "critic_optimizer"):
-        saved = getattr(trainer, name).state_dict()
-        for index, moments in saved["state"].items():
-            saved["state"][index] = {key: sharding.whole(x) for key, x in moments.items()}
-        found[name] = saved
-    return found
+    critic = {} if trainer.critic_optimizer is None else {"critic_optimizer": trainer.critic_optimizer}
+    return {"optimizer": trainer.engine, **critic}
 
 
 def discard(checkpoint: Path) -> None:

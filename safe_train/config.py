@@ -83,7 +83,9 @@ class SafeConfig:
     total_steps: int = option(1000, "rollouts; each is followed by inner_epochs passes of optimisation")
 
     # Model
-    dtype: str = option("auto", "dtype of the weights: auto = bfloat16 for LoRA on a GPU, else float32")
+    dtype: str = option(
+        "auto", "dtype of the weights: auto = bfloat16 for LoRA on a GPU, else float32 (FSDP2 computes in bfloat16)"
+    )
     attn_implementation: str = option(
         "auto", "flash_attention_3 | flash_attention_2 | varlen (PyTorch's) | sdpa | flex_attention | eager | auto"
     )

@@ -233,7 +233,8 @@ class PaperTrainer(SafeTrainer):
     def values(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """States [L, H] that predict the response, and the heads' values [K, B] at the last token of each sequence."""
         ends = replace(batch, predict_L=torch.cat([batch.predict_L, batch.cu_seqlens[1:].long() - 1]))
-        hidden_LH, ends_BH = self.policy(ends).split([len(batch.predict_L), len(batch.cu_seqlens) - 1])
+        forward = self.engine.forward if torch.is_grad_enabled() else self.policy
+        hidden_LH, ends_BH = forward(ends).split([len(batch.predict_L), len(batch.cu_seqlens) - 1])
         assert self.critic is not None
         return hidden_LH, self.critic(ends_BH)
 

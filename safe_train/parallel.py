@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, patch_environment
 from torch import Tensor, nn
 
 from safe_train.config import ConfigError, SafeConfig
@@ -29,18 +29,15 @@ P = ParamSpec("P")
 
 def start(args: SafeConfig) -> Accelerator:
     """Joins the processes that `accelerate launch` or torchrun started, if any."""
-    if flag("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(
-            "DeepSpeed is not supported; FSDP2 cuts the same: ZeRO-3 is configs/accelerate/fsdp2.yaml, "
-            "and ZeRO-2 the same file with fsdp_reshard_after_forward: false"
+    # Of DeepSpeed only the trainer knows: transformers would cut models up, and sample in step, if accelerate told it.
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+        accelerator = Accelerator(
+            cpu=args.use_cpu,
+            mixed_precision="no",
+            log_with=args.report_to or None,
+            project_dir=args.output_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
         )
-    accelerator = Accelerator(
-        cpu=args.use_cpu,
-        mixed_precision="no",
-        log_with=args.report_to or None,
-        project_dir=args.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
-    )
     if accelerator.distributed_type not in SUPPORTED:
         known = ", ".join(kind.value for kind in SUPPORTED)
         raise ConfigError(f"distributed_type must be one of {known}, got {accelerator.distributed_type.value}")
@@ -144,6 +141,11 @@ def from_main(value: T) -> T:
     with exchange():
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def to_main(tensor: Tensor) -> Tensor:
+    """The tensor, on the CPU of rank 0, and an empty one elsewhere."""
+    return tensor.cpu() if is_main() else tensor.new_empty(0, device="cpu")
 
 
 def main_only(function: Callable[P, None]) -> Callable[P, None]:

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from safe_train import parallel
-from safe_train.config import ConfigError
+from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
 
 if TYPE_CHECKING:
@@ -43,12 +49,22 @@ def settings() -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
-def place(model: Any, device: torch.device) -> Any:
-    """The model on its device; one that will be sharded waits on the CPU, and comes over layer by layer."""
-    return model.to(device) if settings() is None else model
+def precision(device: torch.device, dtype: torch.dtype, args: SafeConfig) -> MixedPrecisionPolicy:
+    """What FSDP computes in: float32 weights are gathered in bfloat16 on a GPU, unless `dtype` asks for float32.
+
+    The shards, the sums of gradients over processes and micro-batches, and the optimizer stay float32.
+    """
+    if device.type == "cuda" and dtype == torch.float32 and args.dtype == "auto":
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy()
 
 
-def shard(policy: Policy, device: torch.device) -> None:
+def compute_dtype(device: torch.device, dtype: torch.dtype, args: SafeConfig) -> torch.dtype:
+    """What the forward of a model with weights of `dtype` will run in."""
+    return dtype if settings() is None else precision(device, dtype, args).param_dtype or dtype
+
+
+def shard(policy: Policy, device: torch.device, args: SafeConfig) -> None:
     """Shards the policy, and its frozen reference with it, if accelerate is set to FSDP."""
     plugin = settings()
     if plugin is None:
@@ -56,9 +72,10 @@ def shard(policy: Policy, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (parallel.size(),))
     if policy._frozen:
         policy.add_module("frozen", policy._frozen[0])
+    mixed = precision(device, policy.causal_lm.dtype, args)
     for layer in layers(policy):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward)
-    fully_shard(policy, mesh=mesh, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward, mp_policy=mixed)
+    fully_shard(policy, mesh=mesh, reshard_after_forward=False, mp_policy=mixed)
     register_fsdp_forward_method(policy, "reference")
     for part in parts(policy):
         # Sums, not means: the loss is normalised by the tokens of all processes already.
@@ -108,10 +125,7 @@ def gathered(policy: Policy) -> Iterator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or gathered from its shards: on the CPU of rank 0, and empty elsewhere."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    full = tensor.full_tensor()
-    return full.cpu() if parallel.is_main() else full.new_empty(0, device="cpu")
+    return parallel.to_main(tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor
 
 
 def unsharded(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

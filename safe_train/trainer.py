@@ -22,7 +22,8 @@ from safe_train.checkpoint import Checkpoints
 from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
-from safe_train.data import PromptDataset, load_rows
+from safe_train.data import Prompt, PromptDataset, load_rows
+from safe_train.engine import make_engine, place
 from safe_train.evaluation import Evaluation, evaluate
 from safe_train.experience import Experience, MicroBatch, gathered, value_states
 from safe_train.importance import importance_corrected
@@ -52,7 +53,8 @@ class SafeTrainer:
         callbacks: each is called after every step as `callback(trainer, metrics)`, on every process.
 
     Started by `accelerate launch` or torchrun, each process samples, judges and trains on its share, and the weights,
-    the controller and the metrics are the same on all of them; see `parallel` and, for FSDP2, `sharding`.
+    the controller and the metrics are the same on all of them; see `parallel`, `engine`, and for weights in parts
+    `sharding` (FSDP2) and `zero` (DeepSpeed).
 
     Raises:
         ConfigError: a setting, model, reward or data set that cannot be used, and what to do about it.
@@ -98,13 +100,13 @@ class SafeTrainer:
         self.eval_prompts = self.prompt_dataset(eval_dataset, args.eval_dataset or "") if has_eval else None
         self.callbacks = callbacks
 
-        self.policy: Policy = make_policy(sharding.place(model, self.device), args, peft_config, device=self.device)
+        dtype = sharding.compute_dtype(self.device, model.dtype, args)
+        model = place(model, self.device)
+        self.policy: Policy = make_policy(model, args, peft_config, device=self.device, dtype=dtype)
         parallel.broadcast(parameter for each in (self.policy, *self.policy._frozen) for parameter in each.parameters())
-        sharding.shard(self.policy, self.device)
+        self.engine = make_engine(self.policy, self.device, args)
+        self.trainable = self.engine.parameters
         self.sampler = make_sampler(self.policy, self.tokenizer, args)
-        self.trainable = [p for p in self.policy.parameters() if p.requires_grad]
-        rate = args.learning_rate or (1e-4 if self.policy.is_lora else 1e-5)
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=rate, weight_decay=args.weight_decay)
         self.critic: Critic | None = None
         self.critic_optimizer: torch.optim.Optimizer | None = None
         if args.critic != "none":
@@ -171,8 +173,7 @@ class SafeTrainer:
         """Samples on the held-out prompts, always with the same random numbers, and leaves training's alone."""
         if self.eval_prompts is None:
             raise ConfigError("an evaluation needs held-out prompts: set eval_dataset")
-        with sharding.gathered(self.policy):
-            return evaluate(self.policy, self.sampler, self.eval_prompts, self.rewards, self.args, self.device)
+        return evaluate(self.policy, self.complete, self.eval_prompts, self.rewards, self.args, self.device)
 
     def collect(self, step: int) -> tuple[Rollout, dict[str, Tensor]]:
         """The rollout and the rewards of all processes, on each of them."""
@@ -188,8 +189,12 @@ class SafeTrainer:
         args = self.args
         prompts = parallel.share(self.prompts.at(step * args.prompts_per_step, args.prompts_per_step))
         repeated = [prompt for prompt in prompts for _ in range(args.completions_per_prompt)]
-        with sharding.gathered(self.policy):
-            return self.sampler(repeated)
+        return self.complete(repeated)
+
+    def complete(self, prompts: Sequence[Prompt]) -> Rollout:
+        """A completion for each of this process's prompts."""
+        with self.engine.gathered():
+            return self.sampler(prompts)
 
     def observe(self, experience: Experience, reward_B: Tensor) -> Control:
         """Takes the rollout into the reward moments, then asks the controller for the update's coefficients."""
@@ -239,13 +244,13 @@ class SafeTrainer:
     def backward(self, micro: MicroBatch, control: Control, tokens: float) -> dict[str, Tensor]:
         """Adds a micro-batch's share of the minibatch's gradient; returns its share of the minibatch's means."""
         total, means = self.loss(micro, control, tokens)
-        total.backward()
+        self.engine.backward(total)
         return means
 
     def loss(self, micro: MicroBatch, control: Control, tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
         """A micro-batch's share of the loss, and of the means, of a minibatch of so many response tokens."""
         weight_L = torch.full_like(micro.logprob_L, 1 / tokens)
-        hidden_LH = self.policy(micro.batch)
+        hidden_LH = self.engine.forward(micro.batch)
         sampled_L = importance_corrected(weight_L, micro.logprob_L, micro.sampler_logprob_L, self.args)
         policy = losses.policy_loss(hidden_LH, self.policy.head(), micro, sampled_L, control, self.args)
         total, value_loss = policy.loss, torch.zeros_like(policy.loss)
@@ -262,14 +267,14 @@ class SafeTrainer:
     def optimizer_step(self, loss: Tensor) -> dict[str, float]:
         """Clips both gradients and steps both optimizers, or neither when something is not finite."""
         args, critics = self.args, [] if self.critic is None else list(self.critic.heads.parameters())
-        parallel.sum_gradients([*sharding.unsharded(self.trainable), *critics])
-        norm = sharding.number(clip_grad_norm_(self.trainable, args.max_grad_norm))
+        parallel.sum_gradients(critics)
+        norm = self.engine.clip(args.max_grad_norm)
         critic_norm = clip_grad_norm_(critics, args.critic_max_grad_norm)
         finite = bool(torch.isfinite(norm + critic_norm + loss))
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if finite:
             self.take_step()
-        self.optimizer.zero_grad()
+        self.engine.zero_grad()
         if self.critic_optimizer is not None:
             self.critic_optimizer.zero_grad()
         if self.bad_steps >= args.max_bad_steps:
@@ -283,7 +288,7 @@ class SafeTrainer:
     def take_step(self) -> None:
         if self.preview is not None:
             self.preview.remember()
-        self.optimizer.step()
+        self.engine.step()
         if self.critic is not None and self.critic_optimizer is not None:
             self.critic_optimizer.step()
             self.critic.polyak(self.args.polyak)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_train import parallel
+from safe_train import parallel, sharding
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import Prompt
 from safe_train.models import Policy
@@ -113,6 +113,7 @@ def start_engine(vllm: Any, policy: Policy, args: SafeConfig) -> Any:
     # One engine a process, within the group of processes that the launcher started.
     backend = {"distributed_executor_backend": "external_launcher"} if parallel.size() > 1 else {}
     device = policy.causal_lm.device
+    dtype = sharding.compute_dtype(device, policy.causal_lm.dtype, args)
     devices = [device] if device.type == "cuda" else []
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices):  # vLLM seeds the process it runs in
         config.save_pretrained(folder)
@@ -121,7 +122,7 @@ def start_engine(vllm: Any, policy: Policy, args: SafeConfig) -> Any:
             load_format="dummy",
             skip_tokenizer_init=True,
             generation_config="vllm",
-            dtype=str(policy.causal_lm.dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             seed=args.seed,
             max_model_len=args.max_prompt_tokens + args.max_new_tokens,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,

@@ -13,8 +13,8 @@ import pytest
 import tiny
 import torch
 
-from safe_train import parallel, sharding
-from safe_train.config import CONFIGS, ConfigError
+from safe_train import experience, parallel, sharding
+from safe_train.config import CONFIGS, ConfigError, SafeConfig
 from safe_train.data import PromptDataset
 from safe_train.rollout import Rollout
 from safe_train.signals import Stopped
@@ -240,6 +240,61 @@ def test_frozen_weights_may_be_bfloat16_under_float32_adapters(tmp_path):
     assert first.result[0]["kl"] < 1e-3 < first.result[0]["grad_norm"]
 
 
+def gathered_in_bfloat16(folder) -> dict:
+    """The case of the tied head, with the policy that a GPU gets."""
+    mixed = sharding.precision(torch.device("cuda"), torch.float32, SafeConfig())
+    case = dict(CASES["FSDP2, tied head, checkpointing"])
+    score, states = experience.score, set()
+
+    def seen(*arguments):
+        micro = score(*arguments)
+        states.add(micro.ref_hidden_LH.dtype)
+        return micro
+
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in case.pop("environment").items():
+            patch.setenv(variable, value)
+        patch.setattr(sharding, "precision", lambda *_: mixed)
+        patch.setattr(experience, "score", seen)
+        return steps(folder, **case) | {"states": [str(dtype) for dtype in states]}
+
+
+def test_float32_shards_may_be_gathered_in_bfloat16(alone, tmp_path):
+    """Full fine-tuning on GPUs: the same gradients up to bfloat16, in float32, and a reference that starts equal."""
+    first, second = processes.run(gathered_in_bfloat16, 2, tmp_path)
+    assert first.error == second.error == "" and first.result["states"] == ["torch.bfloat16"]
+    close(second.result, first.result, "ranks differ", tolerance=0)
+    assert first.result["metrics"][0]["kl"] == 0
+    assert {w.dtype for w in first.result["gradients"][0] + first.result["weights"]} == {np.dtype(np.float32)}
+    found, exact = (
+        np.concatenate([g.ravel() for g in result["gradients"][0]])
+        for result in (first.result, alone["FSDP2, tied head, checkpointing"])
+    )
+    assert 1e-4 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "asked", "runs_in"),
+    [
+        ("cuda", torch.float32, "auto", torch.bfloat16),
+        ("cuda", torch.float32, "float32", torch.float32),
+        ("cuda", torch.bfloat16, "auto", torch.bfloat16),
+        ("cuda", torch.float16, "auto", torch.float16),
+        ("cpu", torch.float32, "auto", torch.float32),
+    ],
+)
+def test_fsdp_computes_float32_weights_in_bfloat16_on_a_gpu(device, dtype, asked, runs_in, monkeypatch):
+    device, args = torch.device(device), SafeConfig(dtype=asked)
+    assert sharding.compute_dtype(device, dtype, args) == dtype
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr("safe_train.parallel.size", lambda: 2)
+    assert sharding.compute_dtype(device, dtype, args) == runs_in
+    expected = (None, None) if runs_in == dtype else (runs_in, torch.float32)
+    policy = sharding.precision(device, dtype, args)
+    assert (policy.param_dtype, policy.reduce_dtype) == expected
+
+
 def from_a_model_of_its_own(folder) -> list[list[np.ndarray]]:
     trainer = tiny.trainer(folder, policy=tiny.model(seed=int(os.environ["RANK"])), lora_r=0)
     return [arrays(module.parameters()) for module in (trainer.policy, trainer.policy._frozen[0], trainer.critic)]
@@ -364,7 +419,11 @@ def test_a_full_disk_under_the_first_process_stops_all(tmp_path):
 
 
 REFUSED = [
-    ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed is not supported; FSDP2"),
+    (
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+        {},
+        "offload_param_device of the accelerate config must be none for DeepSpeed, got cpu",
+    ),
     (FSDP | {"FSDP_VERSION": "1"}, {}, "fsdp_version of the accelerate config must be 2, got 1"),
     (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params of the accelerate config must be false"),
     ({}, {"prompts_per_step": 1, "minibatch_size": 2}, "prompts_per_step must be at least the 2 processes"),

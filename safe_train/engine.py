@@ -1,0 +1,91 @@
+"""How the policy is trained: a forward, the way of its gradient to the optimizer, and the step.
+
+`Engine` is that of one process, and of several under DDP or FSDP2; DeepSpeed's is in `zero`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from safe_train import parallel, sharding
+from safe_train.config import SafeConfig
+from safe_train.data import TokenBatch
+from safe_train.models import Policy
+
+
+class Engine:
+    """The policy and its AdamW. Gradients add up over micro-batches; `clip` sums them over processes, once a step."""
+
+    def __init__(self, policy: Policy, device: torch.device, args: SafeConfig):
+        sharding.shard(policy, device, args)
+        self.policy = policy
+        self.optimizer = adamw(policy, args)
+        self.parameters = self.optimizer.param_groups[0]["params"]
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Hidden states [L, H] of the policy, of which a gradient will be taken."""
+        return self.policy(batch)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scales the gradient to at most `max_norm` and returns its norm before, the same on every process."""
+        parallel.sum_gradients(sharding.unsharded(self.parameters))
+        return sharding.number(clip_grad_norm_(self.parameters, max_norm))
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """The whole policy on every process, for generation."""
+        return sharding.gathered(self.policy)
+
+    def writable(self) -> AbstractContextManager[None]:
+        """Inside, the policy's weights may be replaced."""
+        return nullcontext()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor of the policy, gathered if it is in parts: then on the CPU of rank 0, and empty elsewhere."""
+        return sharding.whole(tensor.detach())
+
+    def state_dict(self) -> dict[str, Any]:
+        """AdamW's state, gathered likewise."""
+        saved = self.optimizer.state_dict()
+        for index, moments in saved["state"].items():
+            saved["state"][index] = {name: sharding.whole(x) for name, x in moments.items()}
+        return saved
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        for index, moments in saved["state"].items():
+            parameter = self.parameters[index]
+            saved["state"][index] = {name: sharding.shard_like(x, parameter) for name, x in moments.items()}
+        self.optimizer.load_state_dict(saved)
+
+
+def make_engine(policy: Policy, device: torch.device, args: SafeConfig) -> Engine:
+    """The engine that `accelerate launch` asked for."""
+    from safe_train import zero
+
+    return {None: Engine, 2: zero.Zero2Engine, 3: zero.Zero3Engine}[zero.stage()](policy, device, args)
+
+
+def place(model: Any, device: torch.device) -> Any:
+    """The model on its device; one that will be cut up waits on the CPU, and comes over part by part."""
+    from safe_train import zero
+
+    return model if sharding.settings() is not None or zero.stage() == 3 else model.to(device)
+
+
+def adamw(policy: Policy, args: SafeConfig) -> torch.optim.AdamW:
+    rate = args.learning_rate or (1e-4 if policy.is_lora else 1e-5)
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trainable, lr=rate, weight_decay=args.weight_decay)
