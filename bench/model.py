@@ -8,7 +8,7 @@ Shapes: N tokens, H hidden width, V vocabulary, R ranks. One product hidden @ we
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workloads import BACKWARD, FORWARD, MODELS, TRAINED, Workload
 
@@ -93,19 +93,22 @@ def sharded_seconds(workload: Workload, part: str, roofs: Roofs, ranks: int, lin
     """A pass on `ranks` GPUs whose links move `link` bytes/s each way, communication not overlapped.
 
     "tokens": every rank has N / R tokens and gathers the head once a sweep over it.
-    "vocabulary": every rank has V / R rows of the head and all N tokens; the ranks sum statistics and hidden gradients.
+    "vocabulary": every rank has V / R rows of the head and all N tokens; each gets the others' statistics, and they sum
+    hidden gradients. The loss then has no closed form: its slopes wait for the statistics.
     """
     share = (ranks - 1) / ranks
     sweeps = 1 if part == FORWARD or workload.entrance == "loss" else 2
     head = float(itemsize(workload)) * workload.V * workload.H
+    if by == "vocabulary" and workload.entrance == "loss":
+        workload = replace(workload, entrance="hidden")
     alone = plan_seconds(workload, part, roofs) / ranks
     if by == "tokens":
         gathers = sweeps * share * head
         reduces = share * 4.0 * workload.V * workload.H if part == TRAINED else 0.0
         return alone + (gathers + reduces) / link
-    states = (9 if workload.kl else 4) * 4.0 * workload.N
+    states = (8 if workload.kl else 4) * 4.0 * workload.N
     hidden = 0.0 if part == FORWARD else 4.0 * workload.N * workload.H
-    return alone + 2 * share * (states + hidden) / link
+    return alone + ((ranks - 1) * states + 2 * share * hidden) / link
 
 
 def main() -> None:
