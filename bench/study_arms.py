@@ -30,7 +30,7 @@ FRESH: Settings = {"dataset": "demo_train.jsonl", "eval_dataset": "demo_eval.jso
 DEVELOPMENT: Settings = {"dataset": "bench/study_dev_prompts.jsonl", "eval_dataset": "demo_dev.jsonl"}
 DEVELOPMENT_SEED = 1000
 
-LEARNING_RATES = (1e-3, 2e-3)
+LEARNING_RATES = (2e-3, 4e-3)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ CRITIC_RATES = {"critic_learning_rate": (1e-3, 3e-3)}
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("safe", {"algorithm": "safe"}, {"kl_threshold": (0.15, 0.3)}),
+        Arm("safe", {"algorithm": "safe"}, {"kl_threshold": (0.1, 0.2)}),
         baseline("ppo"),
         baseline("ppo_two_heads"),
         baseline("grpo"),
@@ -82,7 +82,7 @@ SENSITIVITY: dict[str, Settings] = {
     f"{name} {value:g}": {name: value}
     for name, values in {
         "alpha": (0.1, 1.0),
-        "kl_threshold": (0.1, 0.6),
+        "kl_threshold": (0.05, 0.4),
         "gate_min": (0.25, 1.0),
         "pid_kp": (0.1, 1.0),
         "pid_ki": (0.0, 0.1),
