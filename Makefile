@@ -72,10 +72,11 @@ $(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
 $(INTEGRATIONS)/.installed: $(VENV)/.installed-test tests/integrations.txt
 	@echo "Installing verl and OpenRLHF into $(INTEGRATIONS)."
 	@rm -rf $(INTEGRATIONS) && $(BIN)/python -m venv --without-pip $(INTEGRATIONS)
-	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	   > "`$(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/project.pth"
-	@$(BIN)/python -m pip --python $(INTEGRATIONS)/bin/python install -qq --disable-pip-version-check --no-input \
-	   --no-compile --no-deps --no-build-isolation --requirement tests/integrations.txt
+	@site="`$(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`" && \
+	   $(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	      > "$$site/project.pth" && \
+	   $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --no-compile --no-deps --no-build-isolation \
+	      --target "$$site" --requirement tests/integrations.txt
 	@touch $@
 
 # A .venv of your own is used as it is; one that was left half made is made anew.
