@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,12 +38,12 @@ class Function(NamedTuple):
 @functools.cache
 def _both(function: Function) -> tuple[Any, Any]:
     """(the trainer's own, ours)."""
-    module = importlib.import_module(function.module)
-    own = getattr(module, function.name)
+    module, attribute = importlib.import_module(function.module), operator.attrgetter(function.name)
+    own = attribute(module)
     with importlib.import_module(f"safe_kernels.integrations.{function.package}").apply() as patch:
         if f"{function.module}.{function.name}" not in patch.replaced:
             raise NotImplementedError(f"{function.package} is not patched: {', '.join(patch.replaced) or 'not at all'}")
-        return own, getattr(module, function.name)
+        return own, attribute(module)
 
 
 def integration_workloads(device: str, quick: bool) -> list[Workload]:
@@ -77,6 +78,24 @@ def trl_entropy(function: Any, case: Case) -> Results:
     return {"entropy": _in_sequences(function, case["logits"])[0]}
 
 
+def verl_fused(function: Any, case: Case) -> Results:
+    """As its models call it; a method that uses nothing of its module but the size of a chunk."""
+    own = importlib.import_module(_VERL_FUSED).FusedLinearForPPO()
+    return dict(zip(STATS, function(own, case["hidden"], case["weight"], case["tokens"], 1.0), strict=True))
+
+
+def logprob_at(function: Any, case: Case) -> Results:
+    return {"logprob": function(case["logits"], case["tokens"])}
+
+
+def verl_logprob(function: Any, case: Case) -> Results:
+    return {"logprob": function(case["logits"], case["tokens"], False)}
+
+
+def entropy_of(function: Any, case: Case) -> Results:
+    return {"entropy": function(case["logits"])}
+
+
 def _in_sequences(function: Any, *tensors: Any) -> list[Any]:
     """Of [sequences, time, ...], over whose first axis TRL loops."""
     sequences = 4 if len(tensors[0]) % 4 == 0 else 1
@@ -84,10 +103,16 @@ def _in_sequences(function: Any, *tensors: Any) -> list[Any]:
     return [x.flatten() for x in (found if isinstance(found, tuple) else (found,))]
 
 
-_TRL = "trl.trainer.utils"
+_TRL, _VERL, _OPENRLHF = "trl.trainer.utils", "verl.utils.torch_functional", "openrlhf.models.utils"
+_VERL_FUSED = "verl.utils.experimental.torch_functional"
 TABLE = [
     Function("trl", _TRL, "_ChunkedLogProbFunction", "hidden", STATS, trl_chunked),
     Function("trl", _TRL, "selective_log_softmax_and_entropy", "logits", STATS, trl_both),
     Function("trl", _TRL, "selective_log_softmax", "logits", ("logprob",), trl_logprob),
     Function("trl", _TRL, "entropy_from_logits", "logits", ("entropy",), trl_entropy),
+    Function("verl", _VERL_FUSED, "FusedLinearForPPO.forward", "hidden", STATS, verl_fused),
+    Function("verl", _VERL, "logprobs_from_logits", "logits", ("logprob",), verl_logprob),
+    Function("verl", _VERL, "entropy_from_logits", "logits", ("entropy",), entropy_of),
+    Function("openrlhf", _OPENRLHF, "log_probs_from_logits", "logits", ("logprob",), logprob_at),
+    Function("openrlhf", _OPENRLHF, "compute_entropy", "logits", ("entropy",), entropy_of),
 ]
