@@ -19,7 +19,7 @@ unexport PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make demo    train SmolLM2-135M with SAFE on this machine, and draw a report"
 	@echo "make test    make check, then the tests"
-	@echo "make test-integrations  the tests on verl and OpenRLHF themselves, which it installs into $(INTEGRATIONS)"
+	@echo "make test-integrations  the tests on verl, OpenRLHF and DeepSpeed, which it installs into $(INTEGRATIONS)"
 	@echo "make check   ruff and mypy"
 	@echo "make format  rewrite the sources as 'make check' wants them"
 	@echo "make bench   time and memory beside plain PyTorch, and other projects that are installed (docs/performance.md)"
@@ -37,7 +37,7 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(ARGS)
 
 test-integrations: $(INTEGRATIONS)/.installed
-	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n 0 tests/test_verl.py tests/test_openrlhf.py $(ARGS)
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n 0 tests/test_verl.py tests/test_openrlhf.py tests/test_deepspeed.py $(ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check
@@ -70,7 +70,7 @@ $(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
 
 # On top of $(VENV)'s packages, which stay as they are: verl and OpenRLHF pin other versions of some than the project does.
 $(INTEGRATIONS)/.installed: $(VENV)/.installed-test tests/integrations.txt
-	@echo "Installing verl and OpenRLHF into $(INTEGRATIONS)."
+	@echo "Installing verl, OpenRLHF and DeepSpeed into $(INTEGRATIONS)."
 	@rm -rf $(INTEGRATIONS) && $(BIN)/python -m venv --without-pip $(INTEGRATIONS)
 	@site="`$(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`" && \
 	   $(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
