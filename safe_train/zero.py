@@ -68,7 +68,12 @@ def config(stage: int) -> dict[str, Any]:
         "log_level": "warning",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 50_000_000,
+            "allgather_bucket_size": 50_000_000,
+            "stage3_param_persistence_threshold": 0,  # the heads alone
+        },
     }
 
 
@@ -214,6 +219,11 @@ class Zero3Engine(Zero2Engine):
     def writable(self) -> Iterator[None]:
         with super().writable(), self.whole_parameters(self.parameters, modifier_rank=0):
             yield
+            written = [p.detach().double().sum() for p in self.parameters]
+        for parameter, expected in zip(self.parameters, written, strict=True):
+            found = self.deepspeed.utils.safe_get_full_fp32_param(parameter).double().sum()
+            if not torch.isclose(found, expected, rtol=1e-9):
+                raise RuntimeError(f"DeepSpeed lost a weight of shape {tuple(parameter.ds_shape)} that was loaded")
 
     @contextmanager
     def whole_parameters(self, parameters: Iterable[Tensor], modifier_rank: int | None = None) -> Iterator[None]:

@@ -112,11 +112,10 @@ def everything(folder, foreign) -> dict:
     config, found = zero.config, {}
 
     def for_tiny_models(stage):
-        """Nothing persists for its small size, and there are weights larger than a bucket."""
+        """There are weights larger than a bucket."""
         settings = config(stage)
         settings["zero_optimization"]["reduce_bucket_size"] = 1000
         settings["zero_optimization"]["allgather_bucket_size"] = 1000
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return settings
 
     zero.config = for_tiny_models
