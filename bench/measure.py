@@ -42,7 +42,11 @@ class TooSlow(Exception):
 
 
 def timed(
-    calls: dict[str, list[Callable[[], object]]], device: str, budget: float, most: int = 100
+    calls: dict[str, list[Callable[[], object]]],
+    device: str,
+    budget: float,
+    most: int = 100,
+    longest: float = LONGEST,
 ) -> dict[str, Timing | Exception]:
     """For each name, about `budget` seconds of repeats going round its calls, which do the same work on other memory.
 
@@ -55,7 +59,7 @@ def timed(
         try:
             clock(own[:1])  # compiles and allocates
             (guess,) = clock(own[-1:])
-            if guess > LONGEST:
+            if guess > longest:
                 raise TooSlow(f"one call took {guess:.1f} s")
             repeats[name] = max(FEWEST, min(most, int(budget / max(guess, 1e-7))))
         except Exception as error:  # too little memory, or whatever a peer raises at this shape

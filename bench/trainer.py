@@ -40,6 +40,7 @@ BACKBONES = {  # as the models' own configurations have them
                    "intermediate_size": 512},
 }  # fmt: skip
 KL_COEF, KL_THRESHOLD = 0.1, 0.01
+LONGEST = 10.0  # seconds of a pass that is worth repeating
 
 
 def trainer_workloads(device: str, quick: bool) -> list[Workload]:
@@ -204,7 +205,8 @@ def measured(workload: Workload, settings: Any, title: str = "") -> list[Row]:
     calls = {ROLLOUT: {Ours.name: generation(policy, inputs, workload)}}
     calls |= {part: {x.name: call(x) for x in layouts} for part, call in PASSES.items()}
     for part, by_name in calls.items():
-        timings = measure.timed({name: [call] for name, call in by_name.items()}, device, settings.seconds)
+        one_each = {name: [call] for name, call in by_name.items()}
+        timings = measure.timed(one_each, device, settings.seconds, longest=LONGEST)
         for layout in layouts:
             if layout.name in timings and not (red and isinstance(layout, Ours)):
                 rows.append(timed_row(part, layout, timings[layout.name], by_name[layout.name], device, first))

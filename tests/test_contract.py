@@ -213,7 +213,7 @@ def test_the_import_needs_torch_alone():
 
 
 def test_imports_run_one_way():
-    """inputs -> objective -> vocab_parallel, the modules of a backend, in order -> library, by name -> ops."""
+    """inputs -> objective -> vocab_parallel, a backend's modules, in order -> library, by name -> ops -> integrations."""
     torch_values, launch, rows = "torch_backend.values", "triton_backend.launch", "triton_backend.rows"
     allowed = {
         "results": set(),
@@ -246,6 +246,8 @@ def test_imports_run_one_way():
             *(f"triton_backend.{x}" for x in ("logits", "gemm", "fused")),
         },
         "triton_backend.__init__": {f"triton_backend.{x}" for x in ("linear", "logits", "values")},
+        "integrations.patch": set(),
+        "integrations.trl": {"checks", "inputs", "library", "ops", "integrations.patch", "integrations.trl"},
     }
     for module, may in allowed.items():
         path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")

@@ -335,6 +335,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from safe_kernels.integrations.trl import main as main_of_the_module  # so that there is one patch, not two
+    from .trl import main as main_of_the_module  # so that there is one patch, not two
 
     main_of_the_module()
