@@ -213,7 +213,7 @@ def test_the_import_needs_torch_alone():
 
 
 def test_imports_run_one_way():
-    """inputs -> objective -> vocab_parallel, a backend's modules, in order -> library, by name -> ops -> integrations."""
+    """inputs, objective, vocab_parallel, a backend's modules in order, library (by name), ops, integrations."""
     torch_values, launch, rows = "torch_backend.values", "triton_backend.launch", "triton_backend.rows"
     allowed = {
         "results": set(),
