@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,10 +44,11 @@ from study_arms import (  # noqa: E402
     Settings,
     Spec,
 )
-from study_report import Row, best_setting, read_rows, write_report  # noqa: E402
+from study_report import Row, best, read_rows, write_report  # noqa: E402
 
 from safe_train.config import SafeConfig, parse  # noqa: E402
 from safe_train.report import read_metrics  # noqa: E402
+from safe_train.run_folder import append, commit  # noqa: E402
 
 STAGES = ("sweep", "main", "published", "ablation", "sensitivity")
 CURVES = ("reward", "reward_std", "kl", "kl_threshold", "kl_coef", "entropy", "value_loss", "time/step_s")
@@ -57,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     if args.worker:
         return work(args.worker)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the runs, after a checkpoint
+    args.runs, args.results = args.runs.resolve(), args.results.resolve()
     args.overrides = {key: parse(key, value) for key, _, value in (pair.partition("=") for pair in args.set)}
     if args.quick:
         args.rewards, args.arms, args.seeds, args.steps, args.sweep_steps = ["vader"], ["safe", "ppo"], 1, 8, 2
@@ -95,24 +99,35 @@ def parser() -> argparse.ArgumentParser:
 
 def plan(stage: str, args: argparse.Namespace) -> Iterator[Spec]:
     """The runs of a stage. All but the sweep take the settings that the sweep chose."""
-    rows = read_rows(args.results)
+    rows = {row["key"]: row for row in read_rows(args.results)}
     for reward in args.rewards:
         if stage == "sweep":
             for name in args.arms:
-                for setting in ARMS[name].grid():
-                    settings = ARMS[name].settings | setting | args.overrides
-                    yield Spec(stage, reward, name, DEVELOPMENT_SEED, args.sweep_steps, settings)
+                yield from sweep(reward, name, args).values()
             continue
+        base = BASE | BY_REWARD.get(reward, {}) | FRESH | args.overrides
         for name, settings in changes(stage, reward, rows, args).items():
             for seed in range(args.seeds):
-                yield Spec(stage, reward, name, seed, args.steps, settings | args.overrides)
+                yield Spec(stage, reward, name, seed, args.steps, base, settings)
 
 
-def changes(stage: str, reward: str, rows: list[Row], args: argparse.Namespace) -> dict[str, Settings]:
+def sweep(reward: str, name: str, args: argparse.Namespace) -> dict[int, Spec]:
+    """The runs that an arm chooses among, by their place in its grid."""
+    base = BASE | BY_REWARD.get(reward, {}) | DEVELOPMENT | args.overrides
+    settings = (ARMS[name].settings | setting for setting in ARMS[name].grid)
+    steps = args.sweep_steps
+    return {i: Spec("sweep", reward, name, DEVELOPMENT_SEED, steps, base, s) for i, s in enumerate(settings)}
+
+
+def changes(stage: str, reward: str, rows: dict[str, Row], args: argparse.Namespace) -> dict[str, Settings]:
     """Name and settings of what a stage runs on fresh seeds."""
 
     def chosen(name: str) -> Settings:
-        return ARMS[name].settings | best_setting(rows, reward, name, list(ARMS[name].grid()))
+        specs = sweep(reward, name, args)
+        missing = [spec.key for spec in specs.values() if spec.key not in rows]
+        if missing:
+            raise SystemExit(f"make the sweep of {name} on {reward} first: it has no row of {missing[0]}")
+        return specs[best([rows[spec.key] for spec in specs.values()])].settings
 
     if stage in ("main", "published"):
         return {name: chosen(name) for name in (args.arms if stage == "main" else PUBLISHED)}
@@ -149,7 +164,8 @@ def make(specs: list[Spec], args: argparse.Namespace) -> int:
 
 
 def folder_of(spec: Spec, args: argparse.Namespace) -> Path:
-    digest = hashlib.sha256(spec.key.encode()).hexdigest()[:8]
+    """Of this run at this commit: another version starts it anew."""
+    digest = hashlib.sha256(f"{spec.key} {commit()}".encode()).hexdigest()[:8]
     return args.runs / spec.reward / f"{spec.stage}-{spec.name}-{digest}".replace(" ", "-").replace(",", "")
 
 
@@ -160,13 +176,16 @@ def steps_of(folder: Path) -> int:
 
 def start(spec: Spec, folder: Path, args: argparse.Namespace) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
-    settings = BASE | BY_REWARD.get(spec.reward, {}) | (DEVELOPMENT if spec.stage == "sweep" else FRESH)
-    settings |= spec.settings | {
-        "reward": [f"{ROOT / 'bench' / 'study_rewards.py'}:{spec.reward}"],
-        "seed": spec.seed,
-        "total_steps": spec.steps,
-        "output_dir": str(folder),
-    }
+    settings = (
+        spec.base
+        | spec.settings
+        | {
+            "reward": [f"{ROOT / 'bench' / 'study_rewards.py'}:{spec.reward}"],
+            "seed": spec.seed,
+            "total_steps": spec.steps,
+            "output_dir": str(folder),
+        }
+    )
     values = {"key": spec.key, "spec": dataclasses.asdict(spec), "settings": settings}
     (folder / "spec.json").write_text(json.dumps(values))
     threads = {} if args.jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
@@ -182,9 +201,7 @@ def collect(folder: Path, results: Path) -> bool:
         tail = "\n  ".join((folder / LOG).read_text().splitlines()[-5:])
         print(f"\n{folder} failed:\n  {tail}", file=sys.stderr)
         return False
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a") as file:
-        file.write(row.read_text() + "\n")
+    append(results, [json.loads(row.read_text())])
     return True
 
 
@@ -211,7 +228,7 @@ def work(folder: Path) -> int:
     trainer = trainer_for(args)(args=args)
     before, error = judged(trainer, values["spec"]["reward"]), None
     try:
-        trainer.train(resume_from_checkpoint=any(folder.glob("checkpoints/step-*")))
+        trainer.train(resume_from_checkpoint=True)
     except FloatingPointError:
         error = traceback.format_exc(limit=0).strip()
     row = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Iterator
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,6 @@ BASE: Settings = {
     "lora_last_layers": 8,
     "critic_learning_rate": 1e-3,
     "inner_epochs": 2,
-    "ema_short": 0.5,
     "samples_every": 10,
     "save_every": 5,
     "keep_checkpoints": 1,
@@ -35,33 +35,40 @@ LEARNING_RATES = (2e-3, 4e-3)
 
 @dataclass(frozen=True)
 class Arm:
-    """`own` is what it may tune beside the learning rate: every arm has the same number of settings to choose from."""
+    """Every arm chooses its settings among four."""
 
     name: str
     settings: Settings
-    own: dict[str, tuple[Any, Any]]
+    grid: list[Settings]
 
-    def grid(self) -> Iterator[Settings]:
-        names = ("learning_rate", *self.own)
-        yield from (dict(zip(names, v, strict=True)) for v in itertools.product(LEARNING_RATES, *self.own.values()))
+
+def grid(**own: tuple[Any, Any]) -> list[Settings]:
+    """Two learning rates by two values of a knob of the arm's own."""
+    names = ("learning_rate", *own)
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(LEARNING_RATES, *own.values())]
 
 
 def baseline(name: str) -> Arm:
-    return Arm(name, {"algorithm": name}, {"beta": (0.01, 0.1)})
+    return Arm(name, {"algorithm": name}, grid(beta=(0.01, 0.1)))
 
 
-PUBLISHED_PPO = {"normalize_rewards": False, "entropy_coef": 0.0, "critic_max_grad_norm": float("inf")}
-CRITIC_RATES = {"critic_learning_rate": (1e-3, 3e-3)}
+def published(name: str, choices: list[Settings], **settings: Any) -> Arm:
+    return Arm(name, {"algorithm": name, "top_k": 50, "weight_decay": 0.01, **settings}, choices)
+
+
+CRITIC_RATES = grid(critic_learning_rate=(1e-3, 3e-3))
+ONE_RATE = [{"learning_rate": rate, "critic_learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3, 8e-3)]
+UNCLIPPED = {"normalize_rewards": False, "entropy_coef": 0.0, "critic_max_grad_norm": float("inf")}
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("safe", {"algorithm": "safe"}, {"kl_threshold": (0.1, 0.2)}),
+        Arm("safe", {"algorithm": "safe"}, grid(kl_threshold=(0.1, 0.2))),
         baseline("ppo"),
         baseline("ppo_two_heads"),
         baseline("grpo"),
-        Arm("safe_paper", {"algorithm": "safe_paper"}, CRITIC_RATES),
-        Arm("asymmetric_paper", {"algorithm": "asymmetric_paper", "critic_max_grad_norm": 1.0}, CRITIC_RATES),
-        Arm("ppo_paper", {"algorithm": "ppo_paper", **PUBLISHED_PPO}, CRITIC_RATES),
+        published("safe_paper", CRITIC_RATES),
+        published("asymmetric_paper", CRITIC_RATES, critic_max_grad_norm=1.0),
+        published("ppo_paper", ONE_RATE, **UNCLIPPED),
     )
 }
 MAIN = ("safe", "ppo", "ppo_two_heads", "grpo")
@@ -82,7 +89,7 @@ SENSITIVITY: dict[str, Settings] = {
     f"{name} {value:g}": {name: value}
     for name, values in {
         "alpha": (0.1, 1.0),
-        "kl_threshold": (0.05, 0.4),
+        "kl_threshold": (0.15, 0.4),
         "gate_min": (0.25, 1.0),
         "pid_kp": (0.1, 1.0),
         "pid_ki": (0.0, 0.1),
@@ -106,9 +113,10 @@ class Spec:
     name: str  # the arm, or the change of `safe`
     seed: int
     steps: int
-    settings: Settings = field(hash=False)
+    base: Settings = field(hash=False)  # what all runs of the stage share
+    settings: Settings = field(hash=False)  # what this arm or change has of its own
 
     @property
     def key(self) -> str:
-        changed = ",".join(f"{name}={value}" for name, value in sorted(self.settings.items()))
-        return f"{self.stage}/{self.reward}/{self.name}/seed {self.seed}/{self.steps} steps/{changed}"
+        digest = hashlib.sha256(json.dumps(self.base | self.settings, sort_keys=True).encode()).hexdigest()[:12]
+        return f"{self.stage}/{self.reward}/{self.name}/seed {self.seed}/{self.steps} steps/{digest}"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # for a checkout that is not installed
+
+from safe_train.report import read_rows as read_json_lines  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -20,31 +26,37 @@ PAPER = {"safe_paper": 0.725, "ppo_paper": 0.689}  # training-average rewards it
 
 
 def read_rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return read_json_lines(path) if path.is_file() else []
 
 
-def best_setting(rows: Iterable[Row], reward: str, name: str, grid: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the sweep's settings, the one with the highest held-out reward among those that did not crash, if any."""
-    found = []
-    for setting in grid:
-        of_setting = [
-            row
-            for row in rows
-            if (row["stage"], row["reward"], row["name"]) == ("sweep", reward, name)
-            and setting.items() <= row["settings"].items()
-        ]
-        if not of_setting:
-            raise SystemExit(f"the sweep has no row of {name} on {reward} with {setting}: run its stage first")
-        found.append((crashed(of_setting[-1]), -of_setting[-1]["after"]["reward"], len(found), setting))
-    return min(found)[-1]
+def current(rows: Sequence[Row]) -> list[Row]:
+    """Without rows of another scale or with other settings than the newest of their stage, or their name."""
+    newest = {(row["reward"], row["stage"]): row for row in rows}
+    own = {(row["reward"], row["stage"], row["name"]): row for row in rows}
+
+    def is_current(row: Row) -> bool:
+        scale, last = newest[row["reward"], row["stage"]], own[row["reward"], row["stage"], row["name"]]
+        same = row["steps"] == scale["steps"] and row["base"] == scale["base"]
+        return same and (row["stage"] == "sweep" or row["settings"] == last["settings"])
+
+    return list({row["key"]: row for row in rows if is_current(row)}.values())
+
+
+def best(rows: Sequence[Row]) -> int:
+    """Which has the highest held-out reward among those that did not crash, if any."""
+    return min(range(len(rows)), key=lambda i: (crashed(rows[i]), -rows[i]["after"]["reward"]))
 
 
 def crashed(row: Row) -> bool:
-    """A mean of ten steps fell below the best one by twice the spread of the first ten, or the KL passed 1 nat."""
+    """A mean of ten steps fell below the best one by twice the noise of a step at the start, or the KL passed 1 nat.
+
+    The noise is taken from the differences of neighbours, so that a fast climb does not widen it.
+    """
     reward, window = row["curves"]["reward"], CRASH_WINDOW
     means = smoothed(reward, window)[window - 1 :]
-    spread = statistics.pstdev(reward[:window])
-    fell = any(mean < max(means[: i + 1]) - 2 * spread for i, mean in enumerate(means))
+    jumps = [b - a for a, b in itertools.pairwise(reward[:window])]
+    noise = statistics.pstdev(jumps) / math.sqrt(2) if jumps else math.inf
+    fell = any(mean < max(means[: i + 1]) - 2 * noise for i, mean in enumerate(means))
     return bool(row["error"]) or fell or max(row["curves"]["kl"]) > CRASH_KL
 
 
@@ -61,6 +73,8 @@ def reward_at(row: Row, kl: float) -> float:
 
 def spikes(row: Row) -> float:
     losses = row["curves"]["value_loss"]
+    if not any(losses):
+        return math.nan  # no critic
     return sum(loss > SPIKE * statistics.median(losses) for loss in losses)
 
 
@@ -118,6 +132,8 @@ def difference(a: Sequence[Row], b: Sequence[Row], column: Column) -> str:
     """Mean of a - b over the seeds that both have."""
     other = {row["seed"]: row for row in b}
     pairs = [column[1](row) - column[1](other[row["seed"]]) for row in a if row["seed"] in other]
+    if not pairs:
+        return "unknown: no common seed"
     mean, half = interval(pairs)
     return f"{mean:+{column[2]}} ± {half:{column[2]}} ({len(pairs)} seeds)"
 
@@ -132,7 +148,7 @@ def grouped(rows: Iterable[Row], *stages: str) -> dict[str, list[Row]]:
 
 def write_report(results: Path) -> None:
     """`study.md` beside `study.jsonl`, and a picture for each reward."""
-    rows = read_rows(results)
+    rows = current(read_rows(results))
     parts = [
         f"Written by `python bench/study.py --report` from {results.name}; ± is a 95 % confidence interval over seeds."
     ]

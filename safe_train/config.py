@@ -340,3 +340,4 @@ def check_paper(c: SafeConfig, require: Callable[[bool, str, str], None]) -> Non
     if c.algorithm == "ppo_paper":
         require(not c.normalize_rewards, "normalize_rewards", "false for ppo_paper")
         require(c.entropy_coef == 0, "entropy_coef", "0 for ppo_paper")
+        require(c.critic_max_grad_norm == float("inf"), "critic_max_grad_norm", ".inf for ppo_paper")

@@ -228,7 +228,10 @@ class PaperTrainer(SafeTrainer):
 
     def observe_epoch(self, epoch: int, means: Mapping[str, Any]) -> dict[str, float]:
         """`observe` was the call of the first inner epoch, whose policy is the one that sampled."""
-        return {} if epoch == 0 else {"kl_penalty": self.controller.again(float(means["sampled_kl"])).kl_penalty}
+        if epoch == 0:
+            return {}
+        control = self.controller.again(float(means["sampled_kl"]))._asdict()
+        return {name: value for name, value in control.items() if isinstance(value, float)}
 
     def values(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """States [L, H] that predict the response, and the heads' values [K, B] at the last token of each sequence."""

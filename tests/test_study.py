@@ -20,7 +20,8 @@ from safe_train.config import SafeConfig  # noqa: E402
 
 def row(reward=(0.0,) * 20, kl=(0.1,) * 20, **fields):
     curves = {"reward": list(reward), "kl": list(kl), "value_loss": [1.0] * len(reward)}
-    return {"stage": "main", "reward": "vader", "name": "safe", "seed": 0, "error": None, "curves": curves} | fields
+    own = {"stage": "main", "reward": "vader", "name": "safe", "seed": 0, "steps": 20, "base": {}, "settings": {}}
+    return own | {"error": None, "curves": curves} | fields
 
 
 def test_the_published_heuristic_by_hand():
@@ -42,7 +43,7 @@ def test_the_gold_of_the_word_count_ignores_its_keywords():
 
 
 def test_every_arm_tunes_as_much_and_every_setting_is_one():
-    grids = {name: list(arm.grid()) for name, arm in arms.ARMS.items()}
+    grids = {name: arm.grid for name, arm in arms.ARMS.items()}
     assert {len(grid) for grid in grids.values()} == {4}
     base = arms.BASE | arms.FRESH
     for name, grid in grids.items():
@@ -58,6 +59,9 @@ def test_a_crash_is_a_fall_of_the_mean_reward_or_a_large_kl():
     assert report.crashed(row([*[0.5 + x for x in noise], *noise]))
     assert report.crashed(row(kl=[0.1] * 19 + [1.1])) and report.crashed(row(error="FloatingPointError"))
     assert not report.crashed(row(kl=[0.1] * 19 + [0.9]))
+    for climb in (0.0, 0.02, 0.2):  # however fast the reward rose before
+        rising = [climb * i + x for i, x in enumerate(noise)]
+        assert report.crashed(row([*rising, *[rising[-1] - 5 * climb - 0.5 + x for x in noise]]))
 
 
 def test_rewards_at_matched_kl():
@@ -71,17 +75,18 @@ def test_confidence_intervals_and_paired_differences():
     assert (mean, half) == (2.0, pytest.approx(4.30 / 3**0.5))
     pair = [[row([level] * 20, seed=seed) for seed in (0, 1)] for level in (1.0, 0.25)]
     assert report.difference(*pair, report.COLUMNS[0]) == "+0.750 ± 0.000 (2 seeds)"
+    assert "no common seed" in report.difference(pair[0], [row(seed=5)], report.COLUMNS[0])
 
 
 def test_the_sweep_takes_the_best_setting_that_did_not_crash():
-    grid = list(arms.ARMS["safe"].grid())
-    rows = [
-        row(stage="sweep", settings=setting, after={"reward": reward}, kl=[kl] * 20)
-        for setting, reward, kl in zip(grid, (0.1, 0.9, 0.5, 0.3), (0.1, 2.0, 0.1, 0.1), strict=True)
-    ]
-    assert report.best_setting(rows, "vader", "safe", grid) == grid[2]
-    with pytest.raises(SystemExit, match="no row of safe on vader"):
-        report.best_setting(rows[1:], "vader", "safe", grid)
+    found = zip((0.1, 0.9, 0.5, 0.3), (0.1, 2.0, 0.1, 0.1), strict=True)
+    assert report.best([row(after={"reward": reward}, kl=[kl] * 20) for reward, kl in found]) == 2
+
+
+def test_the_report_mixes_no_scales_no_settings_and_no_repeats():
+    old = [row(key="a", steps=10), row(key="b", settings={"beta": 1}), row(key="c", base={"model": "other"})]
+    new = [row(key="d"), row(key="e", seed=1), row(key="d", error="again")]
+    assert report.current([*old, *new]) == [new[2], new[1]]
 
 
 @pytest.mark.slow
