@@ -336,5 +336,10 @@ def debug_values(
     if outside.any():
         raise ValueError(f"tokens has the id {tokens[outside][0].item()}; it must be in [0, {vocabulary}) or masked")
     for name, x in tensors.items():
-        if x is not None and torch.isnan(x[live]).any():
+        if x is None:
+            continue
+        is_bad = torch.isnan(x[live]).any()
+        if process_group is not None:  # all ranks raise, or none: one that went on would wait for the others
+            is_bad = vocab_parallel.gathered(is_bad.int().view(1), process_group).any()
+        if is_bad:
             raise ValueError(f"{name} has NaN in the row of a live token; it must have none")

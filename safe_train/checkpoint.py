@@ -24,7 +24,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 
 from safe_train import parallel, sharding
 from safe_train.config import ConfigError
-from safe_train.engine import Engine
+from safe_train.engine import Engine, options
 from safe_train.models import Policy
 from safe_train.randomness import random_numbers, random_states, restore_random_states
 
@@ -190,7 +190,11 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
             load_policy(trainer.policy, contents.policy)
         if trainer.critic is not None:
             trainer.critic.load_state_dict(contents.critic)
+        # A run that goes on with another learning rate than before has to get it.
+        own = {"optimizer": options(trainer.policy, trainer.args)}
+        own["critic_optimizer"] = {"lr": trainer.args.critic_learning_rate}
         for name, saved in contents.optimizers.items():
+            saved["param_groups"] = [group | own[name] for group in saved["param_groups"]]
             optimizers(trainer)[name].load_state_dict(saved)
     except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} does not fit this run's settings: {error}") from error

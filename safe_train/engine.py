@@ -86,6 +86,10 @@ def place(model: Any, device: torch.device) -> Any:
 
 
 def adamw(policy: Policy, args: SafeConfig) -> torch.optim.AdamW:
-    rate = args.learning_rate or (1e-4 if policy.is_lora else 1e-5)
     trainable = [p for p in policy.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trainable, lr=rate, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(trainable, **options(policy, args))
+
+
+def options(policy: Policy, args: SafeConfig) -> dict[str, Any]:
+    rate = args.learning_rate or (1e-4 if policy.is_lora else 1e-5)
+    return {"lr": rate, "weight_decay": args.weight_decay}

@@ -381,6 +381,14 @@ def test_resuming_keeps_the_settings_of_the_run(tmp_path):
     assert (settings.beta, settings.total_steps, rows_written(tmp_path / "run")) == (0.5, 2, 2)
 
 
+def test_a_resumed_run_takes_the_learning_rates_it_is_given(tmp_path):
+    tiny.trainer(tmp_path, total_steps=1).train()
+    changed = tiny.trainer(tmp_path, total_steps=2, learning_rate=1e-6, critic_learning_rate=1e-5, weight_decay=0.1)
+    changed.train(resume_from_checkpoint=True)
+    policy, critic = (x.param_groups[0] for x in (changed.engine.optimizer, changed.critic_optimizer))
+    assert (policy["lr"], policy["weight_decay"], critic["lr"]) == (1e-6, 0.1, 1e-5)
+
+
 def test_an_existing_run_is_not_touched_by_accident(tmp_path, capsys):
     settings = [*prepare(tmp_path, total_steps=1), f"output_dir={tmp_path / 'run'}"]
     assert main(["run", *settings, "--resume"]) == 0

@@ -368,9 +368,21 @@ def test_the_command_reaches_the_workers_of_ray(monkeypatch):
 
 
 def test_an_unknown_command_is_refused(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["openrlhf.py", "train_rm"])
-    with pytest.raises(SystemExit, match="train_dpo, train_ppo_ray, train_sft"):
-        openrlhf.main()
+    for arguments in (["train_rm"], [], ["--local_rank=0"]):
+        monkeypatch.setattr(sys, "argv", ["openrlhf.py", *arguments])
+        with pytest.raises(SystemExit, match="train_dpo, train_ppo_ray, train_sft"):
+            openrlhf.main()
+
+
+def test_the_command_starts_under_the_launcher_of_deepspeed(monkeypatch):
+    """Which puts the rank before the arguments."""
+    given = []
+    monkeypatch.setattr(openrlhf, "apply_when_imported", lambda: given.append("applied"))
+    monkeypatch.setattr(runpy, "run_module", lambda name, **_: given.append(name))
+    monkeypatch.setattr(sys, "argv", ["openrlhf.py", "--local_rank=3", "train_sft", "--option"])
+    openrlhf.main()
+    assert given == ["applied", "openrlhf.cli.train_sft"]
+    assert sys.argv == ["openrlhf.py", "--local_rank=3", "--option"]
 
 
 @pytest.mark.slow

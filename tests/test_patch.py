@@ -117,6 +117,25 @@ def test_applying_twice_is_applying_once(package):
     assert package.maths.double(1) == 2
 
 
+def test_a_block_inside_of_what_is_applied_already_undoes_nothing(package):
+    patch = Patch("other_trainer", [DOUBLE])
+    with patch:
+        with patch:
+            pass
+        assert package.maths.double(1) == 200
+    assert package.maths.double(1) == 2
+    with patch.apply():
+        with patch.apply():
+            pass
+        assert package.maths.double(1) == 200
+    assert package.maths.double(1) == 2
+    patch.apply()
+    with patch.apply():
+        pass
+    assert package.maths.double(1) == 200
+    patch.revert()
+
+
 @pytest.mark.parametrize("name", ["triple", "Actor"])  # a class without `forward` too
 def test_one_unknown_signature_leaves_everything_alone_and_warns_once(package, name):
     before = dict(vars(package.maths))

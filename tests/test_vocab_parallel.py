@@ -271,6 +271,10 @@ def ranks_that_disagree_are_told(group, widths):
             linear_token_stats(**part | {"mask": part["tokens"] != rank})
         with pytest.raises(ValueError, match=r"tokens has the id 37; it must be in \[0, 37\)"):
             token_stats(**shared(logits_case(), group, widths) | {"tokens": torch.full((3, 7), 37)})
+        part = shared(logits_case(), group, widths)
+        part["logits"] = part["logits"].detach().masked_fill(torch.tensor(rank == 0), math.nan)
+        with pytest.raises(ValueError, match="logits has NaN"):  # on every rank, though one has it
+            token_stats(**part)
 
 
 def activation_checkpointing(group, widths):

@@ -212,12 +212,13 @@ def apply_when_imported() -> None:
 def main() -> None:
     """Apply the patch here and in the workers of Ray, then run OpenRLHF's command."""
     commands = ("train_dpo", "train_ppo_ray", "train_sft")
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+    place = 2 if sys.argv[1:2] and sys.argv[1].startswith("--local_rank") else 1  # DeepSpeed's launcher puts it first
+    if sys.argv[place : place + 1] not in [[command] for command in commands]:
         sys.exit(
             "usage: python -m safe_kernels.integrations.openrlhf COMMAND [arguments of openrlhf.cli.COMMAND]\n"
             f"COMMAND is one of {', '.join(commands)}"
         )
-    command, name = sys.argv.pop(1), "safe_kernels.integrations.openrlhf"  # as a script, this module is __main__
+    command, name = sys.argv.pop(place), "safe_kernels.integrations.openrlhf"  # as a script, this module is __main__
     importlib.import_module(name).apply_when_imported()
     if command == "train_ppo_ray":
         ray: Any = importlib.import_module("ray")

@@ -27,7 +27,8 @@ class Replacement(NamedTuple):
 
 
 class Patch:
-    """The replacements in one package. `apply`, `revert`, or a `with` block; applying twice is applying once.
+    """The replacements in one package. `apply`, `revert`, or a `with` block; applying twice is applying once, and a
+    block inside of what is applied already undoes nothing.
 
     What the package does not have is left out. A signature that is not known means that its version is not: then
     nothing is replaced, with one warning. What another library has replaced already is refused with RuntimeError,
@@ -40,6 +41,8 @@ class Patch:
         self.switch = f"SAFE_KERNELS_{package.upper()}"
         self._made: list[tuple[Replacement, Any, Any]] = []  # (what, the original, ours)
         self._said: set[str] = set()
+        self._is_new = False  # whether the last `apply` made the replacements
+        self._blocks: list[bool] = []  # of each `with` block that is open, whether it reverts
 
     @property
     def replaced(self) -> list[str]:
@@ -47,6 +50,7 @@ class Patch:
         return [f"{what.module}.{what.name}" for what, _, _ in self._made]
 
     def apply(self) -> Patch:
+        self._is_new = False
         if self._made:
             return self
         if os.environ.get(self.switch) == "0":
@@ -67,7 +71,7 @@ class Patch:
         made = [(what, original, what.make(original)) for what, original in found]
         for what, original, ours in made:
             self._rebind(what, original, ours)
-        self._made = made
+        self._made, self._is_new = made, True
         version = getattr(sys.modules[self.package], "__version__", "?")
         logger.info("in %s %s these are now of safe_kernels: %s", self.package, version, ", ".join(self.replaced))
         return self
@@ -84,10 +88,15 @@ class Patch:
             self._rebind(what, ours, original)
 
     def __enter__(self) -> Patch:
-        return self.apply()
+        if not self._made:
+            self.apply()
+        self._blocks.append(self._is_new)
+        self._is_new = False
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self.revert()
+        if self._blocks.pop():
+            self.revert()
 
     def _rebind(self, what: Replacement, old: Any, new: Any) -> None:
         """Where it is defined, and under every name it was imported to inside the package."""

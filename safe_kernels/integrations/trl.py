@@ -83,6 +83,7 @@ class LinearLogprob(torch.autograd.Function):
         outputs: tuple[str, ...] = ("entropy", *METRICS),
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
+        checks.parts_of(None, weight=weight, bias=bias)
         no_reference, softcap = (None, None, None), final_logit_softcapping
         head = checks.head_arguments(
             hidden, weight, targets, bias, *no_reference, temperature, softcap, logit_scale, None
@@ -166,6 +167,7 @@ class SelectedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, index: Tensor, temperature: float, live: Tensor | None) -> Tensor:
+        checks.parts_of(None, logits=logits)
         z = logits.gather(-1, index).to(compute_dtype(logits))
         best = z.argmax(-1, keepdim=True)
         token = index.gather(-1, best).squeeze(-1)

@@ -23,8 +23,12 @@ from safe_kernels.integrations.patch import Patch, Replacement
 def fused_linear_for_ppo(
     self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy [...] of hidden_states [..., H], and of input_ids [...] that verl has shifted already."""
-    stats = linear_token_stats(hidden_states, vocab_weights, input_ids, temperature=temperature)
+    """Log-probs and entropy [...] of hidden_states [..., H], and of input_ids [...] that verl has shifted already.
+
+    0 where an id is -100, as verl has it of Liger.
+    """
+    live = input_ids != -100
+    stats = linear_token_stats(hidden_states, vocab_weights, input_ids, temperature=temperature, mask=live)
     return stats.logprob, stats.entropy
 
 
