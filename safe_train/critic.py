@@ -32,12 +32,16 @@ class Critic(nn.Module):
 
     def forward(self, hidden_LH: Tensor) -> Tensor:
         """Values [heads, L] of the online heads. No gradient reaches the policy."""
-        return read(self.heads, hidden_LH)
+        return self.read(self.heads, hidden_LH)
 
     @torch.no_grad()
     def target(self, hidden_LH: Tensor) -> Tensor:
         """Values [heads, L] of the target heads."""
-        return read(self.target_heads, hidden_LH)
+        return self.read(self.target_heads, hidden_LH)
+
+    def read(self, heads: nn.ModuleList, hidden_LH: Tensor) -> Tensor:
+        hidden_LH = hidden_LH.detach().float()
+        return torch.stack([head(hidden_LH).squeeze(-1) for head in heads])
 
     def pair(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The two values that the soft-min reads, from values [heads, L]."""
@@ -51,8 +55,3 @@ class Critic(nn.Module):
         """target <- target + rate (online - target)."""
         for target, online in zip(self.target_heads.parameters(), self.heads.parameters(), strict=True):
             target.lerp_(online, rate)
-
-
-def read(heads: nn.ModuleList, hidden_LH: Tensor) -> Tensor:
-    hidden_LH = hidden_LH.detach().float()
-    return torch.stack([head(hidden_LH).squeeze(-1) for head in heads])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import huber_loss
 
-from safe_kernels import linear_policy_loss, linear_token_stats, soft_min
+from safe_kernels import linear_token_stats, soft_min
 from safe_train import losses, parallel, sharding
 from safe_train.config import PAPER, SafeConfig
 from safe_train.controller import PHASE_SCALE, PID_DECAY, Control, clip
@@ -146,19 +146,11 @@ class PaperCritic(Critic):
         self.heads = nn.ModuleList([nn.Identity() if single else nn.LayerNorm(hidden_size), *heads])
         self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
 
-    def forward(self, hidden_LH: Tensor) -> Tensor:
+    def read(self, heads: nn.ModuleList, hidden_LH: Tensor) -> Tensor:
         """Values [K, L], whose gradient reaches the policy."""
-        return read(self.heads, hidden_LH)
-
-    @torch.no_grad()
-    def target(self, hidden_LH: Tensor) -> Tensor:
-        return read(self.target_heads, hidden_LH)
-
-
-def read(heads: nn.ModuleList, hidden_LH: Tensor) -> Tensor:
-    norm, *values = heads
-    normal_LH = norm(hidden_LH.float())
-    return torch.stack([value(normal_LH).squeeze(-1) for value in values])
+        norm, *values = heads
+        normal_LH = norm(hidden_LH.float())
+        return torch.stack([value(normal_LH).squeeze(-1) for value in values])
 
 
 class PaperTrainer(SafeTrainer):
@@ -200,22 +192,11 @@ class PaperTrainer(SafeTrainer):
         args, batch = self.args, micro.batch
         weight_L = torch.full_like(micro.logprob_L, 1 / tokens)
         hidden_LH, values_KB = self.values(batch)
-        policy = linear_policy_loss(
-            hidden_LH,
-            tokens=batch.targets_L,
-            old_logprob=micro.logprob_L,
-            advantage=micro.advantage_L,
-            loss_weight=weight_L,
-            ref_hidden=micro.ref_hidden_LH,
-            clip_low=args.clip_low,
-            clip_high=args.clip_high,
-            entropy_coef=args.entropy_coef,
-            **self.policy.head(),
-        )
+        head = self.policy.head()
+        policy = losses.policy_loss(hidden_LH, head, micro, weight_L, control._replace(kl_coef=0.0), args)
         total = policy.loss
         if control.kl_coef:
-            head = losses.policy_head(self.policy.head())
-            logprob_L = linear_token_stats(hidden_LH, tokens=batch.targets_L, **head).logprob
+            logprob_L = linear_token_stats(hidden_LH, tokens=batch.targets_L, **losses.policy_head(head)).logprob
             total = total + control.kl_coef * (weight_L * (logprob_L - micro.ref_logprob_L)).sum()
         lengths_B = batch.response_cu_seqlens.diff()
         share_L = losses.per_token(1 / (lengths_B * args.completions_per_step), batch.response_cu_seqlens)
