@@ -62,7 +62,7 @@ UNCLIPPED = {"normalize_rewards": False, "entropy_coef": 0.0, "critic_max_grad_n
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("safe", {"algorithm": "safe"}, grid(kl_threshold=(0.1, 0.2))),
+        Arm("safe", {"algorithm": "safe"}, grid(kl_excess_coef=(0.5, 5.0))),
         baseline("ppo"),
         baseline("ppo_two_heads"),
         baseline("grpo"),
