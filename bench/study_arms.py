@@ -13,6 +13,7 @@ Settings = dict[str, Any]
 # One step: 4 openings x 4 completions; LoRA on the last 8 layers of SmolLM2-135M, as in the demo.
 BASE: Settings = {
     "model": "smollm2-135m-instruct",
+    "dtype": "bfloat16",  # of the frozen weights; LoRA's, the critic and all statistics are float32
     "prompts_per_step": 4,
     "completions_per_prompt": 4,
     "max_new_tokens": 16,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from safe_train.attention import boundaries, choose_attention, generation_attention, use_attention
 from safe_train.config import ConfigError, SafeConfig
@@ -74,11 +75,22 @@ class Policy(nn.Module):
         was_training, packed = self.model.training, self.causal_lm.config._attn_implementation
         self.model.eval()
         use_attention(self.causal_lm, generation_attention(self.causal_lm))
+        hook = whole_rows(self.causal_lm.get_output_embeddings())
         try:
             yield self.model
         finally:
+            hook.remove()
             use_attention(self.causal_lm, packed)
             self.model.train(was_training)
+
+
+def whole_rows(head: nn.Module) -> RemovableHandle:
+    """Makes the head's input contiguous on CPUs.
+
+    `generate` slices the last position out of the prompt's hidden states, and with a batch of slices PyTorch would
+    copy the head once for each: in bfloat16 that takes longer than all the rest of a short rollout.
+    """
+    return head.register_forward_pre_hook(lambda _, inputs: tuple(x.contiguous() if x.is_cpu else x for x in inputs))
 
 
 def response_states(causal_lm: Any, batch: TokenBatch) -> Tensor:
