@@ -167,6 +167,17 @@ def test_the_sampler_follows_the_policy():
     torch.testing.assert_close(recorded, scored(policy, rollout), atol=2e-5, rtol=0)
 
 
+def test_the_head_sees_whole_rows_in_generation():
+    """From rows with gaps PyTorch would copy the head for each prompt."""
+    policy, contiguous = make_policy(tiny.model(), SafeConfig()), []
+    head = policy.causal_lm.get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, output: contiguous.append(inputs[0].is_contiguous()))
+    prompts = PromptDataset(tiny.PROMPTS, tiny.tokenizer(), 16).at(0, 4)
+    sample(policy, tiny.tokenizer(), prompts, SafeConfig(max_new_tokens=3))
+    assert len(contiguous) >= 2 and all(contiguous)
+    assert not head._forward_pre_hooks
+
+
 def test_sampler_metrics_and_importance_weights():
     sampler = torch.tensor([0.5, 0.3, 0.2])
     trainer = torch.tensor([0.4, 0.3, 0.3])
