@@ -33,7 +33,7 @@ class Row:
     part: str  # the pass, or ALL_PASSES where none was timed
     provider: str
     version: str | None
-    status: str  # ok, red, lacks, not installed, cannot run, too slow, no inputs, out of memory
+    status: str  # ok, red, lacks, not installed, cannot run, failed (ours), too slow, no inputs, out of memory
     reason: str = ""  # where it is not ok, or no pass was timed
     gate: str | None = None  # green, rounds or red; None where it did not run
     errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)

@@ -6,7 +6,7 @@
     python bench/study.py --report            # only the tables and pictures, from the rows that are there
 
 Rows go to bench/results/study.jsonl, one a run, with its curves; tables to study.md and a picture for each reward
-beside them; docs/study.md says what they show. A run that has its row is not made again, one that was cut off goes on.
+beside them (docs/study.md). A run that has its row is not made again, one that was cut off goes on.
 """
 
 from __future__ import annotations

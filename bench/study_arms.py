@@ -102,7 +102,11 @@ SENSITIVITY: dict[str, Settings] = {
     }.items()
     for value in values
 }
-PPO_SENSITIVITY: dict[str, Settings] = {f"ppo, gae_lambda {value:g}": {"gae_lambda": value} for value in (0.8, 1.0)}
+PPO_SENSITIVITY: dict[str, Settings] = {
+    f"ppo, {name} {value:g}": {name: value}
+    for name, values in {"beta": (0.3, 1.0), "gae_lambda": (0.8, 1.0)}.items()
+    for value in values
+}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # for a checkout that is not installed
 
+from study_arms import MAIN, PUBLISHED  # noqa: E402
+
 from safe_train.report import read_rows as read_json_lines  # noqa: E402
 
 Row = dict[str, Any]
@@ -30,12 +32,12 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def current(rows: Sequence[Row]) -> list[Row]:
-    """Without rows of another scale or with other settings than the newest of their stage, or their name."""
-    newest = {(row["reward"], row["stage"]): row for row in rows}
+    """Rows of their reward's newest scale (the sweep has its own), and with the newest settings of their name."""
+    newest = {(row["reward"], row["stage"] == "sweep"): row for row in rows}
     own = {(row["reward"], row["stage"], row["name"]): row for row in rows}
 
     def is_current(row: Row) -> bool:
-        scale, last = newest[row["reward"], row["stage"]], own[row["reward"], row["stage"], row["name"]]
+        scale, last = newest[row["reward"], row["stage"] == "sweep"], own[row["reward"], row["stage"], row["name"]]
         same = row["steps"] == scale["steps"] and row["base"] == scale["base"]
         return same and (row["stage"] == "sweep" or row["settings"] == last["settings"])
 
@@ -66,9 +68,12 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 
 def reward_at(row: Row, kl: float) -> float:
-    """The smoothed training reward where the smoothed KL first reaches `kl`; NaN where it never does."""
-    rewards, kls = (smoothed(row["curves"][name], SMOOTH) for name in ("reward", "kl"))
-    return next((reward for reward, reached in zip(rewards, kls, strict=True) if reached >= kl), math.nan)
+    """The smoothed training reward where the smoothed KL first reaches `kl`, between steps on a line; NaN if never."""
+    points = zip(*(smoothed(row["curves"][name], SMOOTH) for name in ("kl", "reward")), strict=True)
+    for (low, before), (high, after) in itertools.pairwise(points):
+        if low < kl <= high:
+            return before + (after - before) * (kl - low) / (high - low)
+    return math.nan
 
 
 def spikes(row: Row) -> float:
@@ -79,10 +84,11 @@ def spikes(row: Row) -> float:
 
 
 Column = tuple[str, Callable[[Row], float], str]
+COUNT = ""  # in place of a format: so many of the runs
 COLUMNS: tuple[Column, ...] = (
     ("training-average reward", lambda r: statistics.fmean(r["curves"]["reward"]), ".3f"),
     ("reward std", lambda r: statistics.fmean(r["curves"]["reward_std"]), ".3f"),
-    ("crashes", crashed, ".2f"),
+    ("crashes", crashed, COUNT),
     ("KL mean", lambda r: statistics.fmean(r["curves"]["kl"]), ".3f"),
     ("KL std", lambda r: statistics.pstdev(r["curves"]["kl"]), ".3f"),
     ("KL max", lambda r: max(r["curves"]["kl"]), ".3f"),
@@ -99,7 +105,8 @@ HELD_OUT: tuple[Column, ...] = (
     ("distinct words", lambda r: r["after"]["distinct_words"], ".3f"),
     ("drift of NLL", lambda r: abs(r["after"]["reference_logprob"] - r["before"]["reference_logprob"]), ".3f"),
 )
-SHORT: tuple[Column, ...] = (COLUMNS[0], *COLUMNS[2:4], HELD_OUT[1], *HELD_OUT[3:])
+PAIRED: tuple[Column, ...] = (COLUMNS[0], COLUMNS[3], COLUMNS[-1], HELD_OUT[1], *HELD_OUT[3:])
+CHANGED: tuple[Column, ...] = (COLUMNS[0], *COLUMNS[2:4], COLUMNS[5], HELD_OUT[1], *HELD_OUT[3:])
 MATCHED: tuple[Column, ...] = tuple((f"at KL {kl}", lambda r, kl=kl: reward_at(r, kl), ".3f") for kl in MATCHED_KLS)
 
 
@@ -116,8 +123,10 @@ def cell(rows: Sequence[Row], column: Column) -> str:
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "-"
+    if column[2] == COUNT:
+        return f"{sum(known):.0f} of {len(known)}"
     mean, half = interval(known)
-    text = f"{mean:{column[2]}}" + ("" if math.isnan(half) else f" ± {half:{column[2]}}")
+    text = f"{mean:{column[2]}}" + ("" if math.isnan(half) else f" ± {half:{column[2].lstrip('+')}}")
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
 
 
@@ -128,14 +137,11 @@ def table(groups: dict[str, list[Row]], columns: Sequence[Column], first: str = 
     return "\n".join(lines)
 
 
-def difference(a: Sequence[Row], b: Sequence[Row], column: Column) -> str:
-    """Mean of a - b over the seeds that both have."""
-    other = {row["seed"]: row for row in b}
-    pairs = [column[1](row) - column[1](other[row["seed"]]) for row in a if row["seed"] in other]
-    if not pairs:
-        return "unknown: no common seed"
-    mean, half = interval(pairs)
-    return f"{mean:+{column[2]}} ± {half:{column[2]}} ({len(pairs)} seeds)"
+def less(column: Column, base: Sequence[Row]) -> Column:
+    """The column less what the run of `base` with the same seed has in it; NaN where there is no such run."""
+    name, value, style = column
+    of_seed = {row["seed"]: value(row) for row in base}
+    return name, lambda row: value(row) - of_seed.get(row["seed"], math.nan), f"+{style}"
 
 
 def grouped(rows: Iterable[Row], *stages: str) -> dict[str, list[Row]]:
@@ -162,29 +168,33 @@ def write_report(results: Path) -> None:
 
 def section(reward: str, rows: list[Row]) -> list[str]:
     main, parts = grouped(rows, "main", "published"), [f"## {reward}"]
-    for row in rows[:1]:
-        parts.append(f"{row['device_name']}, commit {(row['commit'] or '?')[:7]}, torch {row['packages']['torch']}.")
+    made = {
+        f"{row['device_name']}, commit {(row['commit'] or '?')[:7]}, torch {row['packages']['torch']}" for row in rows
+    }
+    parts.append(f"{'; '.join(sorted(made))}.")
     if main:
         parts += [
             "During training:",
             table(main, COLUMNS),
             "On held-out prompts, after training:",
             table(main, HELD_OUT),
+            "Training reward where the KL first reaches a value:",
+            table(main, MATCHED),
         ]
-        parts += ["Training reward where the KL first reaches a value:", table(main, MATCHED)]
         paper = [f"{name} {value}" for name, value in PAPER.items() if name in main]
         parts += [f"The paper's training-average rewards, of a 3B model: {', '.join(paper)}."] if paper else []
-    if {"safe", "ppo"} <= main.keys():
-        found = [f"{c[0]} {difference(main['safe'], main['ppo'], c)}" for c in (COLUMNS[0], HELD_OUT[1], HELD_OUT[3])]
-        parts.append(f"`safe` less `ppo`, seed by seed: {'; '.join(found)}.")
+    for base in [name for name in ("ppo", "ppo_paper") if name in main]:
+        arms = {"ppo": MAIN, "ppo_paper": PUBLISHED}[base]
+        others = {name: main[name] for name in arms if name in main and name != base}
+        columns = [less(column, main[base]) for column in (*PAIRED, *MATCHED)]
+        parts += [f"Less `{base}`, seed by seed:", table(others, columns)] if others else []
     for stage in ("ablation", "sensitivity"):
         changed = grouped(rows, stage)
         if changed:
             compared = {"safe": main["safe"], **changed} if "safe" in main else changed
-            parts += [
-                f"{stage.capitalize()}:",
-                table(compared, (COLUMNS[0], *COLUMNS[2:4], *HELD_OUT[1::2], HELD_OUT[4])),
-            ]
+            parts += [f"{stage.capitalize()}:", table(compared, CHANGED)]
+            if "safe" in main:
+                parts += ["Less `safe`, seed by seed:", table(changed, [less(c, main["safe"]) for c in PAIRED])]
     sweep = [row for row in rows if row["stage"] == "sweep"]
     if sweep:
         parts += ["Sweep, on development prompts:", sweep_table(sweep)]
@@ -198,7 +208,7 @@ def sweep_table(rows: list[Row]) -> str:
             f"{k} {v}" for k, v in row["settings"].items() if k not in ("algorithm", "normalize_rewards")
         )
         shown[f"{row['name']}: {setting}"] = [row]
-    return table(shown, (HELD_OUT[1], HELD_OUT[4], COLUMNS[2]))
+    return table(shown, (HELD_OUT[1], *HELD_OUT[3:5], COLUMNS[2]))
 
 
 def draw(groups: dict[str, list[Row]], target: Path, title: str) -> None:

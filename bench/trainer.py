@@ -13,7 +13,9 @@ Shapes: B sequences of T tokens, half of them prompt; L response tokens, H hidde
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -39,6 +41,7 @@ BACKBONES = {  # as the models' own configurations have them
     "two layers": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
                    "intermediate_size": 512},
 }  # fmt: skip
+STATISTICS = ("logprob", "entropy", "ref_logprob", "kl")
 KL_COEF, KL_THRESHOLD = 0.1, 0.01
 LONGEST = 10.0  # seconds of a pass that is worth repeating
 
@@ -78,8 +81,8 @@ class Layout:
         )
         self.weight_L = torch.full_like(inputs.old_logprob_L, 1 / len(inputs.old_logprob_L))
 
-    def score(self) -> tuple[Tensor | None, ...]:
-        """(logprob, entropy, ref_logprob, kl) of the response tokens."""
+    def score(self) -> tuple[Any, ...]:
+        """STATISTICS of the response tokens."""
         raise NotImplementedError
 
     def hidden(self) -> Tensor:
@@ -117,7 +120,7 @@ class Ours(Layout):
         self.control: Any = SimpleNamespace(kl_coef=KL_COEF, kl_threshold=KL_THRESHOLD)
 
     @torch.no_grad()
-    def score(self) -> tuple[Tensor | None, ...]:
+    def score(self) -> tuple[Any, ...]:
         batch = self.micro.batch
         ref_hidden_LH = self.policy.reference(batch)
         found = losses.statistics(self.policy(batch), self.policy.head(), batch.targets_L, ref_hidden_LH)
@@ -159,7 +162,7 @@ class Published(Layout):
             self.ref_hidden = self.states(self.reference)
 
     @torch.no_grad()
-    def score(self) -> tuple[Tensor | None, ...]:
+    def score(self) -> tuple[Any, ...]:
         return self.statistics(self.hidden(), self.states(self.reference))
 
     def hidden(self) -> Tensor:
@@ -170,14 +173,13 @@ class Published(Layout):
 
     def loss(self, hidden: Tensor) -> Tensor:
         logprob, entropy, _, kl = self.statistics(hidden, self.ref_hidden)
-        assert logprob is not None and entropy is not None and kl is not None
         ratio, advantage_L = (logprob - self.inputs.old_logprob_L).exp(), self.inputs.advantage_L
         clipped = ratio.clamp(1 - self.args.clip_low, 1 + self.args.clip_high)
         token_loss = -torch.minimum(ratio * advantage_L, clipped * advantage_L) - self.args.entropy_coef * entropy
         penalty = (kl - KL_THRESHOLD).relu() ** 2
         return (token_loss + KL_COEF * kl + self.args.kl_penalty_coef * penalty).mean()
 
-    def statistics(self, hidden: Tensor, ref_hidden: Tensor) -> tuple[Tensor | None, ...]:
+    def statistics(self, hidden: Tensor, ref_hidden: Tensor) -> tuple[Any, ...]:
         logits = self.policy.causal_lm.get_output_embeddings()(hidden)[:, :-1]
         with torch.no_grad():
             ref_logits = self.reference.get_output_embeddings()(ref_hidden)[:, :-1]
@@ -189,27 +191,26 @@ class Published(Layout):
 
 
 def measured(workload: Workload, settings: Any, title: str = "") -> list[Row]:
-    """Rows of both layouts, behind a gate: loss and gradients as exact as those of the published layout."""
+    """Rows of all layouts; ours behind a gate: statistics, loss and gradients as exact as the published layout's."""
     device, args = settings.device, SafeConfig(kl_penalty_coef=0.1, lora_r=128)
     policy, base = build(workload, args, device)
     inputs = make_inputs(workload, device)
-    layouts = [
-        Published(policy, inputs, args, device, base),
-        *(L(policy, inputs, args, device) for L in (Ours, OursAsPPO)),
-    ]
-    errors = gate(policy, base, inputs, args, device, layouts[:2])
-    red = any(error.excess > 1 for error in errors.values())
-    first = Row(ALL_PASSES, Ours.name, None, "red" if red else "ok", gate="red" if red else "green",
-                errors={name: error._asdict() for name, error in errors.items()})  # fmt: skip
-    rows = [first] if red else []
-    calls = {ROLLOUT: {Ours.name: generation(policy, inputs, workload)}}
-    calls |= {part: {x.name: call(x) for x in layouts} for part, call in PASSES.items()}
+    ours = [layout(policy, inputs, args, device) for layout in (Ours, OursAsPPO)]
+    verdicts = {layout.name: gate(layout, policy, base, inputs, device) for layout in ours}
+    rows = [verdict for verdict in verdicts.values() if verdict.status == "red"]
+    right: list[Layout] = [layout for layout in ours if verdicts[layout.name].status == "ok"]
+    right.append(Published(policy, inputs, args, device, base))
+    calls = {part: {layout.name: call(layout) for layout in right} for part, call in PASSES.items()}
+    calls[ROLLOUT] = {Ours.name: generation(policy, inputs, workload)}  # which all share
     for part, by_name in calls.items():
         one_each = {name: [call] for name, call in by_name.items()}
         timings = measure.timed(one_each, device, settings.seconds, longest=LONGEST)
-        for layout in layouts:
-            if layout.name in timings and not (red and isinstance(layout, Ours)):
-                rows.append(timed_row(part, layout, timings[layout.name], by_name[layout.name], device, first))
+        for layout in right:
+            if layout.name in timings:
+                first = Row(part, layout.name, None, "ok")
+                if part != ROLLOUT and layout.name in verdicts:
+                    first = replace(verdicts[layout.name], part=part)
+                rows.append(timed_row(first, timings[layout.name], by_name[layout.name], device, layout.extra_bytes))
     return rows
 
 
@@ -220,13 +221,12 @@ PASSES: dict[str, Callable[[Layout], Callable[[], Any]]] = {
 }
 
 
-def timed_row(part: str, layout: Layout, timing: Any, call: Any, device: str, first: Row) -> Row:
-    judged = {"gate": first.gate, "errors": first.errors} if isinstance(layout, Ours) else {"gate": "green"}
+def timed_row(first: Row, timing: Any, call: Any, device: str, extra_bytes: int) -> Row:
     if isinstance(timing, Exception):
-        return Row(part, layout.name, None, "cannot run", f"{type(timing).__name__}: {timing}"[:300], **judged)
-    peak = measure.peak_bytes(call, device) + layout.extra_bytes
-    return Row(part, layout.name, None, "ok", **judged, seconds=timing.median, seconds_low=timing.low,
-               seconds_high=timing.high, repeats=timing.repeats, peak_bytes=peak, gradient_bytes=0)  # fmt: skip
+        return replace(first, status="cannot run", reason=f"{type(timing).__name__}: {timing}"[:300])
+    peak = measure.peak_bytes(call, device) + extra_bytes
+    return replace(first, seconds=timing.median, seconds_low=timing.low, seconds_high=timing.high,
+                   repeats=timing.repeats, peak_bytes=peak, gradient_bytes=0)  # fmt: skip
 
 
 def build(workload: Workload, args: SafeConfig, device: str) -> tuple[Policy, Any]:
@@ -257,23 +257,31 @@ def make_inputs(workload: Workload, device: str) -> Inputs:
     return Inputs(prompts, completions, uniform + 0.3 * noise[0], noise[1], noise[2], noise[3:])
 
 
-def gate(
-    policy: Policy, base: Any, inputs: Inputs, args: SafeConfig, device: str, layouts: list[Layout]
-) -> dict[str, Error]:
-    """Loss and gradients of the update; exact is the published layout in float64, on a GPU in float32."""
+def gate(layout: Layout, policy: Policy, base: Any, inputs: Inputs, device: str) -> Row:
+    """A row of no pass: score and update judged; exact is the published layout in float64, on a GPU in float32."""
     wide = torch.float64 if device == "cpu" else torch.float32
     widened = inputs._replace(old_logprob_L=inputs.old_logprob_L.to(wide), advantage_L=inputs.advantage_L.to(wide))
-    judge = Published(copy.deepcopy(policy).to(wide), widened, args, device, copy.deepcopy(base).to(wide))
-    exact, (plain, found) = judge.update(), [layout.update() for layout in layouts]
+    judge = Published(copy.deepcopy(policy).to(wide), widened, layout.args, device, copy.deepcopy(base).to(wide))
+    exact = results(judge)
+    del judge
+    plain, found = results(Published(policy, inputs, layout.args, device, base)), results(layout)
     errors = {}
-    for i, (e, p, f) in enumerate(zip(exact, plain, found, strict=True)):
-        error, own = ((x.to(wide) - e.to(wide)).abs().max().item() for x in (f, p))
-        scale = max(e.abs().max().item(), 1e-30)
-        errors["loss" if i == 0 else f"gradient {i}"] = Error(
-            error, 2 * own + ULPS * torch.finfo(p.dtype).eps * scale, own
-        )
-    worst = max((name for name in errors if name != "loss"), key=lambda name: errors[name].excess)
-    return {"loss": errors["loss"], "worst gradient": errors[worst]}
+    for name, e in exact.items():
+        error, own = ((x[name].to(wide) - e).abs().max().item() for x in (found, plain))
+        scale = math.log(policy.causal_lm.config.vocab_size) if name in STATISTICS else max(e.abs().max().item(), 1e-30)
+        errors[name] = Error(error, 2 * own + ULPS * torch.finfo(plain[name].dtype).eps * scale, own)
+    worst = max((name for name in errors if name.startswith("gradient")), key=lambda name: errors[name].excess)
+    red = any(error.excess > 1 for error in errors.values())
+    shown = {name: errors[name]._asdict() for name in (*STATISTICS, "loss")} | {
+        "worst gradient": errors[worst]._asdict()
+    }
+    return Row(ALL_PASSES, layout.name, None, "red" if red else "ok", gate="red" if red else "green", errors=shown)
+
+
+def results(layout: Layout) -> dict[str, Tensor]:
+    loss, *gradients = layout.update()
+    found = dict(zip(STATISTICS, layout.score(), strict=True)) | {"loss": loss}
+    return found | {f"gradient {i}": gradient for i, gradient in enumerate(gradients)}
 
 
 def generation(policy: Policy, inputs: Inputs, workload: Workload) -> Callable[[], Any]:

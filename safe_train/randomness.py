@@ -47,8 +47,15 @@ def own_random_numbers(seed: int, step: int) -> Iterator[None]:
     if parallel.size() == 1:
         yield
         return
+    with seeded(int(np.random.SeedSequence([seed, step, parallel.rank()]).generate_state(1)[0])):
+        yield
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's, NumPy's and PyTorch's random numbers from `seed`; afterwards those from before go on."""
     shared = random_states(), random_numbers()
-    set_seed(int(np.random.SeedSequence([seed, step, parallel.rank()]).generate_state(1)[0]))
+    set_seed(seed)
     try:
         yield
     finally:

@@ -65,6 +65,18 @@ def test_a_quick_run_writes_rows_a_table_and_a_picture(few, tmp_path, capsys):
     assert "cannot run: Triton kernels, which need a GPU" in capsys.readouterr().out
 
 
+def test_a_kernel_of_this_project_that_fails_fails_the_run(few, monkeypatch, tmp_path, capsys):
+    def fails(case):
+        raise RuntimeError("did not compile")
+
+    for name, code in (("other", 0), ("safe-kernels broken", 1)):
+        broken = dataclasses.replace(provider(fails, ("logprob", "entropy", "kl")), name=name)
+        monkeypatch.setattr(peers, "PROVIDERS", [*peers.PROVIDERS[:1], broken])
+        options = ["--quick", "--only", "hidden", "--results", str(tmp_path)]
+        assert run.main(["--device", "cpu", *options]) == code
+    assert "failed: RuntimeError: did not compile" in capsys.readouterr().out
+
+
 def test_a_wrong_provider_is_red_and_shows_no_speed(capsys):
     def wrong(case):
         found = peers.plain("hidden")(case)
@@ -230,15 +242,26 @@ def test_both_layouts_take_the_same_step():
     found = {(row.provider, row.part): row for row in trainer.measured(STEP, settings())}
     assert {part for _, part in found} == set(workloads.PASSES["step"])
     ours, published = (found[name, "update"] for name in ("safe-kernels", "published layout"))
-    assert ours.gate == "green" and ours.errors["worst gradient"]["error"] <= ours.errors["worst gradient"]["allowed"]
+    assert ours.errors.keys() == {*trainer.STATISTICS, "loss", "worst gradient"}
+    judged = [row for row in found.values() if row.provider.startswith("safe-kernels") and row.part != "rollout"]
+    assert len(judged) == 6 and all(row.gate == "green" for row in judged)
+    assert all(error["error"] <= error["allowed"] for row in judged for error in row.errors.values())
     assert published.peak_bytes > ours.peak_bytes > 0
 
 
 def test_a_wrong_update_is_red(monkeypatch):
-    right = trainer.Published.loss
-    monkeypatch.setattr(trainer.Published, "loss", lambda self, hidden: right(self, hidden) * 1.0001)
+    right = trainer.OursAsPPO.loss
+    monkeypatch.setattr(trainer.OursAsPPO, "loss", lambda self, hidden: right(self, hidden) * 1.0001)
     rows = trainer.measured(STEP, settings())
-    assert any(row.status == "red" for row in rows)
+    by_name = {name: [row for row in rows if row.provider == name] for name in ("safe-kernels", "safe-kernels, ppo")}
+    assert [(row.status, row.seconds) for row in by_name["safe-kernels, ppo"]] == [("red", None)]
+    assert all(row.status == "ok" for row in by_name["safe-kernels"])
+
+
+def test_wrong_statistics_are_red(monkeypatch):
+    right = trainer.Ours.score
+    monkeypatch.setattr(trainer.Ours, "score", lambda self: tuple(x * 1.0001 for x in right(self)))
+    rows = trainer.measured(STEP, settings())
     assert not any(row.provider.startswith("safe-kernels") and row.seconds and row.part != "rollout" for row in rows)
 
 

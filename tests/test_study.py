@@ -67,15 +67,21 @@ def test_a_crash_is_a_fall_of_the_mean_reward_or_a_large_kl():
 def test_rewards_at_matched_kl():
     climbing = row(reward=[i / 10 for i in range(20)], kl=[i / 100 for i in range(20)])
     assert report.reward_at(climbing, 0.05) == pytest.approx(0.5)  # means of five steps: 3 to 7
+    assert report.reward_at(climbing, 0.0525) == pytest.approx(0.525)  # between two steps
     assert math.isnan(report.reward_at(climbing, 0.3))
 
 
 def test_confidence_intervals_and_paired_differences():
     mean, half = report.interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.30 / 3**0.5))
-    pair = [[row([level] * 20, seed=seed) for seed in (0, 1)] for level in (1.0, 0.25)]
-    assert report.difference(*pair, report.COLUMNS[0]) == "+0.750 ± 0.000 (2 seeds)"
-    assert "no common seed" in report.difference(pair[0], [row(seed=5)], report.COLUMNS[0])
+    high, low = ([row([level] * 20, seed=seed) for seed in (0, 1)] for level in (1.0, 0.25))
+    column = report.less(report.COLUMNS[0], low)
+    assert report.cell(high, column) == "+0.750 ± 0.000"
+    assert report.cell([row(seed=5)], column) == "-" and report.cell([*high, row(seed=5)], column).endswith("(2 of 3)")
+
+
+def test_crashes_are_counted():
+    assert report.cell([row(), row(error="FloatingPointError")], report.COLUMNS[2]) == "1 of 2"
 
 
 def test_the_sweep_takes_the_best_setting_that_did_not_crash():
@@ -87,6 +93,8 @@ def test_the_report_mixes_no_scales_no_settings_and_no_repeats():
     old = [row(key="a", steps=10), row(key="b", settings={"beta": 1}), row(key="c", base={"model": "other"})]
     new = [row(key="d"), row(key="e", seed=1), row(key="d", error="again")]
     assert report.current([*old, *new]) == [new[2], new[1]]
+    longer = row(key="f", stage="ablation", steps=300)
+    assert report.current([*old, *new, longer]) == [longer]
 
 
 @pytest.mark.slow
