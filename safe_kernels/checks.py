@@ -25,6 +25,12 @@ def is_floating(name: str, x: object) -> Tensor:
         raise TypeError(f"{name} is {type(x).__name__}; it must be a tensor")
     if not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating dtype")
+    return is_local(name, x)
+
+
+def is_local(name: str, x: Tensor) -> Tensor:
+    if _is_dtensor(x):
+        raise TypeError(f"{name} is a DTensor; it must be a tensor that this rank holds: {name}.to_local()")
     return x
 
 
@@ -43,7 +49,7 @@ def are_tokens(tokens: object, leading: torch.Size, device: torch.device, source
         raise TypeError(f"tokens is {type(tokens).__name__}; it must be a tensor of ids")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"tokens has dtype {tokens.dtype}; it must be torch.int64 or torch.int32")
-    has_shape("tokens", tokens, leading, f"the leading shape of {source}")
+    has_shape("tokens", is_local("tokens", tokens), leading, f"the leading shape of {source}")
     is_on("tokens", tokens, device)
 
 
@@ -57,12 +63,16 @@ def is_mask(mask: object, tokens: Tensor) -> None:
     is_on("mask", mask, tokens.device)
 
 
-def per_token(tokens: Tensor, **tensors: Tensor | None) -> None:
-    """Floating tensors with one entry a token; None passes."""
+def per_token(tokens: Tensor, **tensors: Tensor) -> None:
+    """Floating tensors with one entry a token."""
     for name, x in tensors.items():
-        if x is not None:
-            has_shape(name, is_floating(name, x), tokens.shape, "one entry a token")
-            is_on(name, x, tokens.device)
+        has_shape(name, is_floating(name, x), tokens.shape, "one entry a token")
+        is_on(name, x, tokens.device)
+
+
+def given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that are not None."""
+    return {name: x for name, x in tensors.items() if x is not None}
 
 
 def is_temperature(temperature: object, tokens: Tensor, mask: Tensor | None, like: Tensor) -> float | Tensor:
@@ -218,11 +228,11 @@ def value_arguments(
     cu_seqlens: Tensor | None,
 ) -> dict[str, Any]:
     """Check what `safe_terms` takes beyond `token_stats`; return its keyword arguments."""
-    per_token(tokens, v1=v1, v2=v2, rewards=rewards, target_v1=target_v1, target_v2=target_v2)
+    per_token(tokens, v1=v1, v2=v2, rewards=rewards, **given(target_v1=target_v1, target_v2=target_v2))
     is_time(tokens, cu_seqlens)
     kl_threshold = is_coefficient("kl_threshold", kl_threshold)
     if isinstance(kl_threshold, Tensor):
-        kl_threshold = kl_threshold.to(tokens.device, non_blocking=True)
+        kl_threshold = kl_threshold.to(tokens.device, non_blocking=kl_threshold.device.type == "cpu")
     return {
         "kl_threshold": kl_threshold,
         "alpha": is_positive("alpha", alpha),
@@ -282,10 +292,11 @@ def _is_gathered(name: str, weight: object) -> None:
 
 
 def may_be_overwritten(name: str, x: Tensor) -> None:
-    if x.is_leaf and x.requires_grad:
+    leaf = x if x._base is None else x._base
+    if leaf.is_leaf and leaf.requires_grad:
         raise ValueError(
-            f"{name} is a leaf that requires a gradient: inplace_backward=True would make {name}.grad and {name} one "
-            "tensor. It must be computed from others, as a model's are"
+            f"{name} is a leaf that requires a gradient, or a view of one: inplace_backward=True would write the "
+            "gradient over it. It must be computed from others, as a model's are"
         )
     reach = 0
     for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):

@@ -86,10 +86,10 @@ class LinearInputs(NamedTuple):
         return cls(
             _rows(hidden),
             weight,
-            bias,
+            None if bias is None else bias.contiguous(),
             None if ref_hidden is None else _rows(ref_hidden.detach()),
             None if ref_weight is None else ref_weight.detach(),
-            None if ref_bias is None else ref_bias.detach(),
+            None if ref_bias is None else ref_bias.detach().contiguous(),
             local(tokens, shard),
             flat_temperature(temperature),
             flat_or_none(mask),

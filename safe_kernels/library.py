@@ -133,8 +133,11 @@ def soft_min(v1: Tensor, v2: Tensor, alpha: float, *, backend: str) -> Tensor:
     return reference.soft_min(v1, v2, alpha)
 
 
-def soft_min_gae(v1: Tensor, v2: Tensor, rewards: Tensor, mask: Tensor | None, **options: Any) -> ValueTargets:
+def soft_min_gae(
+    v1: Tensor, v2: Tensor, rewards: Tensor, mask: Tensor | None, *, bootstrap: Tensor | None, **options: Any
+) -> ValueTargets:
     values = (v1.detach(), v2.detach(), rewards.detach(), mask)
+    options["bootstrap"] = None if bootstrap is None else bootstrap.detach()
     return ValueTargets._make(_gae_op(*values, *(options[name] for name in _GAE.names[len(values) :])))
 
 
@@ -327,7 +330,10 @@ def _logits_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     (inputs, terms, inplace, backend), stats = _saved(ctx, _LOGITS)
     slopes, found = _slopes(terms, stats, grads), _nothing(_LOGITS)
     if ctx.needs_input_grad[0] and any(x is not None for x in slopes):
-        arguments = _LOGITS_BACKWARD.flatten(inputs._replace(logits=inputs.logits.detach()), backend, stats, *slopes)
+        if inplace:
+            _first_derivative_only("inplace_backward=True")
+            inputs = inputs._replace(logits=inputs.logits.detach())
+        arguments = _LOGITS_BACKWARD.flatten(inputs, backend, stats, *slopes)
         if inplace:
             _logits_backward_inplace_op(*arguments)
         found[0] = arguments[0] if inplace else _logits_backward_op(*arguments)
@@ -340,6 +346,12 @@ def _linear_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     if any(ctx.needs_input_grad[:3]) and any(x is not None for x in slopes):
         found[:3] = linear_gradients(inputs, backend, stats, slopes, ctx.needs_input_grad[:3], inputs[:3])
     return _with_values(found, _LINEAR, inputs.mask_N, terms, grads)
+
+
+def _first_derivative_only(what: str) -> None:
+    """With create_graph=True, a gradient that nothing connects to the inputs would pass for a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{what} has no second derivative: take its gradient without create_graph=True")
 
 
 def _nothing(signature: Signature) -> list[Tensor | None]:
@@ -396,12 +408,16 @@ def _(*flat: Any) -> tuple[Tensor, ...]:
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # zeros as large as the head's gradient
     ctx.mark_non_differentiable(*output[1:])
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.save_for_backward(*output[-3:])
 
 
-def _loss_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * len(_LOSS.names)
+    _first_derivative_only("linear_policy_loss")
     leaves = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
     gradients = [_scaled_op(x, grad_loss, str(dtype)) if need else None for x, dtype, need in leaves]
     return tuple(gradients + [None] * (len(_LOSS.names) - 3))
@@ -409,8 +425,9 @@ def _loss_backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None,
 
 @_register("scaled", _SCALED, "Tensor")
 def _scaled_op(gradient: Tensor, factor: Tensor, dtype: str) -> Tensor:
-    """An op, because autograd must not take a constant gradient for something that it can differentiate again."""
-    return (gradient * factor).to(getattr(torch, dtype.removeprefix("torch.")))
+    """Rounded as it is written: a head's gradient is not there a second time in float32."""
+    out = torch.empty_like(gradient, dtype=getattr(torch, dtype.removeprefix("torch.")))
+    return torch.mul(gradient, factor, out=out)
 
 
 @_scaled_op.register_fake

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _BACKENDS = ("reference", "torch", "triton")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def token_stats(
@@ -51,7 +52,7 @@ def token_stats(
     """Log-prob of each token, entropy, and exact KL to a reference, from logits. Equivalent to
 
         logp, logq = log_softmax(logits / temperature), log_softmax(ref_logits / temperature)
-        logprob, ref_logprob = logp[tokens], logq[tokens]
+        logprob, ref_logprob = (x.gather(-1, tokens[..., None])[..., 0] for x in (logp, logq))
         entropy, kl = -(logp.exp() * logp).sum(-1), (logp.exp() * (logp - logq)).sum(-1)
 
     Args:
@@ -169,9 +170,8 @@ def safe_terms(
 
     The other arguments are those of `token_stats`.
     """
-    checks.is_floating("ref_logits", ref_logits)
     logits, ref_logits, group = checks.parts_of(process_group, -1, logits=logits, ref_logits=ref_logits)
-    checks.logits_arguments(logits, tokens, ref_logits, mask, group)
+    checks.logits_arguments(logits, tokens, checks.is_floating("ref_logits", ref_logits), mask, group)
     if inplace_backward:
         checks.may_be_overwritten("logits", logits)
     values = checks.value_arguments(
@@ -221,11 +221,21 @@ def linear_safe_terms(
     process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> SafeTerms:
-    """`safe_terms` from hidden states: arguments of `linear_token_stats` and of `safe_terms`."""
-    checks.is_floating("ref_hidden", ref_hidden)
+    """`safe_terms` from hidden states. Equivalent to
+
+        logits = softcap * tanh(logit_scale * (hidden.float() @ weight.float().T + bias) / softcap)
+        safe_terms(logits, tokens, v1, v2, rewards, ref_logits=the same of the reference, ...)
+
+    Args:
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, softcap, logit_scale, batch_invariant: as in
+            `linear_token_stats`; ref_hidden is needed.
+
+    The other arguments are those of `safe_terms`.
+    """
     weight, bias, ref_weight, ref_bias, group = checks.parts_of(
         process_group, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
     )
+    checks.is_floating("ref_hidden", ref_hidden)
     head = checks.head_arguments(
         hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask, group
     )
@@ -348,9 +358,10 @@ def linear_policy_loss(
         l = l + kl_coef * stats.kl + kl_penalty_coef * relu(stats.kl - kl_threshold)**2
         loss = (loss_weight * l).sum()
 
-    with one sweep over the vocabulary instead of a forward and a recomputing backward. `logprob`, `entropy` and `kl`
-    have the same bits in and out of torch.no_grad and whatever the advantages are, so that a ratio to log-probs that
-    this function returned before is exactly 1; on the torch backend they also have those of `linear_token_stats`.
+    (Schulman et al., arXiv 1707.06347) with one sweep over the vocabulary instead of a forward and a recomputing
+    backward. `logprob`, `entropy` and `kl` have the same bits in and out of torch.no_grad and whatever the advantages
+    are, so that a ratio to log-probs that this function returned before is exactly 1; on the torch backend they also
+    have those of `linear_token_stats`.
 
     With `process_group` it takes two sweeps, as no token's slope is known before all ranks have given their statistics:
     it costs a `linear_token_stats` and its backward, whose bits it has on every backend.
@@ -373,7 +384,7 @@ def linear_policy_loss(
     head = checks.head_arguments(
         hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask, group
     )
-    checks.per_token(tokens, old_logprob=old_logprob, advantage=advantage, loss_weight=loss_weight)
+    checks.per_token(tokens, old_logprob=old_logprob, advantage=advantage, **checks.given(loss_weight=loss_weight))
     coefficients = {
         name: checks.is_coefficient(name, x)
         for name, x in (
@@ -419,6 +430,11 @@ def chosen_backend(backend: str | None, like: Tensor, *others: object) -> str:
     if name not in _BACKENDS:
         origin = "backend" if backend else "the environment variable SAFE_KERNELS_BACKEND"
         raise ValueError(f"{origin} is {name!r}; it must be one of {', '.join(map(repr, _BACKENDS))}")
+    if name == "triton" and like.device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        raise ValueError(
+            "backend 'triton' needs tensors on a GPU, got CPU tensors; use backend 'torch', or set TRITON_INTERPRET=1 "
+            "before Triton is imported to run the kernels in its interpreter"
+        )
     if name == "triton" and wide:
         raise ValueError("backend 'triton' computes in float32; float64 inputs need backend 'torch' or 'reference'")
     return name
@@ -426,8 +442,7 @@ def chosen_backend(backend: str | None, like: Tensor, *others: object) -> str:
 
 def _best(like: Tensor) -> str:
     """Triton on GPUs; PyTorch on CPUs, and where Triton is not installed."""
-    on_gpu = like.device.type in ("cuda", "xpu")
-    return "triton" if on_gpu and importlib.util.find_spec("triton") else "torch"
+    return "triton" if _HAS_TRITON and like.device.type in ("cuda", "xpu") else "torch"
 
 
 def _is_wide(x: object) -> bool:

@@ -85,6 +85,7 @@ WRONG_VALUES = [
     ({"lam": -0.1}, ValueError, "lam is -0.1; it must be in"),
     ({"v2": ones[0]}, ValueError, r"v2 has shape \(7,\); it must be \(3, 7\)"),
     ({"rewards": ones.long()}, TypeError, "rewards has dtype torch.int64"),
+    ({"v2": None}, TypeError, "v2 is NoneType; it must be a tensor"),
     ({"mask": ones}, TypeError, "mask is torch.float32; it must be a torch.bool tensor"),
     ({"bootstrap": ones}, ValueError, r"bootstrap has shape \(3, 7\); it must be \(3,\), one entry a sequence"),
     ({"cu_seqlens": torch.tensor([0, 21])}, TypeError, "cu_seqlens is torch.int64; it must be a torch.int32 tensor"),
@@ -92,6 +93,7 @@ WRONG_VALUES = [
 ]
 WRONG_POLICY = [
     ({"old_logprob": ones[0]}, ValueError, r"old_logprob has shape \(7,\)"),
+    ({"old_logprob": None}, TypeError, "old_logprob is NoneType; it must be a tensor"),
     ({"loss_weight": ones.long()}, TypeError, "loss_weight has dtype torch.int64"),
     ({"clip_low": -0.1}, ValueError, "clip_low is -0.1; it must be at least 0"),
     ({"kl_coef": torch.ones(2)}, ValueError, r"kl_coef has shape \(2,\); it must be a number or a 0-dim tensor"),
@@ -122,6 +124,13 @@ WRONG = [
         {"v1": ones[0]},
         ValueError,
         "v1 has",
+    ),
+    (
+        linear_safe_terms,
+        linear_case() | values_case(kl_threshold=0.1, alpha=0.3),
+        {"rewards": None},
+        TypeError,
+        "rewards is NoneType",
     ),
     (soft_min, {"v1": ones, "v2": ones, "alpha": 0.3}, {"alpha": 0}, ValueError, "alpha is 0; it must be > 0"),
 ]
@@ -187,6 +196,12 @@ def test_the_environment_chooses_the_backend(monkeypatch):
     monkeypatch.setenv("SAFE_KERNELS_BACKEND", "fast")
     with pytest.raises(ValueError, match="environment variable SAFE_KERNELS_BACKEND is 'fast'; it must be one of"):
         token_stats(**case)
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="'triton' needs tensors on a GPU, got CPU tensors"):
+        token_stats(**logits_case(), backend="triton")
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -335,15 +350,25 @@ def test_no_grad_keeps_nothing(any_backend):
 
 
 @pytest.mark.parametrize("op", [token_stats, linear_token_stats, linear_policy_loss])
-def test_double_backward_is_refused(op):
+@pytest.mark.parametrize("constant", [True, False])
+def test_double_backward_is_refused(op, constant):
+    """Even where no slope leads back to the inputs, and the gradient would pass for a constant."""
     make = {token_stats: logits_case, linear_token_stats: linear_case, linear_policy_loss: policy_case}[op]
     case = make()
     leaf = case.pop("logits" if op is token_stats else "hidden").requires_grad_()
     result = op(leaf, **case)
-    value = result.loss**2 if op is linear_policy_loss else (result.entropy**2).sum()
-    gradient = torch.autograd.grad(value, leaf, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        gradient.pow(2).sum().backward()
+    result = result.loss if op is linear_policy_loss else result.entropy
+    value = result.sum() if constant else result.pow(2).sum()
+    with pytest.raises(RuntimeError, match="no autograd formula was registered|no second derivative"):
+        gradient = torch.autograd.grad(value, leaf, create_graph=True)[0]
+        (value + gradient.pow(2).sum()).backward()
+
+
+def test_no_second_derivative_of_logits_that_are_overwritten(backend):
+    logits = torch.randn(3, 5).requires_grad_()
+    value = token_stats(logits * 1, torch.zeros(3).long(), inplace_backward=True, backend=backend).entropy.sum()
+    with pytest.raises(RuntimeError, match="inplace_backward=True has no second derivative"):
+        torch.autograd.grad(value, logits, create_graph=True)
 
 
 def graphs(function, *calls):

@@ -138,15 +138,16 @@ def _zero_rows_as_off_the_cpu(monkeypatch):
 
 
 def test_strided_inputs_and_gradients(backend):
-    case = linear_case((4, 6), 19, 8)
+    case = linear_case((4, 6), 19, 8, reference="own", bias=True)
     views = {
+        **{name: torch.stack([case[name], case[name] + 1], -1)[:, 0] for name in ("bias", "ref_bias")},
         "hidden": torch.stack([case["hidden"], case["hidden"]], -1)[..., 0],
         "weight": case["weight"].T.contiguous().T,
         "tokens": case["tokens"].T.contiguous().T,
         "ref_hidden": case["ref_hidden"].transpose(0, 1).contiguous().transpose(0, 1),
     }
     found = []
-    for arguments in (case, views):
+    for arguments in (case, case | views):
         leaves = {name: x.detach() for name, x in arguments.items()}
         hidden, weight = leaves["hidden"].requires_grad_(), leaves["weight"].requires_grad_()
         stats = linear_token_stats(**leaves, backend=backend)

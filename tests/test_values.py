@@ -43,6 +43,11 @@ def test_packed_scan_is_the_loop(backend, bounds, masked):
     hold_to_reference(soft_min_gae, case, backend)
 
 
+def test_tokens_past_the_last_bound_are_no_noise(backend):
+    case = values_case((11,), mask=None, cu_seqlens=torch.tensor([0, 8], dtype=torch.int32))
+    assert all(x.isfinite().all() for x in soft_min_gae(**case, backend=backend))
+
+
 def test_packed_is_padded(any_backend):
     """Sequences of 2, 5 and 3 tokens: packed, and padded with masked tokens that hold NaN."""
     lengths, case = [2, 5, 3], values_case((10,))
@@ -95,8 +100,9 @@ def test_shapes(any_backend, shape):
 
 
 def test_targets_carry_no_gradient(any_backend):
-    case = values_case()
-    case["v1"].requires_grad_()
+    case = values_case(bootstrap=torch.ones(3))
+    for x in case.values():
+        x.requires_grad_()
     assert not any(x.requires_grad for x in soft_min_gae(**case, mask=None, backend=any_backend))
 
 

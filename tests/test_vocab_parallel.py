@@ -243,6 +243,10 @@ def another_dtensor_is_refused(group, widths):
         weight = distribute_tensor(tensor, mesh, [placement])
         with pytest.raises(ValueError, match=message):
             linear_token_stats(**case | {"weight": weight, "process_group": process_group})
+    for name in ("hidden", "tokens"):
+        whole = distribute_tensor(case[name], mesh, [Replicate()])
+        with pytest.raises(TypeError, match=f"{name} is a DTensor; it must be a tensor that this rank holds"):
+            linear_token_stats(**case | {name: whole})
     logits = {"logits": distribute_tensor(torch.ones(3, 7, 37), mesh, [Shard(2)])}
     with pytest.raises(ValueError, match="logits is a DTensor.*give their process_group"):
         token_stats(**logits_case(reference=False) | logits)

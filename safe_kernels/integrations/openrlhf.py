@@ -228,8 +228,12 @@ def main() -> None:
 
 def _with_setup_hook(init: Callable[..., Any], hook: str) -> Callable[..., Any]:
     def init_with_hook(*arguments: Any, runtime_env: dict[str, Any] | None = None, **options: Any) -> Any:
-        runtime_env = {**(runtime_env or {}), "worker_process_setup_hook": hook}
-        return init(*arguments, runtime_env=runtime_env, **options)
+        own = (runtime_env or {}).get("worker_process_setup_hook")
+        if own not in (None, hook):
+            raise ValueError(
+                f"ray.init has the worker_process_setup_hook {own!r}; it must be {hook}, which may call it"
+            )
+        return init(*arguments, runtime_env={**(runtime_env or {}), "worker_process_setup_hook": hook}, **options)
 
     return init_with_hook
 

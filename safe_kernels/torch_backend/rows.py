@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 TILE_BYTES = 2 << 20  # one buffer of a tile: its three, or four with a reference, stay in the caches of two cores
-FLOOR = -1e4  # exp is 0 from here down in every dtype: the exponent no longer matters, if only it is finite
+FLOOR = -1e30  # in place of -inf, which times a probability of 0 would be NaN
 
 Fields = TypeVar("Fields", bound=tuple[Any, ...])
 

@@ -264,7 +264,8 @@ def soft_min_gae(
     cu_seqlens: Tensor | None,
     bootstrap: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    value, advantage, returns = (v1.new_empty(v1.shape, dtype=torch.float32) for _ in range(3))
+    new = v1.new_empty if cu_seqlens is None else v1.new_zeros  # no program comes to a token outside of the bounds
+    value, advantage, returns = (new(v1.shape, dtype=torch.float32) for _ in range(3))
     if v1.numel() > 0:
         gae_kernel[(v1.shape[:-1].numel() if cu_seqlens is None else len(cu_seqlens) - 1,)](
             v1=v1.contiguous(),
