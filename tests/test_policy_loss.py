@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from cases import evaluate, hold_to_reference, linear_case, policy_case, some_mask, temperatures
+from memory import Allocations
 
 from safe_kernels import linear_policy_loss, linear_token_stats
 
@@ -167,6 +168,16 @@ def test_the_gradient_does_not_outlive_the_backward(backend):
     torch.testing.assert_close(case["weight"].grad, 2 * first)
     with pytest.raises(RuntimeError, match="have already been freed"):
         loss.backward()
+
+
+def test_the_backward_allocates_the_gradients_alone(backend):
+    case = policy_case(vocabulary=300, dtype=torch.bfloat16)
+    leaves = [case[name].requires_grad_() for name in ("hidden", "weight")]
+    loss = linear_policy_loss(**case, backend=backend).loss
+    with Allocations() as seen:
+        found = torch.autograd.grad(loss, leaves)
+    in_float32 = 4 * found[1].numel()  # which a CPU rounds from
+    assert seen.peak <= sum(x.nbytes for x in found) + in_float32 + 1024
 
 
 def test_masked_tokens_spread_nothing(any_backend):
