@@ -63,7 +63,8 @@ UNCLIPPED = {"normalize_rewards": False, "entropy_coef": 0.0, "critic_max_grad_n
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("safe", {"algorithm": "safe"}, grid(kl_excess_coef=(0.5, 5.0))),
+        # In 30 steps an average over ten would still be that of the start.
+        Arm("safe", {"algorithm": "safe", "ema_short": 0.5}, grid(kl_excess_coef=(0.5, 5.0))),
         baseline("ppo"),
         baseline("ppo_two_heads"),
         baseline("grpo"),
