@@ -3,7 +3,7 @@
 Shapes: N tokens, V vocabulary, H hidden width, S sequences.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class LogitsInputs(NamedTuple):
     ) -> "LogitsInputs":
         ref_logits = None if ref_logits is None else ref_logits.detach()
         tokens_N = local(tokens, shard)
-        return cls(logits, tokens_N, ref_logits, flat_temperature(temperature), flat_or_none(mask), shard)
+        return cls(logits, tokens_N, ref_logits, flat(temperature), flat(mask), shard)
 
 
 class LinearInputs(NamedTuple):
@@ -91,8 +91,8 @@ class LinearInputs(NamedTuple):
             None if ref_weight is None else ref_weight.detach(),
             None if ref_bias is None else ref_bias.detach().contiguous(),
             local(tokens, shard),
-            flat_temperature(temperature),
-            flat_or_none(mask),
+            flat(temperature),
+            flat(mask),
             softcap,
             logit_scale,
             batch_invariant,
@@ -156,20 +156,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def flat(x: Tensor) -> Tensor:
-    return x.reshape(-1)
+def flat(x: Any) -> Any:
+    """A tensor as one axis; numbers and None stay."""
+    return x.reshape(-1) if isinstance(x, Tensor) else x
 
 
 def local(tokens: Tensor, shard: Shard | None) -> Tensor:
     return flat(tokens) if shard is None else shard.local(flat(tokens))
-
-
-def flat_or_none(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.reshape(-1)
-
-
-def flat_temperature(x: float | Tensor) -> float | Tensor:
-    return x.reshape(-1) if isinstance(x, Tensor) else x
 
 
 def _rows(x: Tensor) -> Tensor:

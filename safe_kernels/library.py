@@ -30,14 +30,12 @@ from torch import Tensor
 
 from . import reference, vocab_parallel
 from .inputs import LinearInputs, LogitsInputs, Shard, Terms, compute_dtype
-from .objective import Objective
+from .objective import Objective, Slopes
 from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
 from .schema import Signature
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Slopes = tuple[Tensor | None, Tensor | None, Tensor | None]  # d loss / d (logprob, entropy, kl) [N]; None is none
 
 
 def token_stats(

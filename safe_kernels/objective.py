@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .inputs import LinearInputs, compute_dtype, flat
 
-Slopes = tuple[Tensor, Tensor | None, Tensor | None]  # d loss / d (logprob, entropy, kl)
+Slopes = tuple[Tensor | None, Tensor | None, Tensor | None]  # d loss / d (logprob, entropy, kl) [N]; None is none
 
 
 class Objective(NamedTuple):

@@ -88,9 +88,8 @@ def bounds_of(like: Tensor, width: int, group: ProcessGroup) -> Tensor:
 def gathered(x: Tensor, group: ProcessGroup) -> Tensor:
     """x of every rank, [K, ...]; one shape on all of them."""
     x_K = x.new_empty(group.size(), *x.shape)
-    if (
-        x.numel() > 0
-    ):  # the gather into one tensor has a deprecated name from PyTorch 2.13 on, and the new one not before
+    if x.numel() > 0:
+        # The gather into one tensor has a deprecated name from PyTorch 2.13 on, and the new one not before.
         distributed.all_gather(list(x_K.unbind()), x.contiguous(), group=group)
     return x_K
 

@@ -123,14 +123,14 @@ def biases(inputs: LinearInputs) -> dict[str, Tensor | None]:
     return {"bias": inputs.bias_V, "ref_bias": inputs.bias_V if shared else inputs.ref_bias_V}
 
 
-def tiles(inputs: LinearInputs, with_reference: bool, row_step: int, tile_bytes: int | None) -> Iterator[Tile]:
+def tiles(inputs: LinearInputs, with_reference: bool, row_limit: int, tile_bytes: int | None) -> Iterator[Tile]:
     """Tiles with their products, row by row of tiles; `tile_bytes` None takes whole rows. All share one memory."""
     count, vocabulary = len(inputs.tokens_N), len(inputs.weight_VH)
-    row_step = row_step // 16 * 16 or max(1, row_step)  # so that vectors of a tile's rows begin at 16 bytes
-    rows_there = max(1, min(row_step, count))
-    height = row_step if inputs.batch_invariant else rows_there  # then the columns of a tile do not depend on N either
-    column_step = vocabulary if tile_bytes is None else max(16, tile_bytes // (4 * height) // 16 * 16)
-    row_step, column_step = rows_there, min(column_step, vocabulary)
+    row_limit = row_limit // 16 * 16 or max(1, row_limit)  # so that vectors of a tile's rows begin at 16 bytes
+    row_step = max(1, min(row_limit, count))
+    height = row_limit if inputs.batch_invariant else row_step  # then the columns of a tile do not depend on N either
+    widest = vocabulary if tile_bytes is None else max(16, tile_bytes // (4 * height) // 16 * 16)
+    column_step = min(widest, vocabulary)
     product = product_for(inputs)
     buffers = [
         torch.empty(row_step * column_step, dtype=torch.float32, device=inputs.hidden_NH.device)
