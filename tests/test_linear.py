@@ -179,8 +179,19 @@ def test_batch_invariant(backend, threads):
         torch.set_num_threads(before)
 
 
-def test_batch_invariant_holds_to_reference(backend):
-    case = linear_case(mask=some_mask())
+def test_a_gradient_in_float16_does_not_depend_on_a_neighbours_slope(backend):
+    case = linear_case((2,), 53, 24, dtype=torch.float16, batch_invariant=True)
+    found = []
+    for neighbour in (1.0, 3e4):
+        hidden = case["hidden"].clone().requires_grad_()
+        stats = linear_token_stats(**case | {"hidden": hidden}, backend=backend)
+        found.append(torch.autograd.grad(stats.entropy, hidden, torch.tensor([0.1, neighbour]))[0][0])
+    assert torch.equal(*found) and found[0].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_batch_invariant_holds_to_reference(backend, dtype):
+    case = linear_case(mask=some_mask(), dtype=dtype)
     wrt = ["hidden", "weight"]
     exact = evaluate(linear_token_stats, case, "reference", wrt, torch.float64)
     plain = evaluate(linear_token_stats, case, "reference", wrt)

@@ -91,9 +91,12 @@ class Tile(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """d loss / d (hidden @ weight.T) of the tile in the dtype of the products, and what to multiply it with.
 
-        float32 goes over the tile. float16 would lose the small entries, so it holds them scaled up.
+        float32 goes over the tile. float16 would lose the small entries, so it holds them scaled up, all rows alike;
+        where no row may depend on another, they stay in float32.
         """
         dtype, factor = self.weight_WH.dtype, None
+        if dtype == torch.float16 and inputs.batch_invariant:
+            dtype = torch.float32
         out = self.logits_RW if dtype == torch.float32 else torch.empty_like(self.logits_RW, dtype=dtype)
         if dtype == torch.float16:
             scale = scale_of(slopes)
@@ -195,7 +198,7 @@ class GradientSums:
         if hidden_NH is not None:
             add_product(hidden_NH[tile.rows], self.product, du_RW, tile.weight_WH, factor)
         if weight_VH is not None:
-            add_product(weight_VH[tile.columns], blas_product, du_RW.T, tile.hidden_RH, factor)
+            add_product(weight_VH[tile.columns], blas_product, du_RW.T, tile.hidden_RH.to(du_RW.dtype), factor)
         if bias_V is not None:
             add(bias_V[tile.columns], du_RW.sum(0, dtype=torch.float32), factor)
 
