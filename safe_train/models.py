@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from safe_train.attention import boundaries, choose_attention, generation_attention, use_attention
-from safe_train.config import ConfigError, SafeConfig
+from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.data import TokenBatch
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -224,6 +224,7 @@ def load_model(name: str, args: SafeConfig, device: torch.device) -> tuple[Any, 
     """The causal language model, on the CPU, in the dtype for `device`; and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    require_name("model", name)
     source = smollm2_folder() if name == SMOLLM2 else name
     # In bfloat16, weights that are trained would lose most updates to rounding.
     auto = torch.bfloat16 if device.type == "cuda" and args.lora_r > 0 else torch.float32

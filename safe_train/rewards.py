@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_train.config import ConfigError, SafeConfig
+from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.reward_server import RewardServer
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -41,7 +41,7 @@ class Rewards:
 
 def score(name: str, function: RewardFunction, prompts: list, completions: list, columns: dict[str, list]) -> Tensor:
     try:
-        values = function(prompts=prompts, completions=completions, **columns)
+        values: Any = function(prompts=prompts, completions=completions, **columns)
     except Exception as error:
         raise RuntimeError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
     values = values.tolist() if hasattr(values, "tolist") else values  # an array, or a tensor
@@ -77,6 +77,7 @@ def load_reward(
     """The reward named in a config: `vader`, `file.py:function`, `package.module:function`, URL or classifier model."""
     if not isinstance(reward, str):
         return reward
+    require_name("reward", reward)
     if reward == "vader":
         return vader()
     if reward.startswith(("http://", "https://")):

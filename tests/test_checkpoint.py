@@ -17,6 +17,7 @@ import tiny
 import torch
 from safetensors import SafetensorError
 
+from safe_train import SafeTrainer
 from safe_train.checkpoint import Checkpoints, discard
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
@@ -379,6 +380,33 @@ def test_resuming_keeps_the_settings_of_the_run(tmp_path):
     assert main(["run", run, "--resume", "total_steps=2"]) == 0
     settings = SafeConfig.load(tmp_path / "run" / "config.yaml")
     assert (settings.beta, settings.total_steps, rows_written(tmp_path / "run")) == (0.5, 2, 2)
+
+
+def test_a_run_from_python_is_never_continued_with_the_demos_model_prompts_or_reward(tmp_path, capsys):
+    args = tiny.settings(tmp_path / "run", total_steps=1)
+    names = prepare(tmp_path)
+    options = {"args": args, "processing_class": tiny.tokenizer()}
+    SafeTrainer(tiny.model(), [tiny.good_words, "vader"], train_dataset=tiny.PROMPTS, **options).train()
+    assert "no train_dataset" not in capsys.readouterr().out and args.reward == ["vader"]
+    saved = SafeConfig.load(tmp_path / "run" / "config.yaml")
+    assert saved.model == "<python object LlamaForCausalLM>" and saved.dataset == "<python object list>"
+    assert saved.reward == ["<python object good_words>", "vader"] and saved.eval_dataset is None
+    given = [f"output_dir={tmp_path / 'run'}", "total_steps=2"]
+    for kind in ("model", "reward", "data set"):
+        for command in (["run", "--resume"], ["eval", str(tmp_path / "run")]):
+            assert main([*command, *given]) == 2
+            assert f"the {kind} is <python object" in capsys.readouterr().err
+        given += [pair for pair in names if pair.startswith(kind.replace(" ", "") + "=")]
+    assert main(["run", "--resume", *given]) == 0 and rows_written(tmp_path / "run") == 2
+
+
+def test_names_given_in_python_are_saved_as_given(tmp_path, capsys):
+    names = dict(pair.split("=") for pair in prepare(tmp_path))
+    args = tiny.settings(tmp_path / "run", total_steps=1)
+    trainer = SafeTrainer(names["model"], names["reward"], args, eval_dataset=names["dataset"])
+    assert "the prompts are those of the demo" in capsys.readouterr().out
+    assert (trainer.args.model, trainer.args.reward) == (names["model"], [names["reward"]])
+    assert trainer.args.eval_dataset == names["dataset"] and len(trainer.eval_prompts) == len(tiny.PROMPTS)
 
 
 def test_a_resumed_run_takes_the_learning_rates_it_is_given(tmp_path):
