@@ -101,7 +101,7 @@ def run_settings(arguments: argparse.Namespace) -> SafeConfig:
     run = Path(given[-1]) if given else checkpoint.parent.parent if checkpoint else Path(SafeConfig.output_dir)
     if not (run / "config.yaml").is_file():
         raise ConfigError(
-            f"{run} holds no run to resume (no config.yaml); name the run with output_dir=, or its settings with --config"
+            f"{run} holds no run to resume (no config.yaml): name the run by output_dir=, or its settings by --config"
         )
     return SafeConfig.load(run / "config.yaml", [f"output_dir={run}", *overrides])
 

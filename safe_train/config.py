@@ -44,7 +44,7 @@ CHOICES = {
     "kl_estimator": ("exact", "k2", "k3"),
     "generation": ("hf", "vllm"),
     "cache_implementation": ("auto", "dynamic", "static"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "dtype": ("auto", "float32", "bfloat16"),
     "attn_implementation": ("auto", *ATTENTION),
     "liger_kernel": ("auto", "true", "false"),
 }

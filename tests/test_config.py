@@ -52,6 +52,7 @@ def test_saved_config_loads_back_the_same(tmp_path):
         ("temperature=0.7", "temperature must be 1: samples must come from the policy that is scored"),
         ("top_k=50", "top_k must be 0: samples must come from the policy that is scored"),
         ("top_p=0.9", "top_p must be 1"),
+        ("dtype=float16", "dtype must be one of auto, float32, bfloat16, got 'float16'"),
         ("kl_estimator=k1", "zero gradient"),
         ("algorithm=dpo", "algorithm must be one of safe, ppo"),
         ("algorithm=grpo", "completions_per_prompt must be at least 2 for grpo"),

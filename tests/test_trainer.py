@@ -214,6 +214,13 @@ def test_full_fine_tuning_with_a_frozen_reference(tmp_path):
     assert history[0]["kl"] == pytest.approx(0, abs=1e-6) and history[-1]["kl"] > 1e-3
 
 
+def test_weights_that_are_trained_must_be_float32(tmp_path):
+    with pytest.raises(ConfigError, match="must be float32, got torch.bfloat16, which rounds most updates away"):
+        tiny.trainer(tmp_path, policy=tiny.model().bfloat16(), lora_r=0)
+    trained = tiny.trainer(tmp_path, policy=tiny.model().bfloat16()).trainable
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+
+
 @pytest.mark.parametrize("settings", [{"kl_in_reward": True}, {"kl_estimator": "k3"}, {"critic": "mean"}], ids=str)
 def test_variants_run(settings, tmp_path):
     assert all(math.isfinite(row["policy_loss"]) for row in tiny.trainer(tmp_path, **settings).train())
