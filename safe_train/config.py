@@ -103,7 +103,7 @@ class SafeConfig:
     # Rollout
     prompts_per_step: int = option(16, "distinct prompts a rollout")
     completions_per_prompt: int = option(1, "completions of each prompt")
-    max_prompt_tokens: int = option(512, "longer prompts lose their beginning")
+    max_prompt_tokens: int = option(512, "longer prompts lose their beginning, but for a BOS token")
     max_new_tokens: int = option(128, "longest completion")
     temperature: float = option(1.0, "must be 1: the scored policy has to be the sampled one")
     top_k: int = option(0, "must be 0, for the same reason; the published algorithms sampled with 50")
@@ -332,7 +332,8 @@ def check(c: SafeConfig) -> None:
             value = getattr(c, name)
             require(value is None or holds(value), name, needed)
     require(len(c.reward) > 0, "reward", "at least one reward")
-    require(c.kl_threshold_min <= c.kl_threshold_max, "kl_threshold_min", "at most kl_threshold_max")
+    low, high = c.kl_threshold_min, c.kl_threshold_max
+    require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
     require(c.gate_min <= c.gate_max, "gate_min", "at most gate_max")
     size = c.completions_per_step
     require(c.minibatch_size is None or c.minibatch_size <= size, "minibatch_size", f"at most the {size} of a rollout")

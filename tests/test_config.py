@@ -60,6 +60,8 @@ def test_saved_config_loads_back_the_same(tmp_path):
         ("minibatch_size=99", "minibatch_size must be at most the 16 of a rollout"),
         ("reward=[vader", "reward must be a YAML value, got '[vader'"),
         ("kl_threshold=.nan", "kl_threshold must be at least 0, got nan"),
+        ("kl_threshold=0.9", "kl_threshold must be from kl_threshold_min 0.1 to kl_threshold_max 0.6, got 0.9"),
+        ("kl_threshold_min=0.4", "kl_threshold must be from kl_threshold_min 0.4 to kl_threshold_max 0.6, got 0.3"),
         ("seed=-1", "seed must be at least 0"),
         ("gate_min=9", "gate_min must be at most gate_max"),
     ],
