@@ -153,6 +153,7 @@ class SafeTrainer:
                     with self.timed("update"):
                         update = self.update(experience, control)
                 metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
+                del experience  # not beside the next one
                 self.step = step + 1
                 if args.eval_every and self.step % args.eval_every == 0:
                     metrics |= {f"eval/{name}": value for name, value in self.evaluate().numbers().items()}
@@ -188,7 +189,8 @@ class SafeTrainer:
                 own = self.sample(step)
             with self.timed("reward"):
                 rewards = self.rewards(*own.for_rewards())
-        return gathered(own), {name: parallel.gather(scores) for name, scores in rewards.items()}
+        scores = parallel.gather(torch.stack(list(rewards.values())))
+        return gathered(own), dict(zip(rewards, scores, strict=True))
 
     def sample(self, step: int) -> Rollout:
         """Completions of this process's share of the step's prompts."""
