@@ -227,9 +227,9 @@ def recorded(args: SafeConfig, rewards: Iterable[Any], **given: Any) -> SafeConf
     """A copy of the settings that holds what was given in Python: names, and for an object what will not load."""
 
     def name(value: Any) -> str:
-        return (
-            value if isinstance(value, str) else f"{PYTHON_OBJECT} {getattr(value, '__name__', type(value).__name__)}>"
-        )
+        if isinstance(value, str):
+            return value
+        return f"{PYTHON_OBJECT} {getattr(value, '__name__', type(value).__name__)}>"
 
     names: dict[str, Any] = {setting: name(value) for setting, value in given.items() if value is not None}
     return dataclasses.replace(args, reward=[name(reward) for reward in rewards], **names)

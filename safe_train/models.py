@@ -157,11 +157,8 @@ def prepare_backbone(model: Any, args: SafeConfig, device: torch.device, dtype: 
             f"{type(model).__name__} carries a state from token to token, which would run on across the packed "
             "sequences; use a model of attention layers only"
         )
-    longest, needed = (
-        getattr(model.config, "max_position_embeddings", None),
-        args.max_prompt_tokens + args.max_new_tokens,
-    )
-    if longest is not None and needed > longest:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and args.max_prompt_tokens + args.max_new_tokens > longest:
         raise ConfigError(
             f"max_prompt_tokens + max_new_tokens must be at most {longest}, the positions that {type(model).__name__} "
             f"has, got {args.max_prompt_tokens} + {args.max_new_tokens}"

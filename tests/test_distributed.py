@@ -477,6 +477,12 @@ def draws() -> dict:
     return found | {"shared": (torch.rand(1).item(), np.random.rand())}
 
 
+def test_maxima_are_found_in_one_exchange(monkeypatch):
+    calls = []
+    monkeypatch.setattr(parallel, "gather_objects", lambda own: calls.append(own) or [own, {"a": 3.0, "b": 0.0}])
+    assert parallel.maxima({"a": 1.0, "b": 2.0}) == {"a": 3.0, "b": 2.0} and len(calls) == 1
+
+
 def test_helpers_are_the_identity_for_a_process_that_is_alone():
     values = torch.arange(3.0)
     assert parallel.total(values) is values and parallel.gather(values) is values

@@ -398,11 +398,15 @@ def test_evaluation_needs_held_out_prompts(tmp_path):
         trainer(eval_every=1)
 
 
-def test_several_reward_functions_have_their_weights(tmp_path):
+def test_several_reward_functions_have_their_weights_and_one_exchange(tmp_path, monkeypatch):
     def half(completions, **columns):
         return [0.5] * len(completions)
 
     trainer = tiny.trainer(tmp_path, reward=[tiny.good_words, half], reward_weights=[0.0, 3.0], total_steps=1)
+    exchanged = []
+    monkeypatch.setattr("safe_train.parallel.gather", lambda values: exchanged.append(values.shape) or values)
+    trainer.collect(0)
+    assert exchanged == [(3, 8)]  # two rewards and their sum
     assert trainer.train()[0]["reward"] == 1.5
 
 
