@@ -159,7 +159,7 @@ def close(found, expected, where: str, tolerance: float = 2e-5) -> None:
         assert found.keys() == expected.keys(), where
         for name in expected:
             close(found[name], expected[name], f"{where} {name}", tolerance)
-    elif isinstance(expected, list):
+    elif isinstance(expected, (list, tuple)):
         assert len(found) == len(expected), where
         for i, pair in enumerate(zip(found, expected, strict=True)):
             close(*pair, f"{where} {i}", tolerance)
