@@ -285,7 +285,7 @@ def results(layout: Layout) -> dict[str, Tensor]:
 
 
 def generation(policy: Policy, inputs: Inputs, workload: Workload) -> Callable[[], Any]:
-    tokenizer: Any = SimpleNamespace(pad_token_id=0, batch_decode=lambda rows, **_: [""] * len(rows))
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=None, batch_decode=lambda rows, **_: [""] * len(rows))
     prompts = [Prompt("", ids, {}) for ids in inputs.prompts]
     args = SafeConfig(max_new_tokens=workload.T // 2)
     return lambda: sample(policy, tokenizer, prompts, args)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -53,7 +54,8 @@ class Checkpoints:
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-*"), key=step_of)
+        found = (path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+        return sorted(found, key=step_of)
 
     def candidates(self) -> list[Path]:
         """Where to resume, best first: not later than the checkpoint that the run was last wound back to."""

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from time import perf_counter
@@ -50,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="train", description="Train with settings from a file and key=value pairs.")
     run.add_argument("--config", help="YAML file, or the name of a shipped one")
     run.add_argument("--resume", action="store_true", help="continue the run in output_dir, with its settings")
-    run.add_argument("--resume-from", type=Path, metavar="CHECKPOINT", help="continue it from this checkpoint")
+    run.add_argument("--resume-from", type=Path, metavar="CHECKPOINT", help="continue its run from this checkpoint")
     run.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
     run.add_argument("overrides", nargs="*", metavar="key=value")
     run.set_defaults(command=command_run)
@@ -78,39 +77,58 @@ def parser() -> argparse.ArgumentParser:
 
 def command_run(arguments: argparse.Namespace) -> None:
     from safe_train.paper import trainer_for
-    from safe_train.run_folder import refuse_existing
+    from safe_train.run_folder import refuse_existing, refuse_foreign, remove_run
 
-    args = SafeConfig.load(arguments.config, arguments.overrides)
     resume = arguments.resume_from or arguments.resume
-    saved = Path(args.output_dir) / "config.yaml"
-    if resume and arguments.config is None and saved.is_file():
-        args = SafeConfig.load(saved, arguments.overrides)
-    if arguments.overwrite and not resume:
+    args = run_settings(arguments)
+    replaces = arguments.overwrite and not resume
+    if not resume:  # before the model is loaded
+        (refuse_foreign if replaces else refuse_existing)(Path(args.output_dir))
+    trainer = trainer_for(args)(args=args)
+    if replaces:
         remove_run(Path(args.output_dir))
-    elif not resume:
-        refuse_existing(Path(args.output_dir))  # before the model is loaded
-    trainer_for(args)(args=args).train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume)
     if is_first():
         print(f"report: {Path(args.output_dir) / 'report.png'}")
+
+
+def run_settings(arguments: argparse.Namespace) -> SafeConfig:
+    """Those of the file and of the pairs; on resume without a file, those of the run that is continued."""
+    overrides, checkpoint = arguments.overrides, arguments.resume_from
+    if arguments.config is not None or not (arguments.resume or checkpoint):
+        return SafeConfig.load(arguments.config, overrides)
+    given = [pair.partition("=")[2] for pair in overrides if pair.startswith("output_dir=")]
+    run = Path(given[-1]) if given else checkpoint.parent.parent if checkpoint else Path(SafeConfig.output_dir)
+    if not (run / "config.yaml").is_file():
+        raise ConfigError(
+            f"{run} holds no run to resume (no config.yaml): name the run by output_dir=, or its settings by --config"
+        )
+    return SafeConfig.load(run / "config.yaml", [f"output_dir={run}", *overrides])
 
 
 def command_demo(arguments: argparse.Namespace) -> None:
     from safe_train.evaluation import comparison
     from safe_train.paper import trainer_for
+    from safe_train.run_folder import refuse_existing, refuse_foreign, remove_run
 
     chosen = [f"model={arguments.model}"] if arguments.model else []
     control = ["shuffle_advantages=true", "output_dir=runs/demo-control"] if arguments.control else []
+    own = SafeConfig.load("demo.yaml", [*chosen, *control])
     args = SafeConfig.load("demo.yaml", [*chosen, *control, *arguments.overrides])
-    remove_run(Path(args.output_dir))
+    folder = Path(args.output_dir)
+    replaces = folder == Path(own.output_dir)
+    (refuse_foreign if replaces else refuse_existing)(folder)
     started = perf_counter()
     trainer = trainer_for(args)(args=args)
+    if replaces:
+        remove_run(folder)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
     print(f"\n{comparison(before, after)}\n")
     for prompt, text in list(zip(after.rollout.prompts, after.rollout.texts, strict=True))[:4]:
         print(f"  {prompt.text!r} ->{text!r}")
-    print(f"\n{perf_counter() - started:.0f} s; report: {Path(args.output_dir) / 'report.png'}")
+    print(f"\n{perf_counter() - started:.0f} s; report: {folder / 'report.png'}")
 
 
 def command_eval(arguments: argparse.Namespace) -> None:
@@ -157,15 +175,6 @@ def command_config(arguments: argparse.Namespace) -> None:
 def is_first() -> bool:
     """Of the processes that a launcher started: it says so before they have met."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def remove_run(folder: Path) -> None:
-    """Deletes a run folder, and refuses to delete anything else."""
-    if not is_first() or not folder.exists() or not any(folder.iterdir()):
-        return
-    if not all((folder / name).is_file() for name in ("config.yaml", "environment.json")):
-        raise ConfigError(f"{folder} is not a run folder (no config.yaml and environment.json); not overwriting it")
-    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

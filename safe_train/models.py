@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from safe_train.attention import boundaries, choose_attention, generation_attention, use_attention
-from safe_train.config import ConfigError, SafeConfig
+from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.data import TokenBatch
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -151,11 +151,17 @@ def make_policy(
 
 
 def prepare_backbone(model: Any, args: SafeConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Chooses the attention of packed forwards, and puts Liger's kernels into the layers."""
+    """Checks that the model can run packed, chooses its attention, and puts Liger's kernels into the layers."""
     if getattr(model, "_is_stateful", False):
         raise ConfigError(
             f"{type(model).__name__} carries a state from token to token, which would run on across the packed "
             "sequences; use a model of attention layers only"
+        )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and args.max_prompt_tokens + args.max_new_tokens > longest:
+        raise ConfigError(
+            f"max_prompt_tokens + max_new_tokens must be at most {longest}, the positions that {type(model).__name__} "
+            f"has, got {args.max_prompt_tokens} + {args.max_new_tokens}"
         )
     use_attention(model, choose_attention(args.attn_implementation, model, device, dtype))
     apply_liger(model, args.liger_kernel, device)
@@ -185,9 +191,10 @@ def liger_obstacle(model_type: str, device: torch.device) -> str:
 
 def lora_config(model: Any, args: SafeConfig) -> Any:
     import peft
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
 
     head = model.get_output_embeddings()
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
     layers = None
     if args.lora_last_layers is not None:
         depth = model.config.num_hidden_layers
@@ -198,6 +205,7 @@ def lora_config(model: Any, args: SafeConfig) -> Any:
         lora_dropout=0.0,
         target_modules=sorted({name.rpartition(".")[2] for name in linear}),
         layers_to_transform=layers,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear.values()),
         task_type="CAUSAL_LM",
     )
 
@@ -224,6 +232,7 @@ def load_model(name: str, args: SafeConfig, device: torch.device) -> tuple[Any, 
     """The causal language model, on the CPU, in the dtype for `device`; and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    require_name("model", name)
     source = smollm2_folder() if name == SMOLLM2 else name
     # In bfloat16, weights that are trained would lose most updates to rounding.
     auto = torch.bfloat16 if device.type == "cuda" and args.lora_r > 0 else torch.float32
@@ -231,7 +240,7 @@ def load_model(name: str, args: SafeConfig, device: torch.device) -> tuple[Any, 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=args.trust_remote_code)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the model {name!r}: {error}") from error
     return model, tokenizer
 

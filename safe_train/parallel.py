@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, patch_environment
 from torch import Tensor, nn
 
@@ -29,6 +30,10 @@ P = ParamSpec("P")
 
 def start(args: SafeConfig) -> Accelerator:
     """Joins the processes that `accelerate launch` or torchrun started, if any."""
+    trackers = ["all", *map(str, get_available_trackers())]
+    for name in args.report_to:
+        if name not in trackers:
+            raise ConfigError(f"report_to {name} needs a package of that name; here it can be {', '.join(trackers)}")
     # Of DeepSpeed only the trainer knows: transformers would cut models up, and sample in step, if accelerate told it.
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
         accelerator = Accelerator(
@@ -106,7 +111,8 @@ def totals(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def maxima(values: dict[str, float]) -> dict[str, float]:
     """The largest of each value over all processes: the slowest one's time, the fullest one's memory."""
-    return {name: max(each[name] for each in gather_objects(values)) for name in values}
+    found = gather_objects(values)
+    return {name: max(each[name] for each in found) for name in values}
 
 
 def gather(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_train.config import ConfigError, SafeConfig
+from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.reward_server import RewardServer
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -29,25 +29,37 @@ class Rewards:
         self.weights = [1.0] * len(functions) if weights is None else list(weights)
         if len(self.weights) != len(functions):
             raise ConfigError(f"reward_weights must be one number for each reward, got {weights} for {len(functions)}")
+        if "reward" in self.functions and (len(functions) > 1 or weights is not None):
+            raise ConfigError("a reward that is weighted or one of several cannot be called 'reward', as their sum is")
 
     def __call__(self, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]) -> dict[str, Tensor]:
         """Scores [B] of each reward by name, and their weighted sum under "reward"."""
         scores = {name: score(name, f, prompts, completions, columns) for name, f in self.functions.items()}
         total = sum((w * s for w, s in zip(self.weights, scores.values(), strict=True)), torch.zeros(len(completions)))
-        return {"reward": total, **scores}
+        return {**scores, "reward": total}
 
 
 def score(name: str, function: RewardFunction, prompts: list, completions: list, columns: dict[str, list]) -> Tensor:
     try:
-        values = function(prompts=prompts, completions=completions, **columns)
+        values: Any = function(prompts=prompts, completions=completions, **columns)
     except Exception as error:
         raise RuntimeError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
+    values = values.tolist() if hasattr(values, "tolist") else values  # an array, or a tensor
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ValueError(f"reward {name!r} must return a list of one number a completion, got {values!r:.200}")
     if len(values) != len(completions):
         raise ValueError(f"reward {name!r} returned {len(values)} values for {len(completions)} completions")
     for value, completion in zip(values, completions, strict=True):
-        if value is None or not math.isfinite(value):
-            raise ValueError(f"reward {name!r} returned {value} for the completion {text_of(completion)!r}")
+        if not is_finite(value):
+            raise ValueError(f"reward {name!r} returned {value!r} for the completion {text_of(completion)!r}")
     return torch.tensor([float(value) for value in values])
+
+
+def is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # no number, several, or one beyond float
+        return False
 
 
 def reward_name(function: RewardFunction) -> str:
@@ -65,6 +77,7 @@ def load_reward(
     """The reward named in a config: `vader`, `file.py:function`, `package.module:function`, URL or classifier model."""
     if not isinstance(reward, str):
         return reward
+    require_name("reward", reward)
     if reward == "vader":
         return vader()
     if reward.startswith(("http://", "https://")):

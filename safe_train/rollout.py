@@ -45,12 +45,16 @@ class Rollout:
         )
 
     def for_rewards(self) -> tuple[list[str | Messages], list[str | Messages], dict[str, list[Any]]]:
-        """Prompts, completions (chat messages where the prompt is chat) and the data set's other columns."""
+        """Prompts, completions (chat messages where the prompt is chat) and the data set's other columns.
+
+        A row without one of the others' columns has None there.
+        """
         completions: list[str | Messages] = [
             text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(self.prompts, self.texts, strict=True)
         ]
-        columns = {key: [prompt.columns.get(key) for prompt in self.prompts] for key in self.prompts[0].columns}
+        names = dict.fromkeys(name for prompt in self.prompts for name in prompt.columns)
+        columns = {name: [prompt.columns.get(name) for prompt in self.prompts] for name in names}
         return [prompt.text for prompt in self.prompts], completions, columns
 
 
@@ -69,7 +73,7 @@ def make_sampler(policy: Policy, tokenizer: Any, args: SafeConfig) -> Sampler:
 @torch.no_grad()
 def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], args: SafeConfig) -> Rollout:
     """One completion for each prompt, sampled from the policy itself: temperature 1, nothing cut off."""
-    eos_ids = end_tokens(policy.model.generation_config)
+    eos_ids = end_tokens(policy, tokenizer)
     settings = GenerationConfig(
         do_sample=True,
         temperature=args.temperature,
@@ -158,6 +162,8 @@ def generate(
     return output[:, width:].tolist(), torch.stack(recorder.columns, dim=1).tolist()
 
 
-def end_tokens(generation_config: GenerationConfig) -> list[int]:
-    eos = generation_config.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
+    """The model's end tokens and the tokenizer's: a chat model may end its turns with another token than its texts."""
+    eos = policy.model.generation_config.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
+    return [token for token in dict.fromkeys([*ends, tokenizer.eos_token_id]) if token is not None]

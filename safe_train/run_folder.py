@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from safe_train import parallel
-from safe_train.config import ConfigError, SafeConfig
+from safe_train.config import ConfigError, SafeConfig, read_yaml
 from safe_train.report import read_rows, write_report
 from safe_train.rollout import Rollout
 
@@ -36,6 +37,8 @@ class RunFolder:
     @parallel.main_only
     def open(self, args: SafeConfig, resume_at: int) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        if resume_at == 0:
+            self.refuse_to_erase(args)
         for rows in (self.metrics, self.samples):
             keep_rows(rows, resume_at)
         found = environment(self.accelerator.device)
@@ -43,6 +46,18 @@ class RunFolder:
         args.save(self.path / "config.yaml")
         if args.report_to:
             self.accelerator.init_trackers("safe_train", config={k: str(v) for k, v in vars(args).items()})
+
+    def refuse_to_erase(self, args: SafeConfig) -> None:
+        """Rows past the step of the first checkpoint are of a run that had one."""
+        rows = read_rows(self.metrics) if self.metrics.exists() else []
+        last = max((row["step"] for row in rows), default=0)
+        saved = self.path / "config.yaml"
+        settings = read_yaml(saved) if saved.is_file() else {}
+        if last > settings.get("save_every", args.save_every):
+            raise ConfigError(
+                f"{self.metrics} has {last} steps, and {self.path / 'checkpoints'} no checkpoint to continue from; "
+                "starting at step 0 would erase them. Put the checkpoints back, or choose another output_dir"
+            )
 
     @parallel.main_only
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -73,9 +88,22 @@ def refuse_existing(run: Path) -> None:
     metrics = run / "metrics.jsonl"
     if metrics.exists() and metrics.stat().st_size > 0:
         raise ConfigError(
-            f"{run} already holds a run; continue it with --resume, replace it with --overwrite, "
-            "or choose another output_dir"
+            f"{run} already holds a run; continue it with --resume (in Python train(resume_from_checkpoint=True)), "
+            "replace it with --overwrite (in Python delete it first), or choose another output_dir"
         )
+
+
+def refuse_foreign(folder: Path) -> None:
+    """A folder that holds something else than a run is never replaced."""
+    is_run = all((folder / name).is_file() for name in ("config.yaml", "environment.json"))
+    if folder.exists() and any(folder.iterdir()) and not is_run:
+        raise ConfigError(f"{folder} is not a run folder (no config.yaml and environment.json); not overwriting it")
+
+
+@parallel.main_only
+def remove_run(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:

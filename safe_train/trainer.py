@@ -19,7 +19,7 @@ from tqdm import tqdm
 from safe_kernels import linear_token_stats
 from safe_train import losses, parallel, sharding
 from safe_train.checkpoint import Checkpoints
-from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig
+from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, recorded
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
 from safe_train.data import Prompt, PromptDataset, load_rows
@@ -47,7 +47,8 @@ class SafeTrainer:
         reward_funcs: one or several rewards: callables `(prompts, completions, **columns) -> list[float]`, or names.
             Default: `args.reward`.
         args: the settings.
-        train_dataset, eval_dataset: rows with a `prompt` field, text or chat messages. Default: those `args` names.
+        train_dataset, eval_dataset: rows with a `prompt` field, text or chat messages, or the name of such a data set.
+            Default: those `args` names.
         processing_class: the tokenizer; loaded with the model when that is a name.
         peft_config: replaces the LoRA settings of `args`.
         callbacks: each is called after every step as `callback(trainer, metrics)`, on every process.
@@ -70,34 +71,39 @@ class SafeTrainer:
         model: Any = None,
         reward_funcs: RewardFunction | str | Sequence[RewardFunction | str] | None = None,
         args: SafeConfig | None = None,
-        train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
+        train_dataset: Rows | str | None = None,
+        eval_dataset: Rows | str | None = None,
         processing_class: Any = None,
         peft_config: Any = None,
         callbacks: Sequence[Callable[[SafeTrainer, dict[str, Any]], None]] = (),
     ):
-        self.args = args = args or SafeConfig()
+        args = args or SafeConfig()
         if args.algorithm not in self.algorithms:
             raise ConfigError(
                 f"{type(self).__name__} runs {', '.join(self.algorithms)}, got algorithm {args.algorithm!r}"
             )
-        has_eval = eval_dataset is not None or args.eval_dataset is not None
-        if args.eval_every and not has_eval:
+        chosen = args.reward if reward_funcs is None else reward_funcs
+        functions = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
+        args = recorded(args, functions, model=model, dataset=train_dataset, eval_dataset=eval_dataset)
+        self.args = args
+        if args.eval_every and args.eval_dataset is None:
             raise ConfigError("eval_dataset must be set when eval_every is")
         self.accelerator = parallel.start(args)
         self.device = self.accelerator.device
         set_seed(args.seed)
+        if model is not None and args.dataset == SafeConfig.dataset and parallel.is_main():
+            print(f"no train_dataset was given: the prompts are those of the demo, {args.dataset}", flush=True)
         if model is None or isinstance(model, str):
-            model, tokenizer = load_model(model or args.model, args, self.device)
+            model, tokenizer = load_model(args.model, args, self.device)
             processing_class = processing_class or tokenizer
         if processing_class is None:
             raise ConfigError("a model object needs its tokenizer: pass processing_class=")
         self.tokenizer = processing_class
-        chosen = args.reward if reward_funcs is None else reward_funcs
-        functions = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
         self.rewards = Rewards([load_reward(f, self.device, args) for f in functions], args.reward_weights)
         self.prompts = self.prompt_dataset(train_dataset, args.dataset)
-        self.eval_prompts = self.prompt_dataset(eval_dataset, args.eval_dataset or "") if has_eval else None
+        self.eval_prompts = None
+        if args.eval_dataset is not None:
+            self.eval_prompts = self.prompt_dataset(eval_dataset, args.eval_dataset)
         self.callbacks = callbacks
 
         dtype = sharding.compute_dtype(self.device, model.dtype, args)
@@ -119,8 +125,8 @@ class SafeTrainer:
         self.step = self.bad_steps = 0
         self.times: dict[str, float] = {}
 
-    def prompt_dataset(self, rows: Rows | None, name: str) -> PromptDataset:
-        rows = load_rows(name, self.args.dataset_split) if rows is None else rows
+    def prompt_dataset(self, rows: Rows | str | None, name: str) -> PromptDataset:
+        rows = load_rows(name) if rows is None or isinstance(rows, str) else rows
         return PromptDataset(rows, self.tokenizer, self.args.max_prompt_tokens, self.args.seed)
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[dict[str, Any]]:
@@ -147,6 +153,7 @@ class SafeTrainer:
                     with self.timed("update"):
                         update = self.update(experience, control)
                 metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
+                del experience  # not beside the next one
                 self.step = step + 1
                 if args.eval_every and self.step % args.eval_every == 0:
                     metrics |= {f"eval/{name}": value for name, value in self.evaluate().numbers().items()}
@@ -182,7 +189,8 @@ class SafeTrainer:
                 own = self.sample(step)
             with self.timed("reward"):
                 rewards = self.rewards(*own.for_rewards())
-        return gathered(own), {name: parallel.gather(scores) for name, scores in rewards.items()}
+        scores = parallel.gather(torch.stack(list(rewards.values())))
+        return gathered(own), dict(zip(rewards, scores, strict=True))
 
     def sample(self, step: int) -> Rollout:
         """Completions of this process's share of the step's prompts."""

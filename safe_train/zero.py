@@ -77,28 +77,20 @@ def config(stage: int) -> dict[str, Any]:
     }
 
 
-def check(parameters: Iterable[nn.Parameter], args: SafeConfig) -> None:
-    if args.max_preview_kl is not None:
-        raise ConfigError("max_preview_kl cannot be used with DeepSpeed, which holds the weights twice; FSDP2 takes it")
-    dtypes = {p.dtype for p in parameters}
-    if dtypes != {torch.float32}:
-        names = ", ".join(sorted(map(str, dtypes)))
-        raise ConfigError(
-            f"the trained weights must be float32 for DeepSpeed, got {names}; set dtype to auto or float32"
-        )
-
-
 class Zero2Engine(Engine):
     """Every process holds the weights. Each micro-batch's gradients are reduced at once; a process keeps its part."""
 
     stage = 2
 
     def __init__(self, policy: Policy, device: torch.device, args: SafeConfig):
+        if args.max_preview_kl is not None:
+            raise ConfigError(
+                "max_preview_kl cannot be used with DeepSpeed, which holds the weights twice; FSDP2 takes it"
+            )
         self.policy = policy
         self.optimizer = adamw(policy, args)
         self.parameters = list(self.optimizer.param_groups[0]["params"])
         self.options = self.optimizer.state_dict()["param_groups"]
-        check(self.parameters, args)
         self.deepspeed = import_deepspeed()
         self.place(device)
         self.engine, self.zero, *_ = self.deepspeed.initialize(

@@ -17,6 +17,7 @@ import tiny
 import torch
 from safetensors import SafetensorError
 
+from safe_train import SafeTrainer
 from safe_train.checkpoint import Checkpoints, discard
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
@@ -205,6 +206,16 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_erased(tmp_path):
+    tiny.trainer(tmp_path, total_steps=3, save_every=2).train()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "checkpoints").rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="has 3 steps, and .*checkpoints no checkpoint to continue from"):
+        tiny.trainer(tmp_path, save_every=9).train(resume_from_checkpoint=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert SafeConfig.load(tmp_path / "config.yaml").save_every == 2
+
+
 def test_a_run_that_is_wound_back_keeps_its_new_checkpoints(tmp_path):
     tiny.trainer(tmp_path, total_steps=4, save_every=1, keep_checkpoints=4).train()
     rewound = tiny.trainer(tmp_path, total_steps=2, save_every=1, keep_checkpoints=1)
@@ -227,9 +238,12 @@ def test_only_the_newest_are_kept_and_unfinished_ones_are_ignored(tmp_path):
     checkpoints = Checkpoints(tmp_path, 2)
     assert [path.name for path in checkpoints.complete()] == ["step-4", "step-5"]
     (tmp_path / "checkpoints" / "unfinished-6").mkdir()
+    (tmp_path / "checkpoints" / "step-5-best").mkdir()  # a copy that the user made
     fresh = tiny.trainer(tmp_path, total_steps=5)
     checkpoints.load(fresh)
     assert fresh.step == 5
+    checkpoints.save(fresh)
+    assert (tmp_path / "checkpoints" / "step-5-best").exists()
 
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch):
@@ -381,6 +395,33 @@ def test_resuming_keeps_the_settings_of_the_run(tmp_path):
     assert (settings.beta, settings.total_steps, rows_written(tmp_path / "run")) == (0.5, 2, 2)
 
 
+def test_a_run_from_python_is_never_continued_with_the_demos_model_prompts_or_reward(tmp_path, capsys):
+    args = tiny.settings(tmp_path / "run", total_steps=1)
+    names = prepare(tmp_path)
+    options = {"args": args, "processing_class": tiny.tokenizer()}
+    SafeTrainer(tiny.model(), [tiny.good_words, "vader"], train_dataset=tiny.PROMPTS, **options).train()
+    assert "no train_dataset" not in capsys.readouterr().out and args.reward == ["vader"]
+    saved = SafeConfig.load(tmp_path / "run" / "config.yaml")
+    assert saved.model == "<python object LlamaForCausalLM>" and saved.dataset == "<python object list>"
+    assert saved.reward == ["<python object good_words>", "vader"] and saved.eval_dataset is None
+    given = [f"output_dir={tmp_path / 'run'}", "total_steps=2"]
+    for kind in ("model", "reward", "data set"):
+        for command in (["run", "--resume"], ["eval", str(tmp_path / "run")]):
+            assert main([*command, *given]) == 2
+            assert f"the {kind} is <python object" in capsys.readouterr().err
+        given += [pair for pair in names if pair.startswith(kind.replace(" ", "") + "=")]
+    assert main(["run", "--resume", *given]) == 0 and rows_written(tmp_path / "run") == 2
+
+
+def test_names_given_in_python_are_saved_as_given(tmp_path, capsys):
+    names = dict(pair.split("=") for pair in prepare(tmp_path))
+    args = tiny.settings(tmp_path / "run", total_steps=1)
+    trainer = SafeTrainer(names["model"], names["reward"], args, eval_dataset=names["dataset"])
+    assert "the prompts are those of the demo" in capsys.readouterr().out
+    assert (trainer.args.model, trainer.args.reward) == (names["model"], [names["reward"]])
+    assert trainer.args.eval_dataset == names["dataset"] and len(trainer.eval_prompts) == len(tiny.PROMPTS)
+
+
 def test_a_resumed_run_takes_the_learning_rates_it_is_given(tmp_path):
     tiny.trainer(tmp_path, total_steps=1).train()
     changed = tiny.trainer(tmp_path, total_steps=2, learning_rate=1e-6, critic_learning_rate=1e-5, weight_decay=0.1)
@@ -389,13 +430,32 @@ def test_a_resumed_run_takes_the_learning_rates_it_is_given(tmp_path):
     assert (policy["lr"], policy["weight_decay"], critic["lr"]) == (1e-6, 0.1, 1e-5)
 
 
+def test_resuming_needs_a_run_or_a_config(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = [*prepare(tmp_path, total_steps=2, save_every=1), "output_dir=run"]
+    typo = [*settings[:-1], "output_dir=rum"]
+    for command in (["--resume"], ["--resume-from", "rum/checkpoints/step-1"]):
+        assert main(["run", *typo, *command]) == 2
+        assert "rum holds no run to resume (no config.yaml)" in capsys.readouterr().err
+    (tmp_path / "mine.yaml").write_text("\n".join(pair.replace("=", ": ", 1) for pair in settings))
+    assert main(["run", "--config", "mine.yaml", "--resume"]) == 0
+    assert "starting at step 0" in capsys.readouterr().out
+    before = metrics(tmp_path / "run")
+    assert main(["run", "--resume-from", "run/checkpoints/step-1"]) == 0
+    assert "continuing" not in capsys.readouterr().out and metrics(tmp_path / "run") == before
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["model", "run"]
+
+
 def test_an_existing_run_is_not_touched_by_accident(tmp_path, capsys):
     settings = [*prepare(tmp_path, total_steps=1), f"output_dir={tmp_path / 'run'}"]
-    assert main(["run", *settings, "--resume"]) == 0
-    assert "starting at step 0" in capsys.readouterr().out
+    assert main(["run", *settings]) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert main(["run", *settings]) == 2
-    assert "already holds a run; continue it with --resume" in capsys.readouterr().err
+    assert "already holds a run; continue it with --resume (in Python train(resume_" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert main(["run", *settings, "--overwrite", f"model={tmp_path / 'typo'}"]) == 2
+    assert main(["demo", *settings]) == 2
+    assert "already holds a run" in capsys.readouterr().err
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     assert main(["run", *settings, "--overwrite", "seed=5"]) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() != before

@@ -112,6 +112,35 @@ def test_state_survives_json():
     assert fresh.update(0.7, 1.0, 3.0, 1.0) == control.update(0.7, 1.0, 3.0, 1.0)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", range(4))
+def test_what_is_not_finite_is_not_observed(place, bad):
+    observation, control = [0.9, 1.0, 2.0, 1.0], controller()
+    poisoned = [*observation[:place], bad, *observation[place + 1 :]]
+    assert control.update(*poisoned).kl_coef == control.args.beta
+    before = control.update(*observation)
+    assert control.update(*poisoned) == before and before.kl_coef > control.args.beta
+    fresh = controller()
+    fresh.load_state_dict(json.loads(json.dumps(control.state_dict())))
+    assert fresh.update(*poisoned) == before
+    alone = controller()
+    alone.update(*observation)
+    assert control.update(*observation) == alone.update(*observation)
+
+
+def test_a_resumed_controller_has_the_settings_that_are_given():
+    old, given = controller(entropy_floor=1.0), controller(ema_short=0.5, ema_long=0.6, entropy_floor=2.0)
+    drive(old, [0.4, 0.4])
+    given.load_state_dict(json.loads(json.dumps(old.state_dict())))
+    found = given.update(0.8, 1.0, 0.0, 1.0)
+    assert found.entropy_floor == 2.0 and found.kl_short == pytest.approx(
+        (0.5 * 0.19 * 0.4 + 0.5 * 0.8) / (0.5 * 0.19 + 0.5)
+    )
+    left_alone = controller()
+    left_alone.load_state_dict(old.state_dict())
+    assert left_alone.update(0.4, 1.0, 0.0, 1.0).entropy_floor == 1.0
+
+
 def test_moments_match_all_values_at_once():
     values = [0.3, -1.0, 5.0, 2.0, 2.0, 7.5, -3.25]
     moments = Moments()

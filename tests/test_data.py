@@ -5,6 +5,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from safe_train.config import ConfigError
 from safe_train.data import (
@@ -110,6 +111,21 @@ def test_long_prompts_lose_their_beginning():
     assert dataset([{"prompt": "the cat sat on a mat"}], 2)[0].ids == tiny.tokenizer()("a mat")["input_ids"]
 
 
+def with_bos():
+    tokenizer = tiny.tokenizer()
+    tokenizer.bos_token = "<eos>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<eos> $A", special_tokens=[("<eos>", 1)])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("length", "kept"), [(1, ""), (3, "a mat"), (7, "the cat sat on a mat"), (9, "the cat sat on a mat")]
+)
+def test_long_prompts_keep_their_first_token_where_it_is_bos(length, kept):
+    data = PromptDataset([{"prompt": "the cat sat on a mat"}], with_bos(), length)
+    assert data[0].ids == [1, *tiny.tokenizer()(kept)["input_ids"]]
+
+
 def test_chat_prompts_use_the_chat_template():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} and {% endfor %}"
@@ -163,11 +179,24 @@ def test_messages_lose_the_answer_that_would_be_copied():
         ([{"prompt": [{"role": "user", "content": "a"}]}], "prompt 0 .* chat messages need a chat template"),
         ([{"chosen": "a cat"}], "prompt 0 .* not a transcript that starts with"),
         ([{"chosen": "\n\nAssistant: a cat"}], "prompt 0 .* no turn of a user"),
+        (["the prompt"], "needs a 'prompt' field .* got 'the prompt' in row 0"),
+        ([{"prompt": "the"}, "a"], "prompt 1 .* a row must have the field 'prompt', got 'a'"),
+        ([{"prompt": "the"}, {"text": "a"}], "prompt 1 .* a row must have the field 'prompt', got {'text': 'a'}"),
+        ([{"prompt": "the"}, {"prompt": " "}], "prompt 1 of the data set is empty: ' '"),
+        ([{"prompt": "the"}, {"prompt": None}], "prompt 1 .* must be text, or chat messages .* got None"),
+        ([{"prompt": "the"}, {"prompt": []}], r"prompt 1 .* must be text, or chat messages .* got \[\]"),
+        ([{"messages": [{"content": "a"}]}], "prompt 0 .* must be text, or chat messages with a role"),
+        ({"train": [{"prompt": "the"}]}, "must be a sequence of rows, got a dict"),
+        (iter([{"prompt": "the"}]), "must be a sequence of rows, got a list_iterator"),
     ],
 )
-def test_unusable_prompts_are_errors(rows, message):
+def test_unusable_prompts_are_errors_before_the_run(rows, message):
     with pytest.raises(ConfigError, match=message):
-        dataset(rows)[0]
+        dataset(rows)
+
+
+def test_an_empty_prompt_is_usable_where_the_tokenizer_begins_every_text():
+    assert PromptDataset([{"prompt": ""}], with_bos(), 8)[0].ids == [1]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("a/b", ("a/b", "train")), ("a/b:test[:9]", ("a/b", "test[:9]"))])
@@ -184,6 +213,9 @@ def test_rows_from_a_file_name_the_bad_line(tmp_path):
     bad.write_text('{"prompt": "the"}\n{"prompt"\n')
     assert [row["prompt"] for row in load_rows(str(good))] == ["the", "a\u2028b"]
     with pytest.raises(ConfigError, match="line 2"):
+        load_rows(str(bad))
+    bad.write_text('[{"prompt": "the"}]\n')
+    with pytest.raises(ConfigError, match=r"line 1: a row must be a JSON object, one a line, got \[{"):
         load_rows(str(bad))
     with pytest.raises(ConfigError, match="no prompt file"):
         load_rows(str(tmp_path / "none.jsonl"))

@@ -97,7 +97,7 @@ def in_two_dtypes(folder) -> list[dict]:
 
 
 def refused(folder) -> str:
-    with pytest.raises(ConfigError, match="the trained weights must be float32 for DeepSpeed, got torch.bfloat16"):
+    with pytest.raises(ConfigError, match="the trained weights must be float32, got torch.bfloat16"):
         tiny.trainer(folder, policy=tiny.model().to(torch.bfloat16), lora_r=0)
     with pytest.raises(ConfigError, match="max_preview_kl cannot be used with DeepSpeed"):
         tiny.trainer(folder, max_preview_kl=0.1)

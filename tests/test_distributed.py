@@ -159,7 +159,7 @@ def close(found, expected, where: str, tolerance: float = 2e-5) -> None:
         assert found.keys() == expected.keys(), where
         for name in expected:
             close(found[name], expected[name], f"{where} {name}", tolerance)
-    elif isinstance(expected, list):
+    elif isinstance(expected, (list, tuple)):
         assert len(found) == len(expected), where
         for i, pair in enumerate(zip(found, expected, strict=True)):
             close(*pair, f"{where} {i}", tolerance)
@@ -475,6 +475,12 @@ def draws() -> dict:
         with own_random_numbers(3, 5):
             found[name] = (torch.rand(1).item(), np.random.rand())
     return found | {"shared": (torch.rand(1).item(), np.random.rand())}
+
+
+def test_maxima_are_found_in_one_exchange(monkeypatch):
+    calls = []
+    monkeypatch.setattr(parallel, "gather_objects", lambda own: calls.append(own) or [own, {"a": 3.0, "b": 0.0}])
+    assert parallel.maxima({"a": 1.0, "b": 2.0}) == {"a": 3.0, "b": 2.0} and len(calls) == 1
 
 
 def test_helpers_are_the_identity_for_a_process_that_is_alone():

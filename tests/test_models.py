@@ -9,6 +9,7 @@ import tiny
 import torch
 from architectures import tiny_of
 from memory import Allocations
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from safe_kernels import linear_policy_loss, linear_token_stats
 from safe_train.cli import main
@@ -80,6 +81,33 @@ def test_trained_weights_are_float32_and_frozen_ones_bfloat16_on_a_gpu(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     for lora_r, dtype in ((0, torch.float32), (4, torch.bfloat16)):
         assert load_model(str(tmp_path), SafeConfig(lora_r=lora_r), torch.device("cuda"))[0].dtype == dtype
+
+
+def test_lora_reaches_the_linear_layers_of_gpt2(recwarn):
+    config = GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=2, eos_token_id=1)
+    policy = make_policy(GPT2LMHeadModel(config), SafeConfig(max_prompt_tokens=32, max_new_tokens=32))
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, p in policy.named_parameters() if p.requires_grad}
+    assert adapted == {"c_attn", "c_proj", "c_fc"} and not [w for w in recwarn if "fan_in" in str(w.message)]
+    perturb(policy)
+    batch = TokenBatch.pack(*SEQUENCES)
+    with torch.no_grad():
+        expected = torch.cat([alone(policy.model, p, c) for p, c in zip(*SEQUENCES, strict=True)])
+        found = linear_token_stats(policy(batch), tokens=batch.targets_L, **policy.head()).logprob
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def test_sequences_must_fit_the_models_positions():
+    message = r"max_prompt_tokens \+ max_new_tokens must be at most 64, .* LlamaForCausalLM has, got 60 \+ 5"
+    with pytest.raises(ConfigError, match=message):
+        make_policy(tiny.model(max_position_embeddings=64), SafeConfig(max_prompt_tokens=60, max_new_tokens=5))
+    make_policy(tiny.model(max_position_embeddings=64), SafeConfig(max_prompt_tokens=60, max_new_tokens=4))
+
+
+def test_a_model_that_transformers_does_not_know_is_an_error(tmp_path):
+    tiny.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "none"}')
+    with pytest.raises(ConfigError, match="cannot load the model .*none"):
+        load_model(str(tmp_path), SafeConfig(), torch.device("cpu"))
 
 
 def test_lora_on_the_last_layers_only():

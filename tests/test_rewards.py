@@ -4,6 +4,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -33,18 +34,52 @@ def test_rewards_are_summed_with_their_weights():
         Rewards([ones, twos], [1.0])
 
 
+def test_a_reward_called_reward_does_not_take_the_place_of_the_sum():
+    def other(completions, **columns):
+        return [2.0] * len(completions)
+
+    reward = constant(3.0)
+    assert {name: x.tolist() for name, x in Rewards([reward])(["a"], ["b"], {}).items()} == {"reward": [3.0]}
+    for functions, weights in (([reward, other], None), ([reward], [0.5])):
+        with pytest.raises(ConfigError, match="cannot be called 'reward'"):
+            Rewards(functions, weights)
+
+
 @pytest.mark.parametrize(
     ("reward", "error", "message"),
     [
         (constant(float("nan")), ValueError, "reward 'reward' returned nan for the completion 'b'"),
         (constant(None), ValueError, "reward 'reward' returned None"),
+        (constant("good"), ValueError, "reward 'reward' returned 'good' for the completion 'b'"),
+        (constant([1.0]), ValueError, r"reward 'reward' returned \[1.0\] for the completion 'b'"),
+        (constant(10**400), ValueError, "reward 'reward' returned 1000"),
         (lambda **kwargs: [1.0, 2.0], ValueError, "returned 2 values for 1 completions"),
+        (lambda **kwargs: 0.5, ValueError, "reward '<lambda>' must return a list of one number .*, got 0.5"),
+        (lambda **kwargs: None, ValueError, "must return a list .*, got None"),
+        (lambda **kwargs: "7", ValueError, "must return a list .*, got '7'"),
+        (lambda **kwargs: (x for x in [1.0]), ValueError, "must return a list .*, got <generator"),
+        (lambda **kwargs: torch.tensor(0.5), ValueError, "must return a list .*, got 0.5"),
+        (lambda **kwargs: torch.ones(1, 1), ValueError, r"returned \[1.0\] for the completion 'b'"),
         (lambda **kwargs: 1 / 0, RuntimeError, "raised ZeroDivisionError"),
     ],
 )
 def test_a_reward_that_fails_is_named(reward, error, message):
     with pytest.raises(error, match=message):
         Rewards([reward])(["a"], ["b"], {})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([1.0, 2.0], np.float32),
+        torch.tensor([1, 2]),
+        (np.float32(1), torch.tensor(2.0)),
+        torch.tensor([1.0, 2.0]).bfloat16(),
+    ],
+    ids=["array", "tensor", "tuple", "bfloat16"],
+)
+def test_a_reward_may_return_an_array_or_a_tensor_of_one_axis(values):
+    assert Rewards([lambda **kwargs: values])(["a", "b"], ["c", "d"], {})["reward"].tolist() == [1.0, 2.0]
 
 
 def test_two_rewards_of_one_name_are_refused():

@@ -9,13 +9,13 @@ import torch
 from transformers import CompileConfig, Gemma2Config, Gemma2ForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from safe_train.config import SafeConfig
-from safe_train.data import PromptDataset, TokenBatch
+from safe_train.data import Prompt, PromptDataset, TokenBatch
 from safe_train.experience import Experience
 from safe_train.importance import importance_corrected, sampler_metrics, truncated_importance_weights
 from safe_train.losses import linear_token_stats, policy_head
 from safe_train.models import make_policy
 from safe_train.rewards import Rewards
-from safe_train.rollout import chunks, make_sampler, sample, static_cache
+from safe_train.rollout import Rollout, chunks, end_tokens, make_sampler, sample, static_cache
 
 
 def rollout_of(model, rows=tiny.PROMPTS, copies=1, seed=0, **settings):
@@ -232,6 +232,19 @@ def test_completions_end_with_their_first_end_token():
         assert len(tokens) == len(logprobs) and (ended or len(tokens) == 6)
 
 
+def test_the_tokenizers_end_token_ends_a_completion_too():
+    """A chat model may end its turns with another token than its texts."""
+    args, tokenizer = SafeConfig(max_new_tokens=6), tiny.tokenizer()
+    tokenizer.eos_token = "dog"
+    policy = make_policy(tiny.model(), args)
+    assert end_tokens(policy, tokenizer) == [1, tokenizer.eos_token_id] and end_tokens(policy, tiny.tokenizer()) == [1]
+    rollout = sample(policy, tokenizer, PromptDataset(tiny.PROMPTS, tokenizer, 16).at(0, 40), args)
+    assert {tokens[-1] for tokens, ended in zip(rollout.completions, rollout.ended, strict=True) if ended} == {1, 5}
+    assert not any({1, 5} & set(tokens[:-1]) for tokens in rollout.completions)
+    tokenizer.eos_token = policy.model.generation_config.eos_token_id = None
+    assert end_tokens(policy, tokenizer) == []
+
+
 def test_a_tokenizer_without_padding_samples_the_same():
     model, tokenizer, args = tiny.model(), tiny.tokenizer(), SafeConfig(max_new_tokens=6)
     policy, rollouts = make_policy(model, args), []
@@ -262,3 +275,9 @@ def test_rewards_see_the_columns_and_chat_messages():
     Rewards([watch])(*rollout.for_rewards())
     assert seen["answer"] == ["dog"] and seen["prompts"] == [row["prompt"]]
     assert seen["completions"] == [[{"role": "assistant", "content": rollout.texts[0]}]]
+
+
+def test_rewards_see_the_columns_of_all_rows():
+    prompts = [Prompt("the", [2], {"answer": "dog"}), Prompt("a", [3], {"answer": "cat", "level": 2})]
+    rollout = Rollout(prompts, [[1], [1]], ["", ""], [True, True], [[0.0], [0.0]])
+    assert rollout.for_rewards()[2] == {"answer": ["dog", "cat"], "level": [None, 2]}

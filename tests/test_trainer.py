@@ -2,9 +2,12 @@
 
 import json
 import math
+import random
 import re
 from types import SimpleNamespace
+from weakref import ref
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -15,6 +18,7 @@ from safe_train.data import Prompt
 from safe_train.experience import Experience
 from safe_train.metrics import peak_memory_gb
 from safe_train.preview import Preview, step_scale
+from safe_train.randomness import random_numbers
 from safe_train.rollout import Rollout
 
 ALGORITHMS = ("safe", "ppo", "ppo_two_heads", "grpo")
@@ -214,6 +218,13 @@ def test_full_fine_tuning_with_a_frozen_reference(tmp_path):
     assert history[0]["kl"] == pytest.approx(0, abs=1e-6) and history[-1]["kl"] > 1e-3
 
 
+def test_weights_that_are_trained_must_be_float32(tmp_path):
+    with pytest.raises(ConfigError, match="must be float32, got torch.bfloat16, which rounds most updates away"):
+        tiny.trainer(tmp_path, policy=tiny.model().bfloat16(), lora_r=0)
+    trained = tiny.trainer(tmp_path, policy=tiny.model().bfloat16()).trainable
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+
+
 @pytest.mark.parametrize("settings", [{"kl_in_reward": True}, {"kl_estimator": "k3"}, {"critic": "mean"}], ids=str)
 def test_variants_run(settings, tmp_path):
     assert all(math.isfinite(row["policy_loss"]) for row in tiny.trainer(tmp_path, **settings).train())
@@ -317,10 +328,14 @@ def test_preview_scale():
 
 
 def test_evaluation_repeats_and_leaves_the_random_numbers_of_training_alone(tmp_path):
-    trainer = tiny.trainer(tmp_path)
-    state = torch.get_rng_state()
+    def noisy(completions, **columns):
+        return [random.random() + np.random.rand() for _ in completions]
+
+    trainer = tiny.trainer(tmp_path, reward=noisy)
+    torch_state, others = torch.get_rng_state(), random_numbers()
     first, second = trainer.evaluate(), trainer.evaluate()
-    assert first.numbers() == second.numbers() and torch.equal(state, torch.get_rng_state())
+    assert first.numbers() == second.numbers() and first.reward_error > 0
+    assert torch.equal(torch_state, torch.get_rng_state()) and random_numbers() == others
     assert first.kl == pytest.approx(0, abs=1e-6) and 0 < first.distinct_words <= 1
 
 
@@ -383,12 +398,34 @@ def test_evaluation_needs_held_out_prompts(tmp_path):
         trainer(eval_every=1)
 
 
-def test_several_reward_functions_have_their_weights(tmp_path):
+def test_several_reward_functions_have_their_weights_and_one_exchange(tmp_path, monkeypatch):
     def half(completions, **columns):
         return [0.5] * len(completions)
 
     trainer = tiny.trainer(tmp_path, reward=[tiny.good_words, half], reward_weights=[0.0, 3.0], total_steps=1)
+    exchanged = []
+    monkeypatch.setattr("safe_train.parallel.gather", lambda values: exchanged.append(values.shape) or values)
+    trainer.collect(0)
+    assert exchanged == [(3, 8)]  # two rewards and their sum
     assert trainer.train()[0]["reward"] == 1.5
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path):
+    for tracker in ("clearml", "weights-and-biases"):
+        with pytest.raises(ConfigError, match=f"report_to {tracker} needs a package of that name; here it can be all"):
+            tiny.trainer(tmp_path, report_to=[tracker])
+
+
+def test_an_update_is_not_kept_beside_the_next_rollout(tmp_path, monkeypatch):
+    made, alive = [], []
+    trainer = tiny.trainer(tmp_path)
+    monkeypatch.setattr(
+        "safe_train.trainer.Experience", lambda *arguments: made.append(ref(x := Experience(*arguments))) or x
+    )
+    sample = trainer.sample
+    trainer.sample = lambda step: alive.extend(each() for each in made) or sample(step)
+    trainer.train()
+    assert len(made) == 3 and alive == [None] * 3
 
 
 def test_callbacks_and_a_model_without_its_tokenizer(tmp_path):

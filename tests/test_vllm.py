@@ -192,6 +192,13 @@ def test_a_completion_without_its_end_token_is_an_error(vllm):
         sampler(prompts)
 
 
+def test_the_tokenizers_end_token_ends_a_completion_too(vllm):
+    _, prompts, sampler = setting(tiny.model(initializer_range=0.02))
+    sampler.tokenizer.eos_token = "cat"
+    rollout = sampler(prompts)
+    assert {tokens[-1] for tokens, ended in zip(rollout.completions, rollout.ended, strict=True) if ended} == {1, 4}
+
+
 def test_weights_that_the_engine_does_not_know_are_an_error(vllm, monkeypatch):
     monkeypatch.setattr(
         EngineModel, "load_weights", lambda self, weights: {name for name, _ in weights if "norm" not in name}
