@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from workloads import Workload
 
+from safe_train import run_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 FEWEST = 3  # repeats
 LONGEST = 2.5  # seconds of a call that is worth repeating
@@ -157,16 +159,10 @@ def machine(device: str) -> dict[str, str]:
         processor = torch.cuda.get_device_name()
         versions |= {"cuda": str(torch.version.cuda), "driver": _driver()}
     else:
-        processor = f"{_processor()} {os.cpu_count()} cores"
+        processor = run_folder.processor()
         versions["threads"] = str(torch.get_num_threads())
     name = re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
     return {"name": name, "processor": processor, "system": platform.platform(), **versions}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    return re.sub(r"\((R|TM)\)", "", names[0]) if names else platform.processor() or platform.machine()
 
 
 def _driver() -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import re
 import shutil
 import subprocess
 from importlib import metadata
@@ -133,9 +135,17 @@ def environment(device: torch.device) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {"python": platform.python_version(), "device": str(device), "device_name": name, "packages": versions,
             "commit": commit()}  # fmt: skip
+
+
+def processor() -> str:
+    """The CPU's name, and how many cores there are."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    name = re.sub(r"\((R|TM)\)", "", names[0]) if names else platform.processor() or platform.machine()
+    return f"{name} {os.cpu_count()} cores"
 
 
 def commit() -> str | None:
