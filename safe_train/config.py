@@ -163,7 +163,7 @@ class SafeConfig:
     pid_kd: float = option(0.05, "derivative gain")
     phases: bool = option(True, "scale the threshold by the phase: warm-up 1.5, climbing 1.2, plateau 0.8, converged 1")
     window: int | None = option(None, "rollouts in a phase and momentum window (default: max(3, total_steps // 10))")
-    ema_short: float = option(0.9, "decay of the short KL average")
+    ema_short: float | None = option(None, "decay of the short KL average (default: 1 - 1/window, at most 0.9)")
     ema_long: float = option(0.99, "decay of the long KL average")
     max_preview_kl: float | None = option(None, "scale back an optimizer step that would exceed this KL (default: off)")
     preview_min_scale: float = option(0.1, "smallest fraction of a step that the preview leaves")

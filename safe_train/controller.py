@@ -15,6 +15,7 @@ from safe_train.config import SafeConfig
 
 PHASE_SCALE = {"warmup": 1.5, "climbing": 1.2, "plateau": 0.8, "converged": 1.0}
 PHASE_MARGIN = 0.1  # reward standard deviations that count as a change
+EMA_SHORT = 0.9
 PID_DECAY = 0.95
 GATE_EPS = 0.1
 
@@ -94,7 +95,9 @@ class Controller:
 
     def __post_init__(self) -> None:
         args = self.args
-        self.kl_short, self.kl_long = Ema(args.ema_short), Ema(args.ema_long)
+        # In a short run an average over ten rollouts would still be that of the start.
+        decay = min(EMA_SHORT, 1 - 1 / self.window) if args.ema_short is None else args.ema_short
+        self.kl_short, self.kl_long = Ema(decay), Ema(args.ema_long)
         self.reward = Ema(PID_DECAY)
         if self.entropy_floor is None:
             self.entropy_floor = args.entropy_floor

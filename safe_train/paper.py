@@ -22,7 +22,7 @@ from torch.nn.functional import huber_loss
 from safe_kernels import linear_token_stats, soft_min
 from safe_train import losses, parallel, sharding
 from safe_train.config import PAPER, SafeConfig
-from safe_train.controller import PHASE_SCALE, PID_DECAY, Control, clip
+from safe_train.controller import EMA_SHORT, PHASE_SCALE, PID_DECAY, Control, clip
 from safe_train.critic import Critic
 from safe_train.data import TokenBatch
 from safe_train.experience import Experience, MicroBatch
@@ -86,7 +86,8 @@ class PaperController:
     def again(self, kl: float) -> Control:
         """A later inner epoch of the same rollout."""
         args, (entropy, reward) = self.args, self.signals
-        self.kl_short = args.ema_short * self.kl_short + (1 - args.ema_short) * kl
+        decay = EMA_SHORT if args.ema_short is None else args.ema_short
+        self.kl_short = decay * self.kl_short + (1 - decay) * kl
         self.kl_long = args.ema_long * self.kl_long + (1 - args.ema_long) * kl
         self.kls = [*self.kls, kl][-HISTORY:]
         self.rewards = [*self.rewards, reward][-HISTORY:]

@@ -24,6 +24,12 @@ def test_averages_start_at_the_first_observation():
     assert first.kl_short == pytest.approx(0.4) and first.kl_long == pytest.approx(0.4)
 
 
+def test_the_short_average_is_short_beside_the_run():
+    decays = {steps: controller(total_steps=steps).kl_short.decay for steps in (30, 60, 100, 2000)}
+    assert decays == pytest.approx({30: 2 / 3, 60: 5 / 6, 100: 0.9, 2000: 0.9})
+    assert controller(total_steps=30, ema_short=0.5).kl_short.decay == 0.5
+
+
 def test_bias_corrected_average_of_a_constant_is_the_constant():
     average = Ema(0.99)
     assert [average.update(3.0) for _ in range(50)] == pytest.approx([3.0] * 50)
@@ -129,7 +135,10 @@ def test_what_is_not_finite_is_not_observed(place, bad):
 
 
 def test_a_resumed_controller_has_the_settings_that_are_given():
-    old, given = controller(entropy_floor=1.0), controller(ema_short=0.5, ema_long=0.6, entropy_floor=2.0)
+    old, given = (
+        controller(ema_short=0.9, entropy_floor=1.0),
+        controller(ema_short=0.5, ema_long=0.6, entropy_floor=2.0),
+    )
     drive(old, [0.4, 0.4])
     given.load_state_dict(json.loads(json.dumps(old.state_dict())))
     found = given.update(0.8, 1.0, 0.0, 1.0)
