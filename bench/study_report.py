@@ -105,6 +105,7 @@ HELD_OUT: tuple[Column, ...] = (
     ("distinct words", lambda r: r["after"]["distinct_words"], ".3f"),
     ("drift of NLL", lambda r: abs(r["after"]["reference_logprob"] - r["before"]["reference_logprob"]), ".3f"),
 )
+SUMMARY: tuple[Column, ...] = (COLUMNS[0], *COLUMNS[2:4], COLUMNS[5], HELD_OUT[1], HELD_OUT[3], HELD_OUT[6])
 PAIRED: tuple[Column, ...] = (COLUMNS[0], COLUMNS[3], COLUMNS[-1], HELD_OUT[1], *HELD_OUT[3:])
 CHANGED: tuple[Column, ...] = (COLUMNS[0], *COLUMNS[2:4], COLUMNS[5], HELD_OUT[1], *HELD_OUT[3:])
 MATCHED: tuple[Column, ...] = tuple((f"at KL {kl}", lambda r, kl=kl: reward_at(r, kl), ".3f") for kl in MATCHED_KLS)
@@ -174,6 +175,8 @@ def section(reward: str, rows: list[Row]) -> list[str]:
     parts.append(f"{'; '.join(sorted(made))}.")
     if main:
         parts += [
+            "In short:",
+            table(main, SUMMARY, reward),
             "During training:",
             table(main, COLUMNS),
             "On held-out prompts, after training:",

@@ -1,5 +1,6 @@
 """The study: its rewards, its judgement of runs, and a whole one on a tiny model."""
 
+import itertools
 import json
 import math
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "bench"))
 
 import study  # noqa: E402
 import study_arms as arms  # noqa: E402
@@ -95,6 +97,19 @@ def test_the_report_mixes_no_scales_no_settings_and_no_repeats():
     assert report.current([*old, *new]) == [new[2], new[1]]
     longer = row(key="f", stage="ablation", steps=300)
     assert report.current([*old, *new, longer]) == [longer]
+
+
+def tables(path):
+    blocks = itertools.groupby(path.read_text().splitlines(), key=lambda line: line.startswith("|"))
+    return [list(lines) for is_table, lines in blocks if is_table]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/study.md"])
+def test_the_tables_of_a_page_are_those_of_the_report(page):
+    written = tables(ROOT / "bench" / "results" / "study.md")
+    headers = [table[0] for table in written]
+    shown = [table for table in tables(ROOT / page) if table[0] in headers]
+    assert shown and all(table in written for table in shown)
 
 
 @pytest.mark.slow
