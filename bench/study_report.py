@@ -22,7 +22,7 @@ Row = dict[str, Any]
 MATCHED_KLS = (0.05, 0.1, 0.2, 0.3)  # nats per token
 SMOOTH = 5  # steps
 CRASH_WINDOW, CRASH_KL = 10, 1.0
-SPIKE = 2.0  # times the run's median value loss
+SPIKE = 2.0  # times the value loss of the steps before
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 2, 3, ... 10 runs
 PAPER = {"safe_paper": 0.725, "ppo_paper": 0.689}  # training-average rewards it reports, of 3B models
 
@@ -77,10 +77,12 @@ def reward_at(row: Row, kl: float) -> float:
 
 
 def spikes(row: Row) -> float:
+    """How often the value loss is more than twice the median of the ten steps before; NaN without a critic."""
     losses = row["curves"]["value_loss"]
     if not any(losses):
-        return math.nan  # no critic
-    return sum(loss > SPIKE * statistics.median(losses) for loss in losses)
+        return math.nan
+    before = {i: losses[max(0, i - 10) : i] for i in range(3, len(losses))}
+    return sum(losses[i] > SPIKE * statistics.median(some) for i, some in before.items())
 
 
 Column = tuple[str, Callable[[Row], float], str]
@@ -177,6 +179,9 @@ def section(reward: str, rows: list[Row]) -> list[str]:
         parts += [
             "In short:",
             table(main, SUMMARY, reward),
+            "Settings, as the sweep chose them: "
+            + "; ".join(f"`{name}` {settings_of(own[0])}" for name, own in main.items())
+            + ".",
             "During training:",
             table(main, COLUMNS),
             "On held-out prompts, after training:",
@@ -205,13 +210,13 @@ def section(reward: str, rows: list[Row]) -> list[str]:
 
 
 def sweep_table(rows: list[Row]) -> str:
-    shown = {}
-    for row in rows:
-        setting = ", ".join(
-            f"{k} {v}" for k, v in row["settings"].items() if k not in ("algorithm", "normalize_rewards")
-        )
-        shown[f"{row['name']}: {setting}"] = [row]
+    shown = {f"{row['name']}: {settings_of(row)}": [row] for row in rows}
     return table(shown, (HELD_OUT[1], *HELD_OUT[3:5], COLUMNS[2]))
+
+
+def settings_of(row: Row) -> str:
+    shown = {k: v for k, v in row["settings"].items() if k not in ("algorithm", "normalize_rewards")}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def draw(groups: dict[str, list[Row]], target: Path, title: str) -> None:

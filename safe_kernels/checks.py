@@ -291,9 +291,14 @@ def _is_gathered(name: str, weight: object) -> None:
         )
 
 
-def may_be_overwritten(name: str, x: Tensor) -> None:
+def is_of_leaf(x: Tensor) -> bool:
+    """Whether it is a leaf that requires a gradient, or a view of one."""
     leaf = x if x._base is None else x._base
-    if leaf.is_leaf and leaf.requires_grad:
+    return leaf.is_leaf and leaf.requires_grad
+
+
+def may_be_overwritten(name: str, x: Tensor) -> None:
+    if is_of_leaf(x):
         raise ValueError(
             f"{name} is a leaf that requires a gradient, or a view of one: inplace_backward=True would write the "
             "gradient over it. It must be computed from others, as a model's are"

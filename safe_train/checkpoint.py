@@ -32,6 +32,7 @@ from safe_train.randomness import random_numbers, random_states, restore_random_
 if TYPE_CHECKING:
     from safe_train.trainer import SafeTrainer
 
+ADAPTER_SETTINGS = ("peft_type", "r", "lora_alpha", "target_modules", "layers_to_transform", "use_rslora", "use_dora")
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
@@ -166,7 +167,8 @@ def read(path: Path, policy: Policy) -> Contents:
         raise ConfigError(f"{path} does not fit this run's settings: it holds {kind}")
     critic = path / "critic.safetensors"
     try:
-        return Contents(
+        adapters = json.loads((path / "policy" / "adapter_config.json").read_text()) if policy.is_lora else {}
+        contents = Contents(
             state=json.loads((path / "state.json").read_text()),
             policy=read_policy(policy, path / "policy"),
             critic=load_file(critic) if critic.exists() else {},
@@ -175,6 +177,17 @@ def read(path: Path, policy: Policy) -> Contents:
         )
     except UNREADABLE as error:
         raise Damaged(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    check_adapters(policy, adapters, path)
+    return contents
+
+
+def check_adapters(policy: Policy, saved: Mapping[str, Any], path: Path) -> None:
+    """Adapters of another scale would fit by their shapes."""
+    own = policy.model.peft_config["default"].to_dict() if policy.is_lora else {}
+    for name in ADAPTER_SETTINGS:
+        there, here = (sorted(x) if isinstance(x, (list, set)) else x for x in (saved.get(name), own.get(name)))
+        if there != here:
+            raise ConfigError(f"{path} does not fit this run's settings: its adapters have {name} {there}, not {here}")
 
 
 def read_policy(policy: Policy, folder: Path) -> Mapping[str, Tensor]:

@@ -140,6 +140,7 @@ def command_eval(arguments: argparse.Namespace) -> None:
     if not config.is_file():
         raise ConfigError(f"{arguments.run} is not a run folder: it has no config.yaml")
     args = SafeConfig.load(config, [f"output_dir={arguments.run}", *arguments.overrides])
+    args = dataclasses.replace(args, dataset=args.eval_dataset or args.dataset)  # no training prompts are needed
     checkpoints = Checkpoints(args.output_dir, args.keep_checkpoints)
     if not checkpoints.complete():
         raise ConfigError(f"{arguments.run} has no complete checkpoint")

@@ -235,11 +235,11 @@ def recorded(args: SafeConfig, rewards: Iterable[Any], **given: Any) -> SafeConf
     return dataclasses.replace(args, reward=[name(reward) for reward in rewards], **names)
 
 
-def require_name(kind: str, value: str) -> None:
+def require_name(setting: str, value: str) -> None:
     if value.startswith(PYTHON_OBJECT):
         raise ConfigError(
-            f"the {kind} is {value}: this run was made from Python with an object there; continue it from Python with "
-            f"that object, or name a {kind}"
+            f"{setting} is {value}: this run was made from Python with an object there; continue it from Python with "
+            f"that object, or set {setting} to a name"
         )
 
 

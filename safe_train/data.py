@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_train.config import CONFIGS, ConfigError, require_name
+from safe_train.config import CONFIGS, ConfigError
 
 Messages = list[dict[str, str]]
 
@@ -145,7 +145,8 @@ class PromptDataset:
                 f"{first!r:.200} in row 0"
             )
         self.rows, self.tokenizer, self.max_prompt_tokens, self.seed = rows, tokenizer, max_prompt_tokens, seed
-        for index, row in zip(range(len(rows)), rows, strict=False):
+        texts = rows.select_columns([self.field]) if hasattr(rows, "select_columns") else rows  # no image is decoded
+        for index, row in zip(range(len(rows)), texts, strict=False):
             text = self.text(index, row)
             if isinstance(text, str) and not text.strip():
                 self.prompt(index, row)  # which has no token, unless the tokenizer adds one
@@ -235,7 +236,6 @@ def transcript_messages(transcript: str) -> Messages:
 
 def load_rows(dataset: str) -> Sequence[Mapping[str, Any]]:
     """Rows of a `.jsonl` file (a path, or the name of a shipped one) or of a Hub data set, NAME or NAME:SPLIT."""
-    require_name("data set", dataset)
     if not dataset.endswith((".jsonl", ".json")):
         import datasets
 

@@ -161,7 +161,7 @@ def prepare_backbone(model: Any, args: SafeConfig, device: torch.device, dtype: 
     if longest is not None and args.max_prompt_tokens + args.max_new_tokens > longest:
         raise ConfigError(
             f"max_prompt_tokens + max_new_tokens must be at most {longest}, the positions that {type(model).__name__} "
-            f"has, got {args.max_prompt_tokens} + {args.max_new_tokens}"
+            f"has, got {args.max_prompt_tokens} + {args.max_new_tokens}; lower max_prompt_tokens"
         )
     use_attention(model, choose_attention(args.attn_implementation, model, device, dtype))
     apply_liger(model, args.liger_kernel, device)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from safe_kernels import linear_token_stats
 from safe_train import losses, parallel, sharding
 from safe_train.checkpoint import Checkpoints
-from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, recorded
+from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, recorded, require_name
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
 from safe_train.data import Prompt, PromptDataset, load_rows
@@ -100,10 +100,10 @@ class SafeTrainer:
             raise ConfigError("a model object needs its tokenizer: pass processing_class=")
         self.tokenizer = processing_class
         self.rewards = Rewards([load_reward(f, self.device, args) for f in functions], args.reward_weights)
-        self.prompts = self.prompt_dataset(train_dataset, args.dataset)
+        self.prompts = self.prompt_dataset(train_dataset, "dataset")
         self.eval_prompts = None
         if args.eval_dataset is not None:
-            self.eval_prompts = self.prompt_dataset(eval_dataset, args.eval_dataset)
+            self.eval_prompts = self.prompt_dataset(eval_dataset, "eval_dataset")
         self.callbacks = callbacks
 
         dtype = sharding.compute_dtype(self.device, model.dtype, args)
@@ -125,8 +125,12 @@ class SafeTrainer:
         self.step = self.bad_steps = 0
         self.times: dict[str, float] = {}
 
-    def prompt_dataset(self, rows: Rows | str | None, name: str) -> PromptDataset:
-        rows = load_rows(name) if rows is None or isinstance(rows, str) else rows
+    def prompt_dataset(self, rows: Rows | str | None, setting: str) -> PromptDataset:
+        """The rows, or those that the setting names."""
+        if rows is None or isinstance(rows, str):
+            name = getattr(self.args, setting)
+            require_name(setting, name)
+            rows = load_rows(name)
         return PromptDataset(rows, self.tokenizer, self.args.max_prompt_tokens, self.args.seed)
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[dict[str, Any]]:

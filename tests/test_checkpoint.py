@@ -405,11 +405,11 @@ def test_a_run_from_python_is_never_continued_with_the_demos_model_prompts_or_re
     assert saved.model == "<python object LlamaForCausalLM>" and saved.dataset == "<python object list>"
     assert saved.reward == ["<python object good_words>", "vader"] and saved.eval_dataset is None
     given = [f"output_dir={tmp_path / 'run'}", "total_steps=2"]
-    for kind in ("model", "reward", "data set"):
+    for kind in ("model", "reward", "dataset"):
         for command in (["run", "--resume"], ["eval", str(tmp_path / "run")]):
             assert main([*command, *given]) == 2
-            assert f"the {kind} is <python object" in capsys.readouterr().err
-        given += [pair for pair in names if pair.startswith(kind.replace(" ", "") + "=")]
+            assert f"{kind} is <python object" in capsys.readouterr().err
+        given += [pair for pair in names if pair.startswith(kind + "=")]
     assert main(["run", "--resume", *given]) == 0 and rows_written(tmp_path / "run") == 2
 
 
@@ -420,6 +420,19 @@ def test_names_given_in_python_are_saved_as_given(tmp_path, capsys):
     assert "the prompts are those of the demo" in capsys.readouterr().out
     assert (trainer.args.model, trainer.args.reward) == (names["model"], [names["reward"]])
     assert trainer.args.eval_dataset == names["dataset"] and len(trainer.eval_prompts) == len(tiny.PROMPTS)
+
+
+def test_an_evaluation_needs_no_training_prompts(tmp_path):
+    names = dict(pair.split("=") for pair in prepare(tmp_path))
+    args = tiny.settings(tmp_path / "run", total_steps=1, eval_dataset=names["dataset"])
+    SafeTrainer(names["model"], names["reward"], args, train_dataset=tiny.PROMPTS).train()
+    assert main(["eval", str(tmp_path / "run")]) == 0
+
+
+def test_adapters_of_another_scale_are_refused(tmp_path):
+    tiny.trainer(tmp_path, lora_r=4, lora_alpha=8, total_steps=1).train()
+    with pytest.raises(ConfigError, match="its adapters have lora_alpha 8, not 4"):
+        tiny.trainer(tmp_path, lora_r=4, lora_alpha=4, total_steps=2).train(resume_from_checkpoint=True)
 
 
 def test_a_resumed_run_takes_the_learning_rates_it_is_given(tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,8 +21,8 @@ import study_rewards as rewards  # noqa: E402
 from safe_train.config import SafeConfig  # noqa: E402
 
 
-def row(reward=(0.0,) * 20, kl=(0.1,) * 20, **fields):
-    curves = {"reward": list(reward), "kl": list(kl), "value_loss": [1.0] * len(reward)}
+def row(reward=(0.0,) * 20, kl=(0.1,) * 20, value_loss=(1.0,) * 20, **fields):
+    curves = {"reward": list(reward), "kl": list(kl), "value_loss": list(value_loss)}
     own = {"stage": "main", "reward": "vader", "name": "safe", "seed": 0, "steps": 20, "base": {}, "settings": {}}
     return own | {"error": None, "curves": curves} | fields
 
@@ -66,6 +67,13 @@ def test_a_crash_is_a_fall_of_the_mean_reward_or_a_large_kl():
         assert report.crashed(row([*rising, *[rising[-1] - 5 * climb - 0.5 + x for x in noise]]))
 
 
+def test_a_spike_is_one_beside_the_steps_before():
+    falling = [8.0, 4.0, 2.0] + [1.0] * 17
+    assert report.spikes(row(value_loss=falling)) == 0
+    assert report.spikes(row(value_loss=[*falling[:12], 2.1, *falling[13:]])) == 1
+    assert math.isnan(report.spikes(row(value_loss=[0.0] * 20)))
+
+
 def test_rewards_at_matched_kl():
     climbing = row(reward=[i / 10 for i in range(20)], kl=[i / 100 for i in range(20)])
     assert report.reward_at(climbing, 0.05) == pytest.approx(0.5)  # means of five steps: 3 to 7
@@ -104,12 +112,16 @@ def tables(path):
     return [list(lines) for is_table, lines in blocks if is_table]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/study.md"])
-def test_the_tables_of_a_page_are_those_of_the_report(page):
-    written = tables(ROOT / "bench" / "results" / "study.md")
-    headers = [table[0] for table in written]
-    shown = [table for table in tables(ROOT / page) if table[0] in headers]
-    assert shown and all(table in written for table in shown)
+def test_the_report_and_the_pages_have_the_tables_of_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    rows = shutil.copy(ROOT / "bench" / "results" / "study.jsonl", tmp_path)
+    report.write_report(Path(rows))
+    committed = ROOT / "bench" / "results" / "study.md"
+    assert (tmp_path / "study.md").read_text() == committed.read_text()
+    written = tables(committed)
+    for page in ("README.md", "docs/study.md"):
+        shown = [table for table in tables(ROOT / page) if "training-average reward" in table[0]]
+        assert shown and all(table in written for table in shown), page
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from safe_kernels import linear_token_stats, token_stats
+from safe_kernels import checks, linear_token_stats, token_stats
 from safe_kernels.integrations.patch import Patch, Replacement
 
 
@@ -53,7 +53,7 @@ def _linear_cross_entropy(original: Any) -> Callable[..., tuple[Tensor, Tensor]]
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    inplace_backward = inplace_backward and logits.requires_grad and not logits.is_leaf
+    inplace_backward = inplace_backward and logits.requires_grad and not checks.is_of_leaf(logits)
     return token_stats(logits, labels, inplace_backward=inplace_backward).logprob
 
 
