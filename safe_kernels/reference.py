@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import vocab_parallel
-from .objective import is_zero
 from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
 
 
@@ -162,9 +161,9 @@ def linear_policy_loss(
     ratio = (stats.logprob - old_logprob).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
     token_loss = -torch.minimum(ratio * advantage, clipped) - entropy_coef * stats.entropy
-    if not is_zero(kl_coef):
+    if not _is_zero(kl_coef):
         token_loss = token_loss + kl_coef * stats.kl
-    if not is_zero(kl_penalty_coef):
+    if not _is_zero(kl_penalty_coef):
         token_loss = token_loss + kl_penalty_coef * (stats.kl - kl_threshold).relu() ** 2
     weights = share if loss_weight is None else _live(_compute(loss_weight.detach()), mask)
     loss = (weights * _live(token_loss, mask)).sum()
@@ -174,6 +173,11 @@ def linear_policy_loss(
 
 def _compute(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _is_zero(coefficient) -> bool:
+    """Without asking a tensor: a term that is switched off stays out of the loss even where it is infinite."""
+    return not isinstance(coefficient, Tensor) and coefficient == 0
 
 
 def _live(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -222,7 +222,7 @@ def test_tuning_ranks_what_ran_and_keeps_what_failed(monkeypatch, tmp_path, caps
     found = [json.loads(line) for line in path.read_text().splitlines()]
     by_choice = {str(c): [r for r in found if r["choice"] == f"WIDE_ROWS = {c}"] for c in (shipped, good, bad)}
     assert [len(x) for x in by_choice.values()] == [2, 2, 1]
-    assert by_choice[str(bad)][0]["status"] == "cannot run" and "power" in by_choice[str(bad)][0]["reason"]
+    assert by_choice[str(bad)][0]["status"] == "failed" and "power" in by_choice[str(bad)][0]["reason"]
     assert all(set(row) == FIELDS and row["suite"] == "tune" for row in found)
     assert "WIDE_ROWS = RowChoice(" in capsys.readouterr().out.splitlines()[-1]
     assert launch.WIDE_ROWS == shipped
