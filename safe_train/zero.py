@@ -60,8 +60,12 @@ def import_deepspeed() -> Any:
         raise ConfigError(f"DeepSpeed needs a package ({error}): {command}") from error
 
 
-def config(stage: int) -> dict[str, Any]:
-    """DeepSpeed's own settings. Clipping and the size of a step are the trainer's."""
+def config(stage: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's own settings. Clipping and the size of a step are the trainer's.
+
+    Of several gathers at once DeepSpeed waits for the last alone, then for the device: on gloo an earlier one may still
+    be writing, over weights that were loaded meanwhile.
+    """
     return {
         "train_micro_batch_size_per_gpu": 1,
         "steps_per_print": None,
@@ -73,6 +77,7 @@ def config(stage: int) -> dict[str, Any]:
             "reduce_bucket_size": 50_000_000,
             "allgather_bucket_size": 50_000_000,
             "stage3_param_persistence_threshold": 0,  # the heads alone
+            "stage3_allgather_sequential": device.type == "cpu",
         },
     }
 
@@ -94,7 +99,7 @@ class Zero2Engine(Engine):
         self.deepspeed = import_deepspeed()
         self.place(device)
         self.engine, self.zero, *_ = self.deepspeed.initialize(
-            model=policy, optimizer=self.optimizer, config=config(self.stage)
+            model=policy, optimizer=self.optimizer, config=config(self.stage, device)
         )
         self.engine.set_gradient_accumulation_boundary(False)  # `clip` is the boundary
 
@@ -181,7 +186,7 @@ class Zero3Engine(Zero2Engine):
         """One weight after another, so that no process ever holds the model. The frozen reference is cut with it."""
         if self.policy._frozen:
             self.policy.add_module("frozen", self.policy._frozen[0])
-        self.deepspeed.zero.Init(module=self.policy, config_dict_or_path=config(self.stage))
+        self.deepspeed.zero.Init(module=self.policy, config_dict_or_path=config(self.stage, device))
         for buffer in self.policy.buffers():
             buffer.data = buffer.data.to(device)
         self.policy.causal_lm._can_compile_fullgraph = False  # DeepSpeed's hooks are not for the compiler

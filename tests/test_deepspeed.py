@@ -111,9 +111,9 @@ def everything(folder, foreign) -> dict:
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     config, found = zero.config, {}
 
-    def for_tiny_models(stage):
+    def for_tiny_models(stage, device):
         """There are weights larger than a bucket."""
-        settings = config(stage)
+        settings = config(stage, device)
         settings["zero_optimization"]["reduce_bucket_size"] = 1000
         settings["zero_optimization"]["allgather_bucket_size"] = 1000
         return settings
@@ -195,6 +195,13 @@ def test_frozen_weights_may_be_bfloat16_under_zero(stage, on_three):
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_zero_cannot_do_is_refused(stage, on_three):
     assert results(on_three, stage, "refused") == ["refused"] * 3
+
+
+def test_a_cpu_gathers_one_weight_after_another():
+    """At once, three processes lost a weight in some thousand writes."""
+    for device in ("cpu", "cuda"):
+        settings = zero.config(3, torch.device(device))["zero_optimization"]
+        assert settings["stage3_allgather_sequential"] == (device == "cpu")
 
 
 @pytest.fixture
