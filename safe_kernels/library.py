@@ -423,7 +423,7 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor 
 
 @_register("scaled", _SCALED, "Tensor")
 def _scaled_op(gradient: Tensor, factor: Tensor, dtype: str) -> Tensor:
-    """Rounded as it is written: a head's gradient is not there a second time in float32."""
+    """Rounded as it is written: a GPU does not hold a head's gradient a second time in float32."""
     out = torch.empty_like(gradient, dtype=getattr(torch, dtype.removeprefix("torch.")))
     return torch.mul(gradient, factor, out=out)
 
