@@ -79,35 +79,37 @@ PUBLISHED = ("safe_paper", "asymmetric_paper", "ppo_paper")
 # Runs with the settings chosen for `safe`, changed in this.
 ABLATIONS: dict[str, Settings] = {
     "without soft-min": {"critic": "mean"},
+    "without target heads": {"polyak": 1.0},
     "without threshold penalty": {"kl_excess_coef": 0.0},
     "without momentum penalty": {"kl_momentum_coef": 0.0},
     "without entropy gate": {"entropy_gate": False},
+    "with a constant gate": {"gate_min": 0.6, "gate_max": 0.6},  # about the mean of the gate: its strength alone
     "without PID": {"pid_kp": 0.0, "pid_ki": 0.0, "pid_kd": 0.0},
     "without phases": {"phases": False},
     "without controller": {"controller": "fixed"},
     "shuffled advantages": {"shuffle_advantages": True},
 }
-SENSITIVITY: dict[str, Settings] = {
-    f"{name} {value:g}": {name: value}
-    for name, values in {
-        "alpha": (0.1, 1.0),
-        "kl_threshold": (0.15, 0.4),
-        "gate_min": (0.25, 1.0),
-        "pid_kp": (0.1, 1.0),
-        "pid_ki": (0.0, 0.1),
-        "pid_kd": (0.0, 0.2),
-        "kl_excess_coef": (0.1, 2.0),
-        "kl_momentum_coef": (0.1, 2.0),
-        "gae_lambda": (0.8, 1.0),
-        "max_preview_kl": (0.3,),
-    }.items()
-    for value in values
-}
-PPO_SENSITIVITY: dict[str, Settings] = {
-    f"ppo, {name} {value:g}": {name: value}
-    for name, values in {"beta": (0.3, 1.0), "gae_lambda": (0.8, 1.0)}.items()
-    for value in values
-}
+
+
+def one_at_a_time(prefix: str = "", **values: tuple[float, ...]) -> dict[str, Settings]:
+    return {f"{prefix}{name} {value:g}": {name: value} for name, some in values.items() for value in some}
+
+
+SENSITIVITY = one_at_a_time(
+    alpha=(0.1, 1.0),
+    kl_threshold=(0.15, 0.4),
+    kl_excess_coef=(0.1, 2.0),
+    kl_momentum_coef=(0.1, 2.0),
+    gae_lambda=(0.8, 1.0),
+    max_preview_kl=(0.3,),
+)
+PPO_SENSITIVITY = one_at_a_time("ppo, ", beta=(0.01, 0.3), gae_lambda=(0.8, 1.0), polyak=(1.0,))
+# What only the controller reads: replayed on the signals of runs that were made, without training anew.
+OF_THE_CONTROLLER = {name: ABLATIONS[name] for name in ("without entropy gate", "without PID", "without phases")}
+REPLAYED = OF_THE_CONTROLLER | one_at_a_time(
+    gate_min=(0.25, 1.0), pid_kp=(0.1, 1.0), pid_ki=(0.0, 0.1), pid_kd=(0.0, 0.2), kl_threshold=(0.15, 0.4),
+    kl_excess_coef=(0.1, 2.0), kl_momentum_coef=(0.1, 2.0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

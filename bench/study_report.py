@@ -22,6 +22,7 @@ Row = dict[str, Any]
 MATCHED_KLS = (0.05, 0.1, 0.2, 0.3)  # nats per token
 SMOOTH = 5  # steps
 CRASH_WINDOW, CRASH_KL = 10, 1.0
+SWEEP_KL = 0.7  # nats per token; a setting that passes it in the sweep would pass CRASH_KL in a run twice as long
 SPIKE = 2.0  # times the value loss of the steps before
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 2, 3, ... 10 runs
 PAPER = {"safe_paper": 0.725, "ppo_paper": 0.689}  # training-average rewards it reports, of 3B models
@@ -45,8 +46,12 @@ def current(rows: Sequence[Row]) -> list[Row]:
 
 
 def best(rows: Sequence[Row]) -> int:
-    """Which has the highest held-out reward among those that did not crash, if any."""
-    return min(range(len(rows)), key=lambda i: (crashed(rows[i]), -rows[i]["after"]["reward"]))
+    """Which has the highest held-out reward among those that neither crashed nor were on their way to it, if any."""
+
+    def order(row: Row) -> tuple[bool, float]:
+        return crashed(row) or max(*row["curves"]["kl"], row["after"]["kl"]) > SWEEP_KL, -row["after"]["reward"]
+
+    return min(range(len(rows)), key=lambda i: order(rows[i]))
 
 
 def crashed(row: Row) -> bool:

@@ -94,9 +94,10 @@ def test_crashes_are_counted():
     assert report.cell([row(), row(error="FloatingPointError")], report.COLUMNS[2]) == "1 of 2"
 
 
-def test_the_sweep_takes_the_best_setting_that_did_not_crash():
-    found = zip((0.1, 0.9, 0.5, 0.3), (0.1, 2.0, 0.1, 0.1), strict=True)
-    assert report.best([row(after={"reward": reward}, kl=[kl] * 20) for reward, kl in found]) == 2
+def test_the_sweep_takes_the_best_setting_that_did_not_crash_and_was_not_about_to():
+    found = zip((0.1, 0.9, 0.8, 0.7, 0.5), (0.1, 2.0, 0.8, 0.1, 0.1), (0.1, 0.1, 0.1, 0.8, 0.1), strict=True)
+    rows = [row(after={"reward": reward, "kl": after}, kl=[kl] * 20) for reward, kl, after in found]
+    assert report.best(rows) == 4 and report.best(rows[1:4]) == 0
 
 
 def test_the_report_mixes_no_scales_no_settings_and_no_repeats():
