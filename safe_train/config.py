@@ -29,8 +29,8 @@ PAPER = ("safe_paper", "asymmetric_paper", "ppo_paper")  # as published: see pap
 
 # What the published algorithms fix, or do not have.
 NOT_IN_PAPER = """
-beta kl_estimator kl_in_reward kl_penalty_coef kl_excess_coef kl_momentum_coef entropy_gate gate_min gate_max phases
-window value_level gamma gae_lambda minibatch_size importance_cap
+beta kl_estimator kl_in_reward kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef entropy_gate gate_min
+gate_max phases window value_level gamma gae_lambda minibatch_size importance_cap
 """.split()
 
 # Fastest first; transformers' names, and `varlen`: torch.nn.attention.varlen.
@@ -154,6 +154,7 @@ class SafeConfig:
     kl_threshold_max: float = option(0.6, "upper bound of the threshold")
     kl_excess_coef: float = option(0.5, "lambda: coefficient added per nat of smoothed KL above the threshold")
     kl_momentum_coef: float = option(0.5, "lambda_m: coefficient added per nat of KL rise over the window")
+    kl_integral_coef: float = option(0.0, "lambda_i: added for good per nat above the threshold and rollout (0: off)")
     entropy_gate: bool = option(True, "scale the adaptive part by entropy_floor / (entropy + 0.1)")
     entropy_floor: float | None = option(None, "nats (default: half the first rollout's entropy)")
     gate_min: float = option(0.5, "lower bound of the entropy gate")
@@ -307,9 +308,9 @@ BOUNDS = (
     (
         "at least 0",
         lambda x: x >= 0,
-        "entropy_coef beta kl_penalty_coef kl_excess_coef kl_momentum_coef lora_r eval_every weight_decay value_coef "
-        "clip_low clip_high pid_kp pid_ki pid_kd missing_eos_penalty gate_min entropy_floor kl_threshold "
-        "kl_threshold_min seed reward_retries top_k",
+        "entropy_coef beta kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef lora_r eval_every "
+        "weight_decay value_coef clip_low clip_high pid_kp pid_ki pid_kd missing_eos_penalty gate_min entropy_floor "
+        "kl_threshold kl_threshold_min seed reward_retries top_k",
     ),
     ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),

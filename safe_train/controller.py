@@ -18,6 +18,7 @@ PHASE_MARGIN = 0.1  # reward standard deviations that count as a change
 EMA_SHORT = 0.9
 PID_DECAY = 0.95
 GATE_EPS = 0.1
+INTEGRAL_MAX = 1.0
 
 
 class Control(NamedTuple):
@@ -31,6 +32,7 @@ class Control(NamedTuple):
     entropy_floor: float
     pid: float
     phase: str
+    kl_integral: float = 0.0  # what kl_coef has learned to hold the threshold
 
 
 @dataclass
@@ -76,7 +78,8 @@ class Controller:
     A rollout with a statistic that is not finite would stay in the averages for good: it is not observed, and gets the
     coefficients of the one before.
 
-    kl_coef = beta + gate [ lambda relu(kl_short - tau) + lambda_m relu(kl - kl_window_ago) ]
+    kl_coef = beta + gate [ lambda relu(kl_short - tau) + lambda_m relu(kl - kl_window_ago) ] + hold
+    hold    = clip(hold before + lambda_i (kl_short - tau), 0, 1); lambda_i is 0 unless kl_integral_coef is set
     tau     = clip((base + PID(reward velocity)) * phase scale, min, max)
     gate    = clip(entropy_floor / (entropy + 0.1), gate_min, gate_max)
     """
@@ -127,9 +130,10 @@ class Controller:
         excess, rise = max(0.0, kl_short - threshold), max(0.0, momentum)
         penalty = args.kl_excess_coef * excess + args.kl_momentum_coef * rise
         penalty *= gate if args.entropy_gate else 1.0
-        kl_coef = args.beta + (penalty if args.controller == "safe" else 0.0)
+        hold = clip(self.last.kl_integral + args.kl_integral_coef * (kl_short - threshold), 0.0, INTEGRAL_MAX)
+        kl_coef = args.beta + (penalty + hold if args.controller == "safe" else 0.0)
         floor = self.entropy_floor
-        self.last = Control(kl_coef, threshold, kl_short, kl_long, momentum, penalty, gate, floor, pid, phase)
+        self.last = Control(kl_coef, threshold, kl_short, kl_long, momentum, penalty, gate, floor, pid, phase, hold)
         return self.last
 
     def pid(self, reward: float, reward_std: float) -> float:

@@ -142,6 +142,10 @@ def idle_mechanisms(run: Path, rows: Rows) -> str:
         mechanisms |= {
             "KL threshold": (excess > 0, any(row["kl_short"] > row["kl_threshold"] for row in rows)),
             "KL momentum": (rise > 0, any(row["kl_momentum"] > 0 for row in rows)),
+            "KL integral": (
+                settings.get("kl_integral_coef", 0) > 0,
+                any(row.get("kl_integral", 0) > 0 for row in rows),
+            ),
             "entropy gate (nothing to scale)": (gate, any(row["kl_penalty"] > 0 for row in rows)),
             "PID": (gains, any(row["pid"] != 0 for row in rows)),
             "phases": (settings["phases"], len({row["phase"] for row in rows}) > 1),

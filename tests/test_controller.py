@@ -1,6 +1,8 @@
 """The control law, by numbers. Each test of a correction fails if the published behaviour comes back."""
 
+import itertools
 import json
+import random
 import statistics
 
 import pytest
@@ -16,6 +18,68 @@ def controller(**settings) -> Controller:
 def drive(control, kls, rewards=None, entropy=2.0, reward_std=1.0):
     rewards = [0.0] * len(kls) if rewards is None else rewards
     return [control.update(kl, entropy, reward, reward_std) for kl, reward in zip(kls, rewards, strict=True)]
+
+
+def law(observed, c, window):
+    """The control law from the whole history at once, as docs/algorithm.md has it: (kl_coef, tau, phase) by step."""
+    kls, entropies, rewards, stds = zip(*observed, strict=True)
+    ages = range(len(kls))
+    smooth = [weighted(rewards[: t + 1], 0.95) for t in ages]
+    velocity = [0.0] + [(smooth[t] - smooth[t - 1]) / stds[t] for t in ages if t > 0]
+    sums = list(itertools.accumulate(velocity, lambda total, v: min(1.0, max(-1.0, total + v))))
+    hold, found = 0.0, []
+    for t in ages:
+        phase, scale = "warmup", 1.5
+        if t + 1 >= 2 * window:
+            recent, before = (statistics.fmean(rewards[t + 1 - k * window : t + 1 - (k - 1) * window]) for k in (1, 2))
+            gained = recent - statistics.fmean(rewards[:window])
+            steady = statistics.pstdev(rewards[t + 1 - window : t + 1]) < 0.1 * stds[t]
+            if recent - before > 0.1 * stds[t]:
+                phase, scale = "climbing", 1.2
+            else:
+                phase, scale = ("converged", 1.0) if gained > stds[t] and steady else ("plateau", 0.8)
+        slope = velocity[t] - (velocity[t - 1] if t else 0.0)
+        pid = c.pid_kp * velocity[t] + c.pid_ki * sums[t] + c.pid_kd * slope
+        tau = min(c.kl_threshold_max, max(c.kl_threshold_min, (c.kl_threshold + pid) * scale))
+        gate = min(c.gate_max, max(c.gate_min, 0.5 * entropies[0] / (entropies[t] + 0.1)))
+        excess = weighted(kls[: t + 1], min(0.9, 1 - 1 / window)) - tau
+        rise = kls[t] - kls[t - window] if t >= window else 0.0
+        hold = min(1.0, max(0.0, hold + c.kl_integral_coef * excess))
+        adaptive = c.kl_excess_coef * max(0.0, excess) + c.kl_momentum_coef * max(0.0, rise)
+        found.append((c.beta + gate * adaptive + hold, tau, phase))
+    return found
+
+
+def weighted(values, decay):
+    weights = [decay ** (len(values) - 1 - i) for i in range(len(values))]
+    return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+
+
+@pytest.mark.parametrize("settings", [{}, {"window": 5, "kl_integral_coef": 0.1, "pid_ki": 0.1, "kl_threshold": 0.2}])
+def test_the_law_of_a_long_history(settings):
+    draw = random.Random(0)
+    climb = [min(max(0, t - 40), 40) / 10 for t in range(120)]  # level, up, level: all phases
+    observed = [(draw.uniform(0, 1), draw.uniform(0.2, 3), level + 0.02 * draw.gauss(0, 1), 0.5) for level in climb]
+    control = controller(total_steps=120, **settings)
+    wanted = law(observed, control.args, control.window)
+    for step, (kl_coef, tau, phase) in zip(observed, wanted, strict=True):
+        found = control.update(*step)
+        assert (found.kl_coef, found.kl_threshold) == pytest.approx((kl_coef, tau)) and found.phase == phase
+    assert {phase for *_, phase in wanted} == {"warmup", "climbing", "plateau", "converged"}
+
+
+def test_the_integral_holds_a_kl_that_the_proportional_part_lets_drift():
+    """A policy whose KL falls by 2 nats for each unit of the coefficient, from 1 without any."""
+    settings = {"pid_kp": 0, "pid_ki": 0, "pid_kd": 0, "phases": False, "total_steps": 200, "kl_threshold": 0.3}
+    held = {}
+    for coefficient in (0.0, 0.05):
+        control, kl = controller(kl_integral_coef=coefficient, **settings), 0.0
+        for _ in range(200):
+            kl += 0.3 * (max(0.0, 1 - 2 * control.update(kl, 2.0, 0.0, 1.0).kl_coef) - kl)
+        held[coefficient] = kl
+    assert held[0.05] == pytest.approx(0.3, abs=1e-3) and held[0.0] > 0.6
+    released = drive(control, [0.0] * 100)[-1]
+    assert released.kl_integral == 0 and released.kl_coef == control.args.beta
 
 
 def test_averages_start_at_the_first_observation():
