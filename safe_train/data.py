@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,8 +162,7 @@ class PromptDataset:
         for i in range(start, start + count):
             epoch, position = divmod(i, len(self))
             if epoch not in order:
-                generator = torch.Generator().manual_seed(self.seed + epoch)
-                order[epoch] = torch.randperm(len(self), generator=generator).tolist()
+                order[epoch] = np.random.default_rng([self.seed, epoch]).permutation(len(self)).tolist()
             prompts.append(self[order[epoch][position]])
         return prompts
 

@@ -47,8 +47,13 @@ def own_random_numbers(seed: int, step: int) -> Iterator[None]:
     if parallel.size() == 1:
         yield
         return
-    with seeded(int(np.random.SeedSequence([seed, step, parallel.rank()]).generate_state(1)[0])):
+    with seeded(seed_of(seed, step, parallel.rank())):
         yield
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed that the numbers decide, and that neighbouring numbers do not share."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 @contextmanager

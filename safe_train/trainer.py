@@ -30,7 +30,7 @@ from safe_train.importance import importance_corrected
 from safe_train.metrics import step_metrics
 from safe_train.models import Policy, load_model, make_policy
 from safe_train.preview import Preview
-from safe_train.randomness import own_random_numbers
+from safe_train.randomness import own_random_numbers, seed_of, seeded
 from safe_train.rewards import RewardFunction, Rewards, load_reward
 from safe_train.rollout import Rollout, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
@@ -116,7 +116,8 @@ class SafeTrainer:
         self.critic: Critic | None = None
         self.critic_optimizer: torch.optim.Optimizer | None = None
         if args.critic != "none":
-            self.critic = self.make_critic(self.policy.hidden_size, args.critic).to(self.device)
+            with seeded(seed_of(args.seed)):  # runs that differ in the critic alone sample the same first rollout
+                self.critic = self.make_critic(self.policy.hidden_size, args.critic).to(self.device)
             parallel.broadcast(self.critic.parameters())
             self.critic_optimizer = torch.optim.AdamW(self.critic.heads.parameters(), lr=args.critic_learning_rate)
         self.controller, self.reward_moments = self.make_controller(args), self.make_moments()

@@ -67,6 +67,11 @@ def test_a_run_leaves_its_folder_and_its_metrics(algorithm, tmp_path, monkeypatc
         assert (tmp_path / name).stat().st_size > 0, name
 
 
+def test_the_first_rollout_does_not_depend_on_the_critic(tmp_path):
+    drawn = {tuple(tiny.trainer(tmp_path / name, algorithm=name).sample(0).texts) for name in ALGORITHMS}
+    assert len(drawn) == 1 and drawn != {tuple(tiny.trainer(tmp_path / "other", seed=1).sample(0).texts)}
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_ratio_is_exactly_one_before_the_first_optimizer_step(algorithm, tmp_path):
     trainer = tiny.trainer(tmp_path, algorithm=algorithm)
