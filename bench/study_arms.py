@@ -80,14 +80,15 @@ PUBLISHED = ("safe_paper", "asymmetric_paper", "ppo_paper")
 ABLATIONS: dict[str, Settings] = {
     "without soft-min": {"critic": "mean"},
     "without target heads": {"polyak": 1.0},
+    "without controller": {"controller": "fixed"},
     "without threshold penalty": {"kl_excess_coef": 0.0},
     "without momentum penalty": {"kl_momentum_coef": 0.0},
     "without entropy gate": {"entropy_gate": False},
     "with a constant gate": {"gate_min": 0.6, "gate_max": 0.6},  # about the mean of the gate: its strength alone
+    "with the integral term": {"kl_integral_coef": 0.1},
+    "shuffled advantages": {"shuffle_advantages": True},
     "without PID": {"pid_kp": 0.0, "pid_ki": 0.0, "pid_kd": 0.0},
     "without phases": {"phases": False},
-    "without controller": {"controller": "fixed"},
-    "shuffled advantages": {"shuffle_advantages": True},
 }
 
 
@@ -108,7 +109,7 @@ PPO_SENSITIVITY = one_at_a_time("ppo, ", beta=(0.01, 0.3), gae_lambda=(0.8, 1.0)
 OF_THE_CONTROLLER = {name: ABLATIONS[name] for name in ("without entropy gate", "without PID", "without phases")}
 REPLAYED = OF_THE_CONTROLLER | one_at_a_time(
     gate_min=(0.25, 1.0), pid_kp=(0.1, 1.0), pid_ki=(0.0, 0.1), pid_kd=(0.0, 0.2), kl_threshold=(0.15, 0.4),
-    kl_excess_coef=(0.1, 2.0), kl_momentum_coef=(0.1, 2.0),
+    kl_excess_coef=(0.1, 2.0), kl_momentum_coef=(0.1, 2.0), kl_integral_coef=(0.1,),
 )  # fmt: skip
 
 

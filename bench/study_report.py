@@ -13,8 +13,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # for a checkout that is not installed
 
-from study_arms import MAIN, PUBLISHED  # noqa: E402
+from study_arms import ABLATIONS, MAIN, PPO_SENSITIVITY, PUBLISHED, REPLAYED, SENSITIVITY, Settings  # noqa: E402
 
+from safe_train.config import SafeConfig  # noqa: E402
+from safe_train.controller import Controller, Moments  # noqa: E402
 from safe_train.report import read_rows as read_json_lines  # noqa: E402
 
 Row = dict[str, Any]
@@ -24,7 +26,8 @@ SMOOTH = 5  # steps
 CRASH_WINDOW, CRASH_KL = 10, 1.0
 SWEEP_KL = 0.7  # nats per token; a setting that passes it in the sweep would pass CRASH_KL in a run twice as long
 SPIKE = 2.0  # times the value loss of the steps before
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 2, 3, ... 10 runs
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t for 1, 2, ... degrees of freedom
+CHANGES = ABLATIONS | SENSITIVITY | PPO_SENSITIVITY
 PAPER = {"safe_paper": 0.725, "ppo_paper": 0.689}  # training-average rewards it reports, of 3B models
 
 
@@ -33,16 +36,34 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def current(rows: Sequence[Row]) -> list[Row]:
-    """Rows of their reward's newest scale (the sweep has its own), and with the newest settings of their name."""
+    """Rows of their reward's newest scale (the sweep has its own), each key once.
+
+    An arm's runs with other settings than its newest are named after what differs; of a change of an arm those count
+    that changed its newest settings.
+    """
     newest = {(row["reward"], row["stage"] == "sweep"): row for row in rows}
-    own = {(row["reward"], row["stage"], row["name"]): row for row in rows}
+    chosen = {(row["reward"], row["name"]): row["settings"] for row in rows if row["stage"] in ("main", "published")}
 
-    def is_current(row: Row) -> bool:
-        scale, last = newest[row["reward"], row["stage"] == "sweep"], own[row["reward"], row["stage"], row["name"]]
-        same = row["steps"] == scale["steps"] and row["base"] == scale["base"]
-        return same and (row["stage"] == "sweep" or row["settings"] == last["settings"])
+    def of_the_newest_scale(row: Row) -> bool:
+        scale = newest[row["reward"], row["stage"] == "sweep"]
+        return row["steps"] == scale["steps"] and row["base"] == scale["base"]
 
-    return list({row["key"]: row for row in rows if is_current(row)}.values())
+    def named(row: Row) -> Row | None:
+        if row["stage"] == "sweep":
+            return row
+        if row["stage"] in ("ablation", "sensitivity"):
+            arm = chosen.get((row["reward"], base_of(row["name"])), {})
+            return row if row["settings"] == arm | CHANGES.get(row["name"], row["settings"]) else None
+        own = chosen[row["reward"], row["name"]]
+        others = [f"{key} {value}" for key, value in row["settings"].items() if own.get(key) != value]
+        return row | {"name": ", ".join([row["name"], *others])}
+
+    kept = {row["key"]: named(row) for row in rows if of_the_newest_scale(row)}
+    return [row for row in kept.values() if row is not None]
+
+
+def base_of(change: str) -> str:
+    return "ppo" if change in PPO_SENSITIVITY else "safe"
 
 
 def best(rows: Sequence[Row]) -> int:
@@ -55,7 +76,11 @@ def best(rows: Sequence[Row]) -> int:
 
 
 def crashed(row: Row) -> bool:
-    """A mean of ten steps fell below the best one by twice the noise of a step at the start, or the KL passed 1 nat.
+    return reward_fell(row) or ran_away(row)
+
+
+def reward_fell(row: Row) -> bool:
+    """A mean of ten steps fell below the best one by twice the noise of a step at the start, or the run broke off.
 
     The noise is taken from the differences of neighbours, so that a fast climb does not widen it.
     """
@@ -63,8 +88,11 @@ def crashed(row: Row) -> bool:
     means = smoothed(reward, window)[window - 1 :]
     jumps = [b - a for a, b in itertools.pairwise(reward[:window])]
     noise = statistics.pstdev(jumps) / math.sqrt(2) if jumps else math.inf
-    fell = any(mean < max(means[: i + 1]) - 2 * noise for i, mean in enumerate(means))
-    return bool(row["error"]) or fell or max(row["curves"]["kl"]) > CRASH_KL
+    return bool(row["error"]) or any(mean < max(means[: i + 1]) - 2 * noise for i, mean in enumerate(means))
+
+
+def ran_away(row: Row) -> bool:
+    return max(row["curves"]["kl"]) > CRASH_KL
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -95,7 +123,8 @@ COUNT = ""  # in place of a format: so many of the runs
 COLUMNS: tuple[Column, ...] = (
     ("training-average reward", lambda r: statistics.fmean(r["curves"]["reward"]), ".3f"),
     ("reward std", lambda r: statistics.fmean(r["curves"]["reward_std"]), ".3f"),
-    ("crashes", crashed, COUNT),
+    ("reward crashed", reward_fell, COUNT),
+    (f"KL above {CRASH_KL:g}", ran_away, COUNT),
     ("KL mean", lambda r: statistics.fmean(r["curves"]["kl"]), ".3f"),
     ("KL std", lambda r: statistics.pstdev(r["curves"]["kl"]), ".3f"),
     ("KL max", lambda r: max(r["curves"]["kl"]), ".3f"),
@@ -104,52 +133,100 @@ COLUMNS: tuple[Column, ...] = (
     ("seconds a step", lambda r: statistics.median(r["curves"]["time/step_s"]), ".1f"),
 )
 HELD_OUT: tuple[Column, ...] = (
-    ("reward before", lambda r: r["before"]["reward"], ".3f"),
-    ("reward", lambda r: r["after"]["reward"], ".3f"),
+    ("held-out reward before", lambda r: r["before"]["reward"], ".3f"),
+    ("held-out reward", lambda r: r["after"]["reward"], ".3f"),
     ("gold before", lambda r: r["before"]["gold"], ".3f"),
     ("gold", lambda r: r["after"]["gold"], ".3f"),
-    ("KL", lambda r: r["after"]["kl"], ".3f"),
+    ("held-out KL", lambda r: r["after"]["kl"], ".3f"),
     ("distinct words", lambda r: r["after"]["distinct_words"], ".3f"),
     ("drift of NLL", lambda r: abs(r["after"]["reference_logprob"] - r["before"]["reference_logprob"]), ".3f"),
 )
-SUMMARY: tuple[Column, ...] = (COLUMNS[0], *COLUMNS[2:4], COLUMNS[5], HELD_OUT[1], HELD_OUT[3], HELD_OUT[6])
-PAIRED: tuple[Column, ...] = (COLUMNS[0], COLUMNS[3], COLUMNS[-1], HELD_OUT[1], *HELD_OUT[3:])
-CHANGED: tuple[Column, ...] = (COLUMNS[0], *COLUMNS[2:4], COLUMNS[5], HELD_OUT[1], *HELD_OUT[3:])
+SUMMARY: tuple[Column, ...] = (COLUMNS[0], *COLUMNS[2:5], COLUMNS[6], HELD_OUT[1], HELD_OUT[3], HELD_OUT[6])
+DIFFERENCES: tuple[Column, ...] = (COLUMNS[0], COLUMNS[4], HELD_OUT[1], *HELD_OUT[3:])
+CHANGED: tuple[Column, ...] = (COLUMNS[0], *COLUMNS[2:5], COLUMNS[6], HELD_OUT[1], *HELD_OUT[3:])
 MATCHED: tuple[Column, ...] = tuple((f"at KL {kl}", lambda r, kl=kl: reward_at(r, kl), ".3f") for kl in MATCHED_KLS)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % confidence interval; NaN for one value."""
     mean, count = statistics.fmean(values), len(values)
-    if count == 1:
+    return mean, student(count - 1) * statistics.stdev(values) / math.sqrt(count) if count > 1 else math.nan
+
+
+def difference(values: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """Of the means, by Welch: the seeds do not pair, as runs with the same seed share no more than their prompts."""
+    mean = statistics.fmean(values) - statistics.fmean(base)
+    if min(len(values), len(base)) < 2:
         return mean, math.nan
-    return mean, T_95[min(count, len(T_95) + 1) - 2] * statistics.stdev(values) / math.sqrt(count)
+    squares = [(statistics.variance(each) / len(each), len(each) - 1) for each in (values, base)]
+    total = sum(square for square, _ in squares)
+    freedom = total**2 / sum(square**2 / count for square, count in squares) if total else 1
+    return mean, student(int(freedom)) * math.sqrt(total)
 
 
-def cell(rows: Sequence[Row], column: Column) -> str:
-    values = [float(column[1](row)) for row in rows]
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
+def student(freedom: int) -> float:
+    return T_95[min(freedom, len(T_95)) - 1]
+
+
+def cell(rows: Sequence[Row], column: Column, base: Sequence[Row] | None = None) -> str:
+    """The column's mean over the rows, less that over `base`."""
+    (known, missing), (less, _) = known_values(rows, column), known_values(base or (), column)
+    if not known or (base is not None and not less):
         return "-"
     if column[2] == COUNT:
         return f"{sum(known):.0f} of {len(known)}"
-    mean, half = interval(known)
-    text = f"{mean:{column[2]}}" + ("" if math.isnan(half) else f" ± {half:{column[2].lstrip('+')}}")
-    return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
+    mean, half = interval(known) if base is None else difference(known, less)
+    text = f"{mean:{'' if base is None else '+'}{column[2]}}" + ("" if math.isnan(half) else f" ± {half:{column[2]}}")
+    return f"{text} ({len(known)} of {len(rows)})" if missing else text
 
 
-def table(groups: dict[str, list[Row]], columns: Sequence[Column], first: str = "") -> str:
+def known_values(rows: Sequence[Row], column: Column) -> tuple[list[float], int]:
+    """The values that are not NaN, and how many are."""
+    values = [float(column[1](row)) for row in rows]
+    known = [value for value in values if not math.isnan(value)]
+    return known, len(values) - len(known)
+
+
+def table(
+    groups: dict[str, list[Row]], columns: Sequence[Column], first: str = "", base: Sequence[Row] | None = None
+) -> str:
     lines = ["| " + " | ".join([first, *(column[0] for column in columns)]) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, rows in groups.items():
-        lines.append("| " + " | ".join([name, *(cell(rows, column) for column in columns)]) + " |")
+        lines.append("| " + " | ".join([name, *(cell(rows, column, base) for column in columns)]) + " |")
     return "\n".join(lines)
 
 
-def less(column: Column, base: Sequence[Row]) -> Column:
-    """The column less what the run of `base` with the same seed has in it; NaN where there is no such run."""
-    name, value, style = column
-    of_seed = {row["seed"]: value(row) for row in base}
-    return name, lambda row: value(row) - of_seed.get(row["seed"], math.nan), f"+{style}"
+def replayed(rows: Sequence[Row]) -> str:
+    """What the controller would have decided with other settings, from the KLs, entropies and rewards of these runs.
+
+    The runs themselves would have gone differently: a change that moves little here can do little there.
+    """
+    groups = {"safe": rows} | {name: [replay(row, change) for row in rows] for name, change in REPLAYED.items()}
+    measured = {row["key"]: row["curves"]["kl_coef"] for row in rows}
+
+    def moved(row: Row) -> float:
+        return max(abs(a - b) for a, b in zip(row["curves"]["kl_coef"], measured[row["key"]], strict=True))
+
+    half = rows[0]["steps"] // 2
+    columns: tuple[Column, ...] = (
+        ("mean coefficient", lambda r: statistics.fmean(r["curves"]["kl_coef"]), ".3f"),
+        ("in the second half", lambda r: statistics.fmean(r["curves"]["kl_coef"][half:]), ".3f"),
+        ("mean threshold", lambda r: statistics.fmean(r["curves"]["kl_threshold"]), ".3f"),
+        ("largest change of a coefficient", moved, ".3f"),
+    )
+    return table(groups, columns)
+
+
+def replay(row: Row, change: Settings) -> Row:
+    args = SafeConfig.from_dict(row["base"] | row["settings"] | {"total_steps": row["steps"]} | change)
+    controller, moments, curves = Controller(args), Moments(), row["curves"]
+    controls = []
+    for kl, entropy, mean, std in zip(
+        *(curves[name] for name in ("kl", "entropy", "reward", "reward_std")), strict=True
+    ):
+        moments.update([mean - std, mean + std])  # which have the mean and the spread of the step's rewards
+        controls.append(controller.update(kl, entropy, mean, moments.std))
+    return row | {"curves": {name: [getattr(c, name) for c in controls] for name in ("kl_coef", "kl_threshold")}}
 
 
 def grouped(rows: Iterable[Row], *stages: str) -> dict[str, list[Row]]:
@@ -196,18 +273,18 @@ def section(reward: str, rows: list[Row]) -> list[str]:
         ]
         paper = [f"{name} {value}" for name, value in PAPER.items() if name in main]
         parts += [f"The paper's training-average rewards, of a 3B model: {', '.join(paper)}."] if paper else []
-    for base in [name for name in ("ppo", "ppo_paper") if name in main]:
-        arms = {"ppo": MAIN, "ppo_paper": PUBLISHED}[base]
+    for base, arms in (("ppo", MAIN), ("ppo_paper", PUBLISHED)):
         others = {name: main[name] for name in arms if name in main and name != base}
-        columns = [less(column, main[base]) for column in (*PAIRED, *MATCHED)]
-        parts += [f"Less `{base}`, seed by seed:", table(others, columns)] if others else []
+        if base in main and others:
+            parts += [f"Less `{base}`:", table(others, (*DIFFERENCES, *MATCHED), base=main[base])]
     for stage in ("ablation", "sensitivity"):
-        changed = grouped(rows, stage)
-        if changed:
-            compared = {"safe": main["safe"], **changed} if "safe" in main else changed
-            parts += [f"{stage.capitalize()}:", table(compared, CHANGED)]
-            if "safe" in main:
-                parts += ["Less `safe`, seed by seed:", table(changed, [less(c, main["safe"]) for c in PAIRED])]
+        for arm in ("safe", "ppo"):
+            changed = {name: own for name, own in grouped(rows, stage).items() if base_of(name) == arm}
+            if changed and arm in main:
+                parts += [f"{stage.capitalize()} of `{arm}`:", table({arm: main[arm], **changed}, CHANGED)]
+                parts += [f"Less `{arm}`:", table(changed, DIFFERENCES, base=main[arm])]
+    if "safe" in main:
+        parts += ["The controller with other settings, replayed on the runs of `safe`:", replayed(main["safe"])]
     sweep = [row for row in rows if row["stage"] == "sweep"]
     if sweep:
         parts += ["Sweep, on development prompts:", sweep_table(sweep)]
@@ -216,7 +293,7 @@ def section(reward: str, rows: list[Row]) -> list[str]:
 
 def sweep_table(rows: list[Row]) -> str:
     shown = {f"{row['name']}: {settings_of(row)}": [row] for row in rows}
-    return table(shown, (HELD_OUT[1], *HELD_OUT[3:5], COLUMNS[2]))
+    return table(shown, (HELD_OUT[1], *HELD_OUT[3:5], *COLUMNS[2:4]))
 
 
 def settings_of(row: Row) -> str:

@@ -52,8 +52,9 @@ def test_every_arm_tunes_as_much_and_every_setting_is_one():
     for name, grid in grids.items():
         for setting in grid:
             SafeConfig.from_dict(base | arms.ARMS[name].settings | setting)
-    for change in (*arms.ABLATIONS.values(), *arms.SENSITIVITY.values(), *arms.PPO_SENSITIVITY.values()):
-        assert SafeConfig.from_dict(base | change) != SafeConfig.from_dict(base), change
+    for name, change in report.CHANGES.items():
+        own = base | (arms.ARMS["ppo"].settings | {"beta": 0.1} if report.base_of(name) == "ppo" else {})
+        assert SafeConfig.from_dict(own | change) != SafeConfig.from_dict(own), name
 
 
 def test_a_crash_is_a_fall_of_the_mean_reward_or_a_large_kl():
@@ -62,6 +63,7 @@ def test_a_crash_is_a_fall_of_the_mean_reward_or_a_large_kl():
     assert report.crashed(row([*[0.5 + x for x in noise], *noise]))
     assert report.crashed(row(kl=[0.1] * 19 + [1.1])) and report.crashed(row(error="FloatingPointError"))
     assert not report.crashed(row(kl=[0.1] * 19 + [0.9]))
+    assert report.ran_away(row(kl=[0.1] * 19 + [1.1])) and not report.reward_fell(row(kl=[0.1] * 19 + [1.1]))
     for climb in (0.0, 0.02, 0.2):  # however fast the reward rose before
         rising = [climb * i + x for i, x in enumerate(noise)]
         assert report.crashed(row([*rising, *[rising[-1] - 5 * climb - 0.5 + x for x in noise]]))
@@ -81,13 +83,17 @@ def test_rewards_at_matched_kl():
     assert math.isnan(report.reward_at(climbing, 0.3))
 
 
-def test_confidence_intervals_and_paired_differences():
+def test_confidence_intervals_and_differences():
     mean, half = report.interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.30 / 3**0.5))
-    high, low = ([row([level] * 20, seed=seed) for seed in (0, 1)] for level in (1.0, 0.25))
-    column = report.less(report.COLUMNS[0], low)
-    assert report.cell(high, column) == "+0.750 ± 0.000"
-    assert report.cell([row(seed=5)], column) == "-" and report.cell([*high, row(seed=5)], column).endswith("(2 of 3)")
+    # Welch, by hand: variances 1 and 1/4 of 3 values each, 2.94 degrees of freedom
+    assert report.difference([1.0, 2.0, 3.0], [0.5, 1.0, 1.5]) == (1.0, pytest.approx(4.30 * (1.25 / 3) ** 0.5))
+    level, column = {x: [row([x] * 20, seed=seed) for seed in (0, 1)] for x in (1.0, 0.25)}, report.COLUMNS[0]
+    assert report.cell(level[1.0], column, base=level[0.25]) == "+0.750 ± 0.000"
+    assert report.cell(level[1.0], column, base=level[0.25][:1]) == "+0.750"
+    assert report.cell(level[1.0], column, base=[]) == "-" and report.cell([], column, base=level[1.0]) == "-"
+    sometimes = ("", lambda r: math.nan if r["seed"] else 1.0, ".1f")
+    assert report.cell(level[1.0], sometimes) == "1.0 (1 of 2)"
 
 
 def test_crashes_are_counted():
@@ -103,9 +109,30 @@ def test_the_sweep_takes_the_best_setting_that_did_not_crash_and_was_not_about_t
 def test_the_report_mixes_no_scales_no_settings_and_no_repeats():
     old = [row(key="a", steps=10), row(key="b", settings={"beta": 1}), row(key="c", base={"model": "other"})]
     new = [row(key="d"), row(key="e", seed=1), row(key="d", error="again")]
-    assert report.current([*old, *new]) == [new[2], new[1]]
+    assert report.current([*old, *new]) == [old[1] | {"name": "safe, beta 1"}, new[2], new[1]]
     longer = row(key="f", stage="ablation", steps=300)
     assert report.current([*old, *new, longer]) == [longer]
+
+
+def test_a_change_counts_beside_the_arm_that_it_changed():
+    def changed(key, settings, name="without phases"):
+        return row(key=key, stage="ablation", name=name, settings=settings)
+
+    arms_rows = [row(key="a", settings={"beta": 1}), row(key="b", name="ppo", settings={"beta": 2})]
+    kept = [changed("c", {"beta": 1, "phases": False}), changed("d", {"beta": 0.3}, "ppo, beta 0.3")]
+    left = [changed("e", {"beta": 9, "phases": False}), changed("f", {"beta": 1})]
+    assert report.current([*arms_rows, *kept, *left]) == [*arms_rows, *kept]
+    assert [report.base_of(name) for name in ("without phases", "ppo, beta 0.3")] == ["safe", "ppo"]
+
+
+def test_the_controller_replayed_decides_what_it_decided():
+    rows = report.current(report.read_rows(ROOT / "bench" / "results" / "study.jsonl"))
+    of_safe = [row for row in rows if row["stage"] == "main" and row["name"] == "safe"]
+    for measured in of_safe:
+        again = report.replay(measured, {})["curves"]
+        for name in again:
+            assert again[name] == pytest.approx(measured["curves"][name], abs=1e-6)
+    assert of_safe and report.replay(of_safe[0], {"beta": 0.5})["curves"]["kl_coef"][0] == 0.5
 
 
 def tables(path):
