@@ -56,10 +56,9 @@ def linear_token_stats(
         )
 
     def logits(hidden, weight, bias):
-        hidden = _compute(hidden if mask is None else hidden.where(mask[..., None], 0))
-        hidden = hidden if process_group is None else _Shared.apply(hidden, process_group)
-        u = hidden @ weight.to(hidden.dtype).T
-        u = (u if bias is None else u + bias.to(hidden.dtype)) * logit_scale
+        hidden = hidden if mask is None else hidden.where(mask[..., None], 0)
+        u = _product(hidden if process_group is None else _Shared.apply(_compute(hidden), process_group), weight)
+        u = (u if bias is None else u + bias.to(u.dtype)) * logit_scale
         return u if softcap is None else softcap * torch.tanh(u / softcap)
 
     ref_logits = None
@@ -175,6 +174,14 @@ def _compute(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden @ weight.T in float32, or float64. A GPU multiplies 16-bit factors as it does in any trainer."""
+    if hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype in (torch.float16, torch.bfloat16):
+        return _TensorCoreProduct.apply(hidden, weight)
+    hidden = _compute(hidden)
+    return hidden @ weight.to(hidden.dtype).T
+
+
 def _is_zero(coefficient) -> bool:
     """Without asking a tensor: a term that is switched off stays out of the loss even where it is infinite."""
     return not isinstance(coefficient, Tensor) and coefficient == 0
@@ -220,6 +227,27 @@ def _sequences(x, mask, cu_seqlens) -> list[list[tuple[int, ...]]]:
         return [[(t,) for t in range(a, b) if live[t]] for a, b in zip(bounds, bounds[1:], strict=False)]
     rows = [tuple(row) for row in torch.ones(x.shape[:-1]).nonzero().tolist()]
     return [[(*row, t) for t in range(x.shape[-1]) if live[(*row, t)]] for row in rows]
+
+
+class _TensorCoreProduct(torch.autograd.Function):
+    """The float32 product of 16-bit factors, for which PyTorch has no derivative. Tensor cores truncate as they sum."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden, weight)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return torch.mm(rows, weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, weight = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        grad_hidden = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = (rows @ weight.float()).view(hidden.shape).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (rows.T @ hidden.reshape(-1, hidden.shape[-1]).float()).to(weight.dtype)
+        return grad_hidden, grad_weight
 
 
 class _Whole(torch.autograd.Function):

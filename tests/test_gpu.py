@@ -1,5 +1,6 @@
 """The Triton backend at full size on a GPU: `pytest -m gpu`. What fits the interpreter is tested elsewhere."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -165,14 +166,19 @@ def test_memory_with_a_frozen_head(op, limit):
     """8192 tokens, H = 2048, V = 151,936, bf16, with KL: the logits alone would take 2.5 GB."""
     make = head_case if op is linear_token_stats else policy_case
     case = make(8192, 151_936, torch.bfloat16)
-    case["hidden"].requires_grad_()
+
+    def step(case):
+        case["hidden"].requires_grad_()
+        result = op(**case, backend="triton")
+        loss = result.loss if op is linear_policy_loss else (result.logprob + result.entropy + result.kl).sum()
+        loss.backward()
+
+    step(make(8, 512, torch.bfloat16))  # after which cuBLAS has its workspaces
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    result = op(**case, backend="triton")
-    loss = result.loss if op is linear_policy_loss else (result.logprob + result.entropy + result.kl).sum()
-    loss.backward()
+    step(case)
     assert torch.cuda.max_memory_allocated() - before - case["hidden"].grad.nbytes <= limit
 
 
@@ -181,9 +187,12 @@ def test_nothing_reads_or_writes_out_of_bounds():
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         pytest.skip("compute-sanitizer is not installed")
-    command = [tool, "--error-exitcode", "1", sys.executable, __file__]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    tests = Path(__file__).parent
+    # Within a segment of PyTorch's cache, what belongs to another tensor is not out of bounds.
+    own = {"PYTHONPATH": f"{tests.parent}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [tool, "--error-exitcode", "1", "--report-api-errors", "no", sys.executable, __file__]
+    done = subprocess.run(command, cwd=tests, env=os.environ | own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 def odd_shapes():
