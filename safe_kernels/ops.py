@@ -60,7 +60,7 @@ def token_stats(
         tokens: [...] int64 or int32. An id outside 0..V-1 that is not masked has NaN log-probs.
         ref_logits: [..., V]; never receives a gradient. A reference of -inf where the policy is not has kl = inf.
         temperature: > 0, a number or [...]; divides the logits of both.
-        mask: [...] bool.
+        mask: [...] bool. On a GPU a masked row costs what a live one does; rather select the live ones first.
         inplace_backward: write the gradient over `logits`, which must not be a leaf. A second backward, or another
             operation that needs the logits afterwards, raises.
         process_group: the ranks that share the vocabulary; None is this one alone. See the top of this module.
@@ -110,7 +110,8 @@ def linear_token_stats(
         token_stats(logits, tokens, ref_logits=the same of the reference, temperature=temperature, mask=mask)
 
     Args:
-        hidden: [..., H], any floating dtype.
+        hidden: [..., H], any floating dtype. Autocast is ignored: the product is in the dtype of hidden and weight, of
+            two different ones in the one that holds both; it is always summed in float32.
         weight: [V, H], the whole of it, or with `process_group` this rank's rows: any other shard raises.
         bias: [V].
         ref_hidden: [..., H'] of the reference; None is no reference.

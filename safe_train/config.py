@@ -108,7 +108,7 @@ class SafeConfig:
     temperature: float = option(1.0, "must be 1: the scored policy has to be the sampled one")
     top_k: int = option(0, "must be 0, for the same reason; the published algorithms sampled with 50")
     top_p: float = option(1.0, "must be 1, for the same reason")
-    missing_eos_penalty: float = option(0.0, "subtracted from the reward of a completion that never ended")
+    missing_eos_penalty: float = option(0.0, "charged to a completion that never ended, in units of normalised rewards")
     generation: str = option("hf", "hf: transformers | vllm: an engine beside the trainer (tested on a stand-in)")
     generation_batch_size: int | None = option(None, "hf: completions generated together (default: all of a rollout)")
     cache_implementation: str = option("auto", "hf: KV cache: dynamic | static (compiled on a GPU) | auto: by device")
@@ -138,12 +138,12 @@ class SafeConfig:
     # Advantages and critic
     critic: str = option("auto", "soft_min | mean | single | none | auto: by algorithm")
     value_level: str = option("token", "token: V at the state predicting each token | sequence: V at the prompt's end")
-    alpha: float = option(0.3, "soft-min temperature, in units of the reward's standard deviation")
+    alpha: float = option(0.3, "soft-min temperature, in units of normalised rewards")
     gamma: float = option(1.0, "discount")
     gae_lambda: float | None = option(None, "GAE lambda (default: 1 - 1/max_new_tokens)")
     polyak: float = option(0.05, "step of the target heads toward the online heads")
     value_coef: float = option(0.5, "weight of the value loss")
-    value_clip: float = option(0.2, "clip of the value change, in units of the reward's standard deviation")
+    value_clip: float = option(0.2, "clip of the value change, in units of normalised rewards")
     huber_delta: float = option(0.5, "Huber width of the value loss")
     normalize_rewards: bool = option(True, "divide by the running standard deviation after subtracting the mean")
 

@@ -16,10 +16,10 @@ class Stopped(SystemExit):
     """A run ended by a signal, after its checkpoint. The exit code is 128 + the signal: 143 SIGTERM, 130 Ctrl-C."""
 
     @classmethod
-    def after(cls, step: int, number: int) -> Stopped:
+    def after(cls, step: int, number: int, folder: str) -> Stopped:
         if parallel.is_main():
-            name = signal.Signals(number).name
-            print(f"{name}: stopped after step {step}, with a checkpoint; continue with --resume", file=sys.stderr)
+            name, command = signal.Signals(number).name, f"safe-train run --resume output_dir={folder}"
+            print(f"{name}: stopped after step {step}, with a checkpoint; continue with {command}", file=sys.stderr)
         return cls(128 + number)
 
 

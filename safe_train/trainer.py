@@ -172,7 +172,7 @@ class SafeTrainer:
                 for callback in self.callbacks:
                     callback(self, metrics)
                 if stop and self.step < args.total_steps:
-                    raise Stopped.after(self.step, stop)
+                    raise Stopped.after(self.step, stop, args.output_dir)
         folder.finish()
         return history
 

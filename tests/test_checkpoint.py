@@ -115,7 +115,8 @@ def test_a_terminated_run_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     output, _ = victim.communicate(timeout=60)
     step = rows_written(run)
     assert victim.returncode == 143 and 2 <= step < 50, output
-    assert f"SIGTERM: stopped after step {step}, with a checkpoint; continue with --resume" in output
+    command = f"safe-train run --resume output_dir={run}"
+    assert f"SIGTERM: stopped after step {step}, with a checkpoint; continue with {command}" in output
     assert (run / "checkpoints" / f"step-{step}" / "state.json").exists()
 
 

@@ -397,7 +397,7 @@ def gets_sigterm(folder) -> int:
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     first, second = processes.run(gets_sigterm, 2, tmp_path)
     assert first.result == second.result == 2, first.error + second.error
-    assert "continue with --resume" in first.printed and "--resume" not in second.printed
+    assert "continue with safe-train run --resume" in first.printed and "--resume" not in second.printed
     assert (tmp_path / "checkpoints" / "step-2" / "state.json").exists()
 
 

@@ -1,7 +1,7 @@
 """TRL on these kernels: its GRPO, RLOO, DPO, KTO and SFT trainers, and its functions on logits.
 
-    from safe_kernels.integrations import trl
-    trl.apply()
+    from safe_kernels.integrations import trl as trl_patch
+    trl_patch.apply()
 
 or, for TRL's own scripts, `python -m safe_kernels.integrations.trl grpo --model_name_or_path ...` in the place of
 `trl grpo ...`, and `accelerate launch -m safe_kernels.integrations.trl grpo ...` on several GPUs.
