@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     for stage in () if args.report else args.stages:
         done = {row["key"] for row in read_rows(args.results)}
-        specs = [spec for spec in plan(stage, args) if spec.key not in done]
+        specs = [spec for spec in plan(stage, args) if spec.key not in done and re.search(args.only, spec.name)]
         print(f"{stage}: {len(specs)} runs to make", flush=True)
         failed += make(specs, args)
     write_report(args.results)
@@ -83,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--arms", nargs="+", choices=tuple(ARMS), default=list(MAIN), help="of the sweep and the main runs"
     )
+    top.add_argument("--only", default="", metavar="REGEX", help="runs whose arm, or change of one, has such a name")
     top.add_argument("--seeds", type=int, default=3, help="fresh seeds of each arm")
     top.add_argument("--steps", type=int, default=30, help="of a run on a fresh seed")
     top.add_argument("--sweep-steps", type=int, default=15)

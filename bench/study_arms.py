@@ -81,11 +81,11 @@ ABLATIONS: dict[str, Settings] = {
     "without soft-min": {"critic": "mean"},
     "without target heads": {"polyak": 1.0},
     "without controller": {"controller": "fixed"},
+    "with the integral term": {"kl_integral_coef": 0.1},
     "without threshold penalty": {"kl_excess_coef": 0.0},
     "without momentum penalty": {"kl_momentum_coef": 0.0},
     "without entropy gate": {"entropy_gate": False},
     "with a constant gate": {"gate_min": 0.6, "gate_max": 0.6},  # about the mean of the gate: its strength alone
-    "with the integral term": {"kl_integral_coef": 0.1},
     "shuffled advantages": {"shuffle_advantages": True},
     "without PID": {"pid_kp": 0.0, "pid_ki": 0.0, "pid_kd": 0.0},
     "without phases": {"phases": False},
