@@ -31,19 +31,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # for a checkout that is not installed
 
 from study_arms import (  # noqa: E402
-    ABLATIONS,
     ARMS,
     BASE,
     BY_REWARD,
+    CHANGES,
     DEVELOPMENT,
     DEVELOPMENT_SEED,
     FRESH,
     MAIN,
-    PPO_SENSITIVITY,
     PUBLISHED,
-    SENSITIVITY,
     Settings,
     Spec,
+    base_of,
 )
 from study_report import Row, best, read_rows, write_report  # noqa: E402
 
@@ -69,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     for stage in () if args.report else args.stages:
         done = {row["key"] for row in read_rows(args.results)}
-        specs = [spec for spec in plan(stage, args) if spec.key not in done and re.search(args.only, spec.name)]
+        specs = [spec for spec in plan(stage, args) if spec.key not in done]
         print(f"{stage}: {len(specs)} runs to make", flush=True)
         failed += make(specs, args)
     write_report(args.results)
@@ -84,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--arms", nargs="+", choices=tuple(ARMS), default=list(MAIN), help="of the sweep and the main runs"
     )
-    top.add_argument("--only", default="", metavar="REGEX", help="runs whose arm, or change of one, has such a name")
+    top.add_argument(
+        "--only", default="", metavar="REGEX", help="of the ablation and the sensitivity: changes of such a name"
+    )
     top.add_argument("--seeds", type=int, default=3, help="fresh seeds of each arm")
     top.add_argument("--steps", type=int, default=30, help="of a run on a fresh seed")
     top.add_argument("--sweep-steps", type=int, default=15)
@@ -133,10 +134,8 @@ def changes(stage: str, reward: str, rows: dict[str, Row], args: argparse.Namesp
 
     if stage in ("main", "published"):
         return {name: chosen(name) for name in (args.arms if stage == "main" else PUBLISHED)}
-    if stage == "ablation":
-        return {name: chosen("safe") | change for name, change in ABLATIONS.items()}
-    of_safe = {name: chosen("safe") | change for name, change in SENSITIVITY.items()}
-    return of_safe | {name: chosen("ppo") | change for name, change in PPO_SENSITIVITY.items()}
+    wanted = {name: change for name, change in CHANGES[stage].items() if re.search(args.only, name)}
+    return {name: chosen(base_of(name)) | change for name, change in wanted.items()}
 
 
 def make(specs: list[Spec], args: argparse.Namespace) -> int:

@@ -105,6 +105,14 @@ SENSITIVITY = one_at_a_time(
     max_preview_kl=(0.3,),
 )
 PPO_SENSITIVITY = one_at_a_time("ppo, ", beta=(0.01, 0.3), gae_lambda=(0.8, 1.0), polyak=(1.0,))
+CHANGES = {"ablation": ABLATIONS, "sensitivity": SENSITIVITY | PPO_SENSITIVITY}
+
+
+def base_of(change: str) -> str:
+    """The arm that a change of this name changes."""
+    return "ppo" if change in PPO_SENSITIVITY else "safe"
+
+
 # What only the controller reads: replayed on the signals of runs that were made, without training anew.
 OF_THE_CONTROLLER = {name: ABLATIONS[name] for name in ("without entropy gate", "without PID", "without phases")}
 REPLAYED = OF_THE_CONTROLLER | one_at_a_time(

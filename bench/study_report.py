@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # for a checkout that is not installed
 
-from study_arms import ABLATIONS, MAIN, PPO_SENSITIVITY, PUBLISHED, REPLAYED, SENSITIVITY, Settings  # noqa: E402
+from study_arms import CHANGES, MAIN, PUBLISHED, REPLAYED, Settings, base_of  # noqa: E402
 
 from safe_train.config import SafeConfig  # noqa: E402
 from safe_train.controller import Controller, Moments  # noqa: E402
@@ -24,10 +24,9 @@ Row = dict[str, Any]
 MATCHED_KLS = (0.05, 0.1, 0.2, 0.3)  # nats per token
 SMOOTH = 5  # steps
 CRASH_WINDOW, CRASH_KL = 10, 1.0
-SWEEP_KL = 0.7  # nats per token; a setting that passes it in the sweep would pass CRASH_KL in a run twice as long
+SWEEP_KL = 0.7  # nats per token; a setting that passes it in the sweep may well pass CRASH_KL in a run twice as long
 SPIKE = 2.0  # times the value loss of the steps before
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t for 1, 2, ... degrees of freedom
-CHANGES = ABLATIONS | SENSITIVITY | PPO_SENSITIVITY
 PAPER = {"safe_paper": 0.725, "ppo_paper": 0.689}  # training-average rewards it reports, of 3B models
 
 
@@ -51,19 +50,16 @@ def current(rows: Sequence[Row]) -> list[Row]:
     def named(row: Row) -> Row | None:
         if row["stage"] == "sweep":
             return row
-        if row["stage"] in ("ablation", "sensitivity"):
-            arm = chosen.get((row["reward"], base_of(row["name"])), {})
-            return row if row["settings"] == arm | CHANGES.get(row["name"], row["settings"]) else None
+        if row["stage"] in CHANGES:
+            arm, change = chosen.get((row["reward"], base_of(row["name"]))), CHANGES[row["stage"]].get(row["name"])
+            return row if None not in (arm, change) and row["settings"] == arm | change else None
         own = chosen[row["reward"], row["name"]]
-        others = [f"{key} {value}" for key, value in row["settings"].items() if own.get(key) != value]
+        has = row["settings"]
+        others = [f"{key} {has.get(key)}" for key in own | has if own.get(key) != has.get(key)]
         return row | {"name": ", ".join([row["name"], *others])}
 
     kept = {row["key"]: named(row) for row in rows if of_the_newest_scale(row)}
     return [row for row in kept.values() if row is not None]
-
-
-def base_of(change: str) -> str:
-    return "ppo" if change in PPO_SENSITIVITY else "safe"
 
 
 def best(rows: Sequence[Row]) -> int:
@@ -170,21 +166,21 @@ def student(freedom: int) -> float:
 
 def cell(rows: Sequence[Row], column: Column, base: Sequence[Row] | None = None) -> str:
     """The column's mean over the rows, less that over `base`."""
-    (known, missing), (less, _) = known_values(rows, column), known_values(base or (), column)
+    known, less = known_values(rows, column), known_values(base or (), column)
     if not known or (base is not None and not less):
         return "-"
     if column[2] == COUNT:
         return f"{sum(known):.0f} of {len(known)}"
     mean, half = interval(known) if base is None else difference(known, less)
     text = f"{mean:{'' if base is None else '+'}{column[2]}}" + ("" if math.isnan(half) else f" ± {half:{column[2]}}")
-    return f"{text} ({len(known)} of {len(rows)})" if missing else text
+    if len(known) < len(rows):
+        text += f" ({len(known)} of {len(rows)})"
+    return text + (f" (less {len(less)} of {len(base)})" if base and len(less) < len(base) else "")
 
 
-def known_values(rows: Sequence[Row], column: Column) -> tuple[list[float], int]:
-    """The values that are not NaN, and how many are."""
+def known_values(rows: Sequence[Row], column: Column) -> list[float]:
     values = [float(column[1](row)) for row in rows]
-    known = [value for value in values if not math.isnan(value)]
-    return known, len(values) - len(known)
+    return [value for value in values if not math.isnan(value)]
 
 
 def table(
@@ -262,7 +258,7 @@ def section(reward: str, rows: list[Row]) -> list[str]:
             "In short:",
             table(main, SUMMARY, reward),
             "Settings, as the sweep chose them: "
-            + "; ".join(f"`{name}` {settings_of(own[0])}" for name, own in main.items())
+            + "; ".join(f"`{name}` {settings_of(main[name][0])}" for name in (*MAIN, *PUBLISHED) if name in main)
             + ".",
             "During training:",
             table(main, COLUMNS),
@@ -277,7 +273,7 @@ def section(reward: str, rows: list[Row]) -> list[str]:
         others = {name: main[name] for name in arms if name in main and name != base}
         if base in main and others:
             parts += [f"Less `{base}`:", table(others, (*DIFFERENCES, *MATCHED), base=main[base])]
-    for stage in ("ablation", "sensitivity"):
+    for stage in CHANGES:
         for arm in ("safe", "ppo"):
             changed = {name: own for name, own in grouped(rows, stage).items() if base_of(name) == arm}
             if changed and arm in main:

@@ -276,6 +276,7 @@ def gate(layout: Layout, policy: Policy, base: Any, inputs: Inputs, device: str)
     wide = torch.float64 if device == "cpu" else torch.float32
     widened = inputs._replace(old_logprob_L=inputs.old_logprob_L.to(wide), advantage_L=inputs.advantage_L.to(wide))
     judge = Published(copy.deepcopy(policy).to(wide), widened, layout.args, device, copy.deepcopy(base).to(wide))
+    use_attention(judge.policy.causal_lm, "sdpa")  # for good: checkpoints are recomputed when `states` has returned
     judge.policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})  # its activations would not fit
     judge.policy.train()
     exact = results(judge)

@@ -1,7 +1,7 @@
 """Every public function in plain PyTorch: the definition, the oracle of the tests and the eager baseline.
 
-The signatures are those of `safe_kernels`, less `backend`. Autograd does every gradient, nothing is chunked, any
-floating dtype works: float64 inputs are computed in float64, all others in float32.
+The signatures are those of `safe_kernels`, less `backend`. Autograd does every gradient but that of a product, nothing
+is chunked, any floating dtype works: float64 inputs are computed in float64, all others in float32.
 """
 
 import math
@@ -241,12 +241,12 @@ class _TensorCoreProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         hidden, weight = ctx.saved_tensors
-        rows = gradient.reshape(-1, gradient.shape[-1])
+        rows = gradient.reshape(-1, gradient.shape[-1]).to(hidden.dtype)
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = (rows @ weight.float()).view(hidden.shape).to(hidden.dtype)
+            grad_hidden = (rows @ weight).view(hidden.shape)
         if ctx.needs_input_grad[1]:
-            grad_weight = (rows.T @ hidden.reshape(-1, hidden.shape[-1]).float()).to(weight.dtype)
+            grad_weight = rows.T @ hidden.reshape(-1, hidden.shape[-1])
         return grad_hidden, grad_weight
 
 

@@ -52,8 +52,8 @@ def own_random_numbers(seed: int, step: int) -> Iterator[None]:
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed that the numbers decide, and that neighbouring numbers do not share."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    """A seed that the numbers decide, and that no neighbouring numbers share, nor fewer or more of them."""
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -18,8 +19,15 @@ class Stopped(SystemExit):
     @classmethod
     def after(cls, step: int, number: int, folder: str) -> Stopped:
         if parallel.is_main():
-            name, command = signal.Signals(number).name, f"safe-train run --resume output_dir={folder}"
-            print(f"{name}: stopped after step {step}, with a checkpoint; continue with {command}", file=sys.stderr)
+            name, command = (
+                signal.Signals(number).name,
+                f"safe-train run --resume {shlex.quote(f'output_dir={folder}')}",
+            )
+            print(
+                f"{name}: stopped after step {step}, with a checkpoint; continue with {command}, or from Python with "
+                "train(resume_from_checkpoint=True)",
+                file=sys.stderr,
+            )
         return cls(128 + number)
 
 

@@ -331,7 +331,7 @@ def test_a_recurrent_model_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="runs with -m gpu on a CUDA device")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", ["flash_attention_3", "flash_attention_2", "varlen", "sdpa", "flex_attention"])
 def test_on_a_gpu_packed_is_no_worse_than_eager_alone(architecture, name):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from safe_train.attention import use_attention
+
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.append(str(BENCH))
 model, peers, rows, run, tune, workloads = (
@@ -247,6 +249,16 @@ def test_both_layouts_take_the_same_step():
     assert len(judged) == 6 and all(row.gate == "green" for row in judged)
     assert all(error["error"] <= error["allowed"] for row in judged for error in row.errors.values())
     assert published.peak_bytes > ours.peak_bytes > 0
+
+
+def test_the_judge_of_a_policy_with_packed_attention_is_padded():
+    """As on GPUs, where the attention of packed sequences has no use for padded ones."""
+    policy, base = trainer.build(STEP, trainer.SafeConfig(lora_r=4), "cpu")
+    inputs = trainer.make_inputs(STEP, "cpu")
+    use_attention(policy.causal_lm, "varlen")
+    published = trainer.Published(policy, inputs, trainer.SafeConfig(), "cpu", base)
+    assert trainer.gate(published, policy, base, inputs, "cpu").gate == "green"
+    assert policy.causal_lm.config._attn_implementation == "varlen"
 
 
 def test_a_wrong_update_is_red(monkeypatch):

@@ -78,6 +78,9 @@ def test_the_integral_holds_a_kl_that_the_proportional_part_lets_drift():
             kl += 0.3 * (max(0.0, 1 - 2 * control.update(kl, 2.0, 0.0, 1.0).kl_coef) - kl)
         held[coefficient] = kl
     assert held[0.05] == pytest.approx(0.3, abs=1e-3) and held[0.0] > 0.6
+    switched_off = controller(kl_integral_coef=0.0, **settings)
+    switched_off.load_state_dict(json.loads(json.dumps(control.state_dict())))
+    assert control.last.kl_integral > 0.3 and drive(switched_off, [0.0])[0].kl_coef == control.args.beta
     released = drive(control, [0.0] * 100)[-1]
     assert released.kl_integral == 0 and released.kl_coef == control.args.beta
 

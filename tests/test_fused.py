@@ -16,7 +16,6 @@ from safe_kernels.triton_backend.logits import Asked
 from safe_kernels.triton_backend.rows import STATS
 
 pytestmark = pytest.mark.usefixtures("kernels")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -29,12 +28,10 @@ def statistics(hidden, weight, tokens, *, ref_hidden=None, ref_weight=None, bias
     """The rows of STATS by name, for arguments of `linear_token_stats` with one leading axis."""
     shared = ref_weight is None and ref_bias is None
     tensors = (hidden, weight, ref_hidden, ref_weight, bias, bias if shared else ref_bias)
-    tensors = [None if x is None else x.to(DEVICE) for x in tensors]
     options = {"temperature": 1.0, "mask": None} | asked
-    options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     options["mask_N"] = options.pop("mask")
-    stats = torch.full((len(STATS), len(tokens)), math.nan, device=DEVICE)
-    fused_statistics(*tensors, Asked(tokens.to(DEVICE), len(weight), **options), stats)
+    stats = torch.full((len(STATS), len(tokens)), math.nan)
+    fused_statistics(*tensors, Asked(tokens, len(weight), **options), stats)
     return dict(zip(STATS if ref_hidden is not None else STATS[:4], stats.cpu(), strict=False))
 
 
@@ -235,8 +232,8 @@ def test_no_tokens():
 
 
 def products(x, y):
-    out = torch.full((x.shape[0], y.shape[1]), math.nan, device=DEVICE)
-    product(x.to(DEVICE), y.to(DEVICE), out)
+    out = torch.full((x.shape[0], y.shape[1]), math.nan)
+    product(x, y, out)
     return out.cpu()
 
 

@@ -19,7 +19,10 @@ from safe_kernels import (
     token_stats,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="runs with -m gpu on a CUDA device"),
+]
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VOCABULARIES = [128_256, 151_936, 50_257]

@@ -52,8 +52,8 @@ def test_every_arm_tunes_as_much_and_every_setting_is_one():
     for name, grid in grids.items():
         for setting in grid:
             SafeConfig.from_dict(base | arms.ARMS[name].settings | setting)
-    for name, change in report.CHANGES.items():
-        own = base | (arms.ARMS["ppo"].settings | {"beta": 0.1} if report.base_of(name) == "ppo" else {})
+    for name, change in itertools.chain(*(changes.items() for changes in arms.CHANGES.values())):
+        own = base | (arms.ARMS["ppo"].settings | {"beta": 0.1} if arms.base_of(name) == "ppo" else {})
         assert SafeConfig.from_dict(own | change) != SafeConfig.from_dict(own), name
 
 
@@ -94,6 +94,7 @@ def test_confidence_intervals_and_differences():
     assert report.cell(level[1.0], column, base=[]) == "-" and report.cell([], column, base=level[1.0]) == "-"
     sometimes = ("", lambda r: math.nan if r["seed"] else 1.0, ".1f")
     assert report.cell(level[1.0], sometimes) == "1.0 (1 of 2)"
+    assert report.cell(level[1.0][:1], sometimes, base=level[1.0]) == "+0.0 (less 1 of 2)"
 
 
 def test_crashes_are_counted():
@@ -110,7 +111,10 @@ def test_the_report_mixes_no_scales_no_settings_and_no_repeats():
     old = [row(key="a", steps=10), row(key="b", settings={"beta": 1}), row(key="c", base={"model": "other"})]
     new = [row(key="d"), row(key="e", seed=1), row(key="d", error="again")]
     assert report.current([*old, *new]) == [old[1] | {"name": "safe, beta 1"}, new[2], new[1]]
-    longer = row(key="f", stage="ablation", steps=300)
+    more = row(key="f", seed=2, settings={"ema_short": 0.5})
+    renamed = [f"safe, {difference}" for difference in ("ema_short None, beta 1", "ema_short None", "ema_short None")]
+    assert [r["name"] for r in report.current([old[1], *new[:2], more])] == [*renamed, "safe"]
+    longer = row(key="g", steps=300)
     assert report.current([*old, *new, longer]) == [longer]
 
 
@@ -119,10 +123,13 @@ def test_a_change_counts_beside_the_arm_that_it_changed():
         return row(key=key, stage="ablation", name=name, settings=settings)
 
     arms_rows = [row(key="a", settings={"beta": 1}), row(key="b", name="ppo", settings={"beta": 2})]
-    kept = [changed("c", {"beta": 1, "phases": False}), changed("d", {"beta": 0.3}, "ppo, beta 0.3")]
-    left = [changed("e", {"beta": 9, "phases": False}), changed("f", {"beta": 1})]
+    kept = [
+        changed("c", {"beta": 1, "phases": False}),
+        changed("d", {"beta": 0.3}, "ppo, beta 0.3") | {"stage": "sensitivity"},
+    ]
+    left = [changed("e", {"beta": 9, "phases": False}), changed("f", {"beta": 1}), changed("g", {"beta": 1}, "former")]
     assert report.current([*arms_rows, *kept, *left]) == [*arms_rows, *kept]
-    assert [report.base_of(name) for name in ("without phases", "ppo, beta 0.3")] == ["safe", "ppo"]
+    assert [arms.base_of(name) for name in ("without phases", "ppo, beta 0.3")] == ["safe", "ppo"]
 
 
 def test_the_controller_replayed_decides_what_it_decided():
