@@ -10,7 +10,7 @@ import processes
 import pytest
 import tiny
 import torch
-from test_distributed import ACCELERATE, arrays, close, trainer_on, without_clock
+from test_distributed import ACCELERATE, FULL, arrays, close, trainer_on, without_clock
 
 from safe_train import parallel, zero
 from safe_train.config import ConfigError
@@ -20,12 +20,10 @@ CASES = {
     "LoRA": {},
     "a bad gradient on one process": {"bad_gradient": True},
     "tied head, one rank got no response token": {
-        "kind": "one rank got no response token", "model": {"tie_word_embeddings": True}
+        "kind": "one rank got no response token", "model": {"tie_word_embeddings": True}, "learning_rate": 1e-3
     },
-    "full fine-tuning": {"lora_r": 0, "algorithm": "ppo"},
-    "tied head, checkpointing": {
-        "lora_r": 0, "gradient_checkpointing": True, "model": {"tie_word_embeddings": True}
-    },
+    "full fine-tuning": {"algorithm": "ppo", **FULL},
+    "tied head, checkpointing": {"gradient_checkpointing": True, "model": {"tie_word_embeddings": True}, **FULL},
     "biased head, LoRA on the last layer": {"model": {"bias": True}, "lora_last_layers": 1},
 }  # fmt: skip
 STAGES = (2, 3)
