@@ -130,9 +130,10 @@ class Controller:
         excess, rise = max(0.0, kl_short - threshold), max(0.0, momentum)
         penalty = args.kl_excess_coef * excess + args.kl_momentum_coef * rise
         penalty *= gate if args.entropy_gate else 1.0
+        acts = args.controller == "safe"
         hold = self.last.kl_integral + args.kl_integral_coef * (kl_short - threshold)
-        hold = clip(hold, 0.0, INTEGRAL_MAX) if args.kl_integral_coef > 0 else 0.0
-        kl_coef = args.beta + (penalty + hold if args.controller == "safe" else 0.0)
+        hold = clip(hold, 0.0, INTEGRAL_MAX) if acts and args.kl_integral_coef > 0 else 0.0
+        kl_coef = args.beta + (penalty if acts else 0.0) + hold
         floor = self.entropy_floor
         self.last = Control(kl_coef, threshold, kl_short, kl_long, momentum, penalty, gate, floor, pid, phase, hold)
         return self.last

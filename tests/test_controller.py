@@ -111,9 +111,10 @@ def test_coefficient_is_the_anchor_below_the_threshold_and_grows_above_it():
 
 
 def test_fixed_controller_observes_and_never_acts():
-    trace = drive(controller(controller="fixed", beta=0.02), [0.1, 0.5, 2.0])
+    trace = drive(controller(controller="fixed", beta=0.02, kl_integral_coef=0.1), [0.1, 0.5, 2.0])
     assert [c.kl_coef for c in trace] == [0.02] * 3
     assert trace[-1].kl_penalty > 0
+    assert trace[-1].kl_integral == 0  # nothing learned that a run resumed with `controller: safe` would jump to
 
 
 def test_momentum_charges_a_rise_over_the_window_and_not_a_fall():
