@@ -1,8 +1,8 @@
 """Checkpoints that hold everything a run needs to continue as if it had never stopped.
 
 A checkpoint is written to a temporary folder and renamed when complete, so a kill at any instant leaves either all of
-it or none. The `policy` folder inside it loads with transformers or peft. Nothing is unpickled. It is the same whatever
-the number of processes that wrote it, and resumes on any other; they must all see the folder.
+it or none. The `policy` folder inside it loads with transformers or peft, tokenizer included. Nothing is unpickled. It
+is the same whatever the number of processes that wrote it, and resumes on any other; they must all see the folder.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ def say(*lines: str) -> None:
 def write_files(folder: Path, trainer: SafeTrainer, policy: dict[str, Tensor], optimizers: dict[str, Any]) -> None:
     extra = {"save_embedding_layers": False} if trainer.policy.is_lora else {}
     trainer.policy.model.save_pretrained(folder / "policy", state_dict=policy, **extra)
+    trainer.tokenizer.save_pretrained(folder / "policy")
     torch.save(optimizers, folder / "optimizers.pt")
     if trainer.critic is not None:
         save_file(trainer.critic.state_dict(), folder / "critic.safetensors")

@@ -178,7 +178,7 @@ def test_resumed_from_any_checkpoint_equals_uninterrupted(settings, tmp_path):
 
 def test_a_checkpoint_loads_with_peft_and_transformers(tmp_path):
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ids = torch.tensor([[3, 4, 5]])
     for lora_r, load in (
@@ -187,8 +187,12 @@ def test_a_checkpoint_loads_with_peft_and_transformers(tmp_path):
     ):
         trainer = tiny.trainer(tmp_path / str(lora_r), lora_r=lora_r)
         trainer.train()
-        loaded = load(tmp_path / str(lora_r) / "checkpoints" / "step-3" / "policy")
-        assert torch.equal(loaded(ids).logits, trainer.policy.model(ids).logits)
+        folder = tmp_path / str(lora_r) / "checkpoints" / "step-3" / "policy"
+        assert torch.equal(load(folder)(ids).logits, trainer.policy.model(ids).logits)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert (
+            tokenizer("a dog sat").input_ids == trainer.tokenizer("a dog sat").input_ids and tokenizer.eos_token_id == 1
+        )
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):

@@ -71,7 +71,7 @@ GEMMS = {
 FLOAT32 = {  # NVIDIA's tensor cores do not multiply float32 exactly, and without them bulk loads cost registers
     "statistics": GemmChoice(64, 128, 16, num_warps=8, num_stages=2),  # 182
     "with reference": GemmChoice(64, 64, 32, num_warps=8, num_stages=2),  # 210
-    "product": GemmChoice(64, 64, 16, num_warps=4, num_stages=2),  # 182
+    "product": GemmChoice(64, 64, 16, num_warps=4, num_stages=1),  # 164; in Triton 3.6 two stages spill on sm_100
 }
 GEMMS |= {(target, work, 32): FLOAT32[work] for target, work, _ in GEMMS}
 ROW_TILES_TOGETHER = 16  # with H = 4096 in bf16 and 128 rows, 16 MB of hidden states: they stay in L2
