@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--seeds", type=int, default=3, help="fresh seeds of each arm")
     top.add_argument("--steps", type=int, default=30, help="of a run on a fresh seed")
-    top.add_argument("--sweep-steps", type=int, default=15)
+    top.add_argument("--sweep-steps", type=int, help="half of --steps, if not given")
     top.add_argument("--jobs", type=int, default=2, help="runs at once, which share the cores; 1 for a GPU")
     top.add_argument("--set", nargs="+", default=[], metavar="key=value", help="settings for all runs")
     top.add_argument("--runs", type=Path, default=Path("runs/study"), help="where the runs are")
@@ -118,7 +118,7 @@ def sweep(reward: str, name: str, args: argparse.Namespace) -> dict[int, Spec]:
     """The runs that an arm chooses among, by their place in its grid."""
     base = BASE | BY_REWARD.get(reward, {}) | DEVELOPMENT | args.overrides
     settings = (ARMS[name].settings | setting for setting in ARMS[name].grid)
-    steps = args.sweep_steps
+    steps = args.sweep_steps or args.steps // 2
     return {i: Spec("sweep", reward, name, DEVELOPMENT_SEED, steps, base, s) for i, s in enumerate(settings)}
 
 

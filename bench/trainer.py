@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,8 +33,8 @@ from safe_train.attention import use_attention
 from safe_train.config import SafeConfig
 from safe_train.critic import Critic
 from safe_train.data import Prompt, TokenBatch
-from safe_train.models import Policy, make_policy
-from safe_train.rollout import sample
+from safe_train.models import Policy, make_policy, use_tensor_cores
+from safe_train.rollout import make_sampler
 
 ROLLOUT, SCORE, UPDATE, LOSS = "rollout", "score", "update", "loss part"
 BACKBONES = {  # as the models' own configurations have them
@@ -196,10 +197,22 @@ class Published(Layout):
             use_attention(model, packed)
 
 
+@contextmanager
+def multiplied_in(precision: str) -> Iterator[None]:
+    """The precision of float32 products, which the trainer lowers beside bfloat16 weights."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def measured(workload: Workload, settings: Any, title: str = "") -> list[Row]:
     """Rows of all layouts, or one that says that the memory is too small for them."""
     try:
-        return rows_of(workload, settings)
+        with multiplied_in("highest"):  # until the policy is there, and again for the rows of others
+            return rows_of(workload, settings)
     except torch.OutOfMemoryError as error:
         return [Row(ALL_PASSES, "all", None, "out of memory", f"{error}"[:300])]
 
@@ -208,6 +221,7 @@ def rows_of(workload: Workload, settings: Any) -> list[Row]:
     """Ours behind a gate: statistics, loss and gradients as exact as the published layout's."""
     device, args = settings.device, SafeConfig(kl_penalty_coef=0.1, lora_r=128)
     policy, base = build(workload, args, device)
+    use_tensor_cores(policy.causal_lm.device, policy.causal_lm.dtype)
     inputs = make_inputs(workload, device)
     ours = [layout(policy, inputs, args, device) for layout in (Ours, OursAsPPO)]
     verdicts = {layout.name: gate(layout, policy, base, inputs, device) for layout in ours}
@@ -279,7 +293,8 @@ def gate(layout: Layout, policy: Policy, base: Any, inputs: Inputs, device: str)
     use_attention(judge.policy.causal_lm, "sdpa")  # for good: checkpoints are recomputed when `states` has returned
     judge.policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})  # its activations would not fit
     judge.policy.train()
-    exact = results(judge)
+    with multiplied_in("highest"):
+        exact = results(judge)
     del judge
     plain, found = results(Published(policy, inputs, layout.args, device, base)), results(layout)
     errors = {}
@@ -309,4 +324,5 @@ def generation(policy: Policy, inputs: Inputs, workload: Workload) -> Callable[[
     tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=None, batch_decode=lambda rows, **_: [""] * len(rows))
     prompts = [Prompt("", ids, {}) for ids in inputs.prompts]
     args = SafeConfig(max_new_tokens=workload.T // 2)
-    return lambda: sample(policy, tokenizer, prompts, args)
+    sampler = make_sampler(policy, tokenizer, args)
+    return lambda: sampler(prompts)

@@ -98,4 +98,5 @@ def adamw(policy: Policy, args: SafeConfig) -> torch.optim.AdamW:
 
 def options(policy: Policy, args: SafeConfig) -> dict[str, Any]:
     rate = args.learning_rate or (1e-4 if policy.is_lora else 1e-5)
-    return {"lr": rate, "weight_decay": args.weight_decay}
+    fused = any(p.is_cuda for p in policy.parameters())  # the default copies one of the moments at each step
+    return {"lr": rate, "weight_decay": args.weight_decay, "fused": fused}

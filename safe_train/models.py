@@ -147,6 +147,7 @@ def make_policy(
         model = policy.causal_lm
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # a hook for reentrant checkpointing, which breaks the graph of decoding
     return policy.train(args.gradient_checkpointing)
 
 
@@ -165,6 +166,12 @@ def prepare_backbone(model: Any, args: SafeConfig, device: torch.device, dtype: 
         )
     use_attention(model, choose_attention(args.attn_implementation, model, device, dtype))
     apply_liger(model, args.liger_kernel, device)
+
+
+def use_tensor_cores(device: torch.device, dtype: torch.dtype) -> None:
+    """LoRA multiplies in float32. Beside bfloat16 weights TF32 is precise enough for it, and runs on tensor cores."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")
 
 
 def apply_liger(model: Any, setting: str, device: torch.device) -> None:

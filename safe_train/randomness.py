@@ -23,8 +23,9 @@ def random_numbers() -> dict[str, Any]:
 
 
 def random_states() -> dict[str, Tensor]:
+    """Of PyTorch's generators, the GPU's if the run uses it."""
     states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
@@ -32,7 +33,7 @@ def random_states() -> dict[str, Tensor]:
 def restore_random_states(states: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     np.random.set_state(numbers["numpy"])
-    if "cuda" in states and torch.cuda.is_available():
+    if "cuda" in states and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])
     version, internal, gauss = numbers["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -67,12 +67,21 @@ def make_sampler(policy: Policy, tokenizer: Any, args: SafeConfig) -> Sampler:
         from safe_train.vllm import VLLMSampler
 
         return VLLMSampler(policy, tokenizer, args)
-    return functools.partial(sample, policy, tokenizer, args=args)
+    return functools.partial(sample, policy, tokenizer, args=args, caches={})
 
 
 @torch.no_grad()
-def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], args: SafeConfig) -> Rollout:
-    """One completion for each prompt, sampled from the policy itself: temperature 1, nothing cut off."""
+def sample(
+    policy: Policy,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    args: SafeConfig,
+    caches: dict[int, StaticCache | None] | None = None,
+) -> Rollout:
+    """One completion for each prompt, sampled from the policy itself: temperature 1, nothing cut off.
+
+    `caches` keeps the KV caches from call to call, by their number of rows.
+    """
     eos_ids = end_tokens(policy, tokenizer)
     settings = GenerationConfig(
         do_sample=True,
@@ -85,9 +94,13 @@ def sample(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], args: Safe
     )
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
+    groups = chunks([len(prompt.ids) for prompt in prompts], args.generation_batch_size or len(prompts))
+    caches, rows = {} if caches is None else caches, len(groups[0])
+    if rows not in caches:
+        caches[rows] = static_cache(policy, args)
+    cache = caches[rows]
     with policy.sampling() as model:
-        cache = static_cache(policy, args)
-        for chunk in chunks([len(prompt.ids) for prompt in prompts], args.generation_batch_size or len(prompts)):
+        for chunk in groups:
             if cache is not None:
                 cache.reset()
             drawn = generate(model, [prompts[i].ids for i in chunk], settings, cache)
@@ -114,7 +127,7 @@ def chunks(lengths: Sequence[int], size: int) -> list[list[int]]:
 def static_cache(policy: Policy, args: SafeConfig) -> StaticCache | None:
     """A KV cache of one shape for the whole run, where it pays: transformers then compiles decoding into CUDA graphs.
 
-    It is given up after each rollout: between rollouts its memory is the update's.
+    They are bound to the cache's addresses: with a new cache for each rollout they would be recorded anew, and pile up.
     """
     model = policy.causal_lm
     compiles = model.device.type == "cuda" and model._can_compile_fullgraph

@@ -28,7 +28,7 @@ from safe_train.evaluation import Evaluation, evaluate
 from safe_train.experience import Experience, MicroBatch, gathered, value_states
 from safe_train.importance import importance_corrected
 from safe_train.metrics import step_metrics
-from safe_train.models import Policy, load_model, make_policy
+from safe_train.models import Policy, load_model, make_policy, use_tensor_cores
 from safe_train.preview import Preview
 from safe_train.randomness import own_random_numbers, seed_of, seeded
 from safe_train.rewards import RewardFunction, Rewards, load_reward
@@ -107,6 +107,7 @@ class SafeTrainer:
         self.callbacks = callbacks
 
         dtype = sharding.compute_dtype(self.device, model.dtype, args)
+        use_tensor_cores(self.device, dtype)
         model = place(model, self.device)
         self.policy: Policy = make_policy(model, args, peft_config, device=self.device, dtype=dtype)
         parallel.broadcast(parameter for each in (self.policy, *self.policy._frozen) for parameter in each.parameters())

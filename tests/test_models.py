@@ -15,7 +15,7 @@ from safe_kernels import linear_policy_loss, linear_token_stats
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
-from safe_train.models import apply_liger, load_model, lora_config, make_policy
+from safe_train.models import apply_liger, load_model, lora_config, make_policy, use_tensor_cores
 
 SEQUENCES = ([[5, 6, 7, 2], [8], [9, 10]], [[11, 12], [13, 14, 3, 1], [1]])
 
@@ -81,6 +81,19 @@ def test_trained_weights_are_float32_and_frozen_ones_bfloat16_on_a_gpu(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     for lora_r, dtype in ((0, torch.float32), (4, torch.bfloat16)):
         assert load_model(str(tmp_path), SafeConfig(lora_r=lora_r), torch.device("cuda"))[0].dtype == dtype
+
+
+def test_lora_multiplies_on_tensor_cores_beside_bfloat16_weights_on_a_gpu_alone():
+    exact = torch.get_float32_matmul_precision()
+    for device, dtype, precision in (
+        ("cpu", torch.bfloat16, exact),
+        ("cuda", torch.float32, exact),
+        ("cuda", torch.bfloat16, "high"),
+    ):
+        use_tensor_cores(torch.device(device), dtype)
+        found = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(exact)
+        assert found == precision
 
 
 def test_lora_reaches_the_linear_layers_of_gpt2(recwarn):

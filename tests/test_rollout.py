@@ -127,7 +127,8 @@ def test_a_static_cache_is_for_gpus_and_models_that_compile():
     assert chosen("static", "cpu", False) is not None
 
 
-def test_decoding_is_compiled_once_for_all_rollouts(monkeypatch):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_decoding_is_compiled_once_for_all_rollouts(checkpointing, monkeypatch):
     """As on a GPU, with another compiler: one graph, without breaks, for chunks and prompts of any length."""
     from torch._dynamo.utils import counters
 
@@ -138,19 +139,20 @@ def test_decoding_is_compiled_once_for_all_rollouts(monkeypatch):
     )
     torch._dynamo.reset()
     counters.clear()
-    args, tokenizer = (
-        SafeConfig(max_new_tokens=6, cache_implementation="static", generation_batch_size=2),
-        tiny.tokenizer(),
-    )
+    settings = {"cache_implementation": "static", "generation_batch_size": 2, "gradient_checkpointing": checkpointing}
+    args, tokenizer = SafeConfig(max_new_tokens=6, **settings), tiny.tokenizer()
     policy, prompts = make_policy(tiny.model(num_hidden_layers=1), args), PromptDataset(tiny.PROMPTS, tokenizer, 16)
+    sampler, addresses = make_sampler(policy, tokenizer, args), set()
     for step in range(2):
-        rollout = sample(policy, tokenizer, prompts.at(3 * step, 3), args)
+        rollout = sampler(prompts.at(3 * step, 3))
+        addresses |= {cache.layers[0].keys.data_ptr() for cache in sampler.keywords["caches"].values()}
         recorded = torch.tensor(sum(rollout.sampler_logprobs, []))
         torch.testing.assert_close(recorded, scored(policy, rollout), atol=2e-5, rtol=0)
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter += 0.01 * parameter.requires_grad
     assert counters["stats"]["unique_graphs"] == 1
+    assert len(addresses) == 1  # to which CUDA graphs are bound
 
 
 def test_the_sampler_follows_the_policy():
