@@ -24,6 +24,7 @@ except ImportError:  # torch < 2.10
 VARLEN = "varlen"
 FLASH = ("flash_attention_3", "flash_attention_2", VARLEN)  # these read the sequences' boundaries instead of a mask
 LAYERS_OF_FLASH = {"full_attention", "sliding_attention"}
+NO_SOFTCAP = "has no softcap of attention logits, which this model applies"
 
 
 def choose_attention(name: str, model: Any, device: torch.device, dtype: torch.dtype) -> str:
@@ -48,7 +49,7 @@ def obstacle(name: str, model: Any, device: torch.device, dtype: torch.dtype) ->
     if name == "eager":
         return ""
     if name == "sdpa":
-        return "" if model._supports_sdpa else f"is not supported for {architecture} by transformers"
+        return sdpa_obstacle(model)
     if device.type != "cuda":
         return f"needs a GPU to train on, the device is {device.type}"
     if name == "flex_attention":
@@ -61,6 +62,16 @@ def obstacle(name: str, model: Any, device: torch.device, dtype: torch.dtype) ->
     if other_layers:
         return f"has no {', '.join(sorted(other_layers))}, which {architecture} uses"
     return varlen_obstacle(model, device) if name == VARLEN else package_obstacle(name)
+
+
+def sdpa_obstacle(model: Any) -> str:
+    if softcapped(model):  # which transformers 5.17 would leave out without a word
+        return NO_SOFTCAP
+    return "" if model._supports_sdpa else f"is not supported for {type(model).__name__} by transformers"
+
+
+def softcapped(model: Any) -> bool:
+    return getattr(model.config, "attn_logit_softcapping", None) is not None
 
 
 def package_obstacle(name: str) -> str:
@@ -76,11 +87,11 @@ def varlen_obstacle(model: Any, device: torch.device) -> str:
         return f"needs torch 2.11 or newer, this is {torch.__version__}"
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
         return "needs an NVIDIA GPU of compute capability 8.0 or newer"
-    config = model.config
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "has no softcap of attention logits, which this model applies"
+    if softcapped(model):
+        return NO_SOFTCAP
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         return "has no attention sinks, which this model has"
+    config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if width > 256 or width % 8 or getattr(config, "v_head_dim", width) != width:
         return f"needs keys and values of one width, a multiple of 8 up to 256, this model's heads have {width}"
@@ -106,7 +117,7 @@ def generation_attention(model: Any) -> str:
     packed = model.config._attn_implementation
     if packed in ("sdpa", "eager"):
         return packed
-    return "sdpa" if model._supports_sdpa else "eager"
+    return "eager" if sdpa_obstacle(model) else "sdpa"
 
 
 def boundaries(model: Any, batch: TokenBatch) -> dict[str, Any]:

@@ -74,15 +74,9 @@ def flash_package(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_
 @pytest.fixture
 def stand_ins(monkeypatch):
     """The implementations that need a GPU, with plain PyTorch where their kernels would run."""
-    functions = (
-        (flash_package, flash_package, None, None, None),
-        (
-            flash_utils._lazy_define_process_function(flash_package),
-            None,
-        ),
-    )
-    for module in (flash_utils, modeling_utils):
-        monkeypatch.setattr(module, "lazy_import_flash_attention", lambda *_, **__: functions)
+    functions = (flash_package, flash_package, None, None, None)
+    monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *_, **__: functions)
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None)
     monkeypatch.setattr(modeling_utils.PreTrainedModel, "_flash_attn_can_dispatch", lambda *_, **__: True)
     monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda: False)
     monkeypatch.setattr(attention, "varlen_attn", plain_varlen)
@@ -151,7 +145,8 @@ def test_the_windows_of_these_models_matter():
 
 def test_stand_in_has_the_signature_of_the_installed_function():
     ours, theirs = (inspect.signature(f).parameters for f in (plain_varlen, varlen_attn))
-    assert [p.kind for p in ours.values()][:-1] == [theirs[name].kind for name in list(ours)[:-1]]
+    assert set(ours) - set(theirs) <= {"softcap", "enable_gqa"}  # torch 2.11 has no `enable_gqa`
+    assert all(ours[name].kind == theirs[name].kind for name in ours if name in theirs)
     assert list(ours)[:7] == list(theirs)[:7]
 
 
@@ -296,7 +291,7 @@ def test_what_cannot_run_is_named_with_the_reason(gpu, monkeypatch):
     assert "flash-attn-3" in obstacle("flash_attention_3", llama, CUDA, half)
     assert "16-bit dtype, the model runs in torch.float32" in obstacle("varlen", llama, CUDA, torch.float32)
     assert "has no softcap" in obstacle("varlen", gemma, CUDA, half)
-    assert "not supported for Gemma2ForCausalLM" in obstacle("sdpa", gemma, CPU, half)
+    assert "has no softcap" in obstacle("sdpa", gemma, CPU, half)
     assert "this model's heads have 12" in obstacle("varlen", model_of("Llama", width=24, heads=2), CUDA, half)
     llama.sinks = torch.nn.Parameter(torch.zeros(4))
     assert "no attention sinks" in obstacle("varlen", llama, CUDA, half)
