@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from peers import PER_TOKEN, Case, Results, operation, rounded_logits, with_policy_loss
+from peers import PER_TOKEN, Case, Results, plain, rounded_logits, with_policy_loss
 from torch import Tensor
 from workloads import Workload
 
@@ -51,7 +51,7 @@ class Gate:
     """Exact results, and those of plain PyTorch, for some rows of a case: made once for all providers."""
 
     def __init__(self, workload: Workload, case: Case) -> None:
-        self.workload, self.case = workload, case
+        self.workload, self.case, self.leaves = workload, case, workload.leaves(workload.passes[-1])
         first = next(case[name] for name in PER_TOKEN if case.get(name) is not None)
         rows = min(len(first), 2 if workload.T else ROWS)
         self.rows = torch.linspace(0, len(first) - 1, rows).long().to(first.device)
@@ -69,8 +69,9 @@ class Gate:
         """Of one provider, on the outputs that it has."""
         asked = tuple(name for name in self.workload.outputs if name in outputs)
         expected = self.expected(asked)
-        found = self._evaluate(run, self.part, asked, self._of_rows(self.upstream), self._leaves(-1))
-        whole = self._evaluate(run, self.case, asked, self.upstream, self._leaves(-2))
+        found = self._evaluate(run, self.part, asked, self._of_rows(self.upstream), self.leaves)
+        by_row = [name for name in self.leaves if f"d {name}" not in SUMS]
+        whole = self._evaluate(run, self.case, asked, self.upstream, by_row)
         found |= {f"{name}, all rows": x[self.rows] for name, x in whole.items() if name not in SUMS}
         for gate in [name for name in expected if name != "exact"]:
             errors = {}
@@ -85,25 +86,17 @@ class Gate:
         """Results of the rows: "exact" in float64, and by gate what plain PyTorch makes of them."""
         if asked not in self._expected:
             workload, upstream = self.workload, self._of_rows(self.upstream)
-
-            def plain(case: Case) -> Results:
-                found = operation(workload.entrance)(**case)._asdict()
-                return {name: x for name, x in found.items() if x is not None}
-
+            unfused = plain(workload.entrance)
             kinds: dict[str, tuple[Callable[[Case], Results], torch.dtype | None]]
-            kinds = {"exact": (plain, torch.float64), "green": (plain, None)}
+            kinds = {"exact": (unfused, torch.float64), "green": (unfused, None)}
             if workload.entrance in ("hidden", "loss") and workload.dtype in ("bfloat16", "float16"):
                 rounded = rounded_logits if workload.entrance == "hidden" else with_policy_loss(rounded_logits)
                 kinds["rounds"] = (rounded, None)
             self._expected[asked] = {
-                kind: self._evaluate(run, self.part, asked, upstream, self._leaves(-1), dtype)
+                kind: self._evaluate(run, self.part, asked, upstream, self.leaves, dtype)
                 for kind, (run, dtype) in kinds.items()
             }
         return self._expected[asked]
-
-    def _leaves(self, part: int) -> list[str]:
-        passes = self.workload.passes
-        return self.workload.leaves(passes[part if len(passes) > 2 or part == -1 else -1])
 
     def _of_rows(self, upstream: Results) -> Results:
         return {name: x[self.rows] if x.dim() else x for name, x in upstream.items()}

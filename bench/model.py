@@ -76,13 +76,6 @@ def plan_seconds(workload: Workload, part: str, roofs: Roofs) -> float:
     return floor.seconds(roofs) + tile_bytes(workload, part) / roofs.bytes
 
 
-def workspace_bytes(workload: Workload, part: str, tile: float, trained: bool = False) -> float:
-    """Memory beyond inputs and results of the tiled plan: tiles, and float32 sums of the gradients."""
-    tiles = tile * (2 if workload.kl else 1) * (1.5 if itemsize(workload) == 2 and part != FORWARD else 1)
-    sums = 0 if part == FORWARD else 4.0 * workload.N * workload.H
-    return tiles + sums + (4.0 * workload.V * workload.H if trained else 0)
-
-
 def plain_bytes(workload: Workload, part: str) -> float:
     """Memory of plain PyTorch: float32 tensors of N x V alive at its peak, counted on reference.py."""
     tensors = (5 if part == FORWARD else 6.25) + (2.25 if workload.kl else 0)  # a quarter: a tensor of bools

@@ -5,19 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # for a checkout that is not installed
+from study_arms import CHANGES, MAIN, PUBLISHED, REPLAYED, Settings, base_of
 
-from study_arms import CHANGES, MAIN, PUBLISHED, REPLAYED, Settings, base_of  # noqa: E402
-
-from safe_train.config import SafeConfig  # noqa: E402
-from safe_train.controller import Controller, Moments  # noqa: E402
-from safe_train.report import read_rows as read_json_lines  # noqa: E402
+from safe_train.config import SafeConfig
+from safe_train.controller import Controller, Moments
+from safe_train.report import read_rows as read_json_lines
 
 Row = dict[str, Any]
 
@@ -137,9 +133,18 @@ HELD_OUT: tuple[Column, ...] = (
     ("distinct words", lambda r: r["after"]["distinct_words"], ".3f"),
     ("drift of NLL", lambda r: abs(r["after"]["reference_logprob"] - r["before"]["reference_logprob"]), ".3f"),
 )
-SUMMARY: tuple[Column, ...] = (COLUMNS[0], *COLUMNS[2:5], COLUMNS[6], HELD_OUT[1], HELD_OUT[3], HELD_OUT[6])
-DIFFERENCES: tuple[Column, ...] = (COLUMNS[0], COLUMNS[4], HELD_OUT[1], *HELD_OUT[3:])
-CHANGED: tuple[Column, ...] = (COLUMNS[0], *COLUMNS[2:5], COLUMNS[6], HELD_OUT[1], *HELD_OUT[3:])
+
+
+def columns(*titles: str) -> tuple[Column, ...]:
+    by_title = {column[0]: column for column in (*COLUMNS, *HELD_OUT)}
+    return tuple(by_title[title] for title in titles)
+
+
+TRAINING = ("training-average reward", "reward crashed", f"KL above {CRASH_KL:g}", "KL mean", "KL max")
+LANGUAGE = ("held-out KL", "distinct words", "drift of NLL")
+SUMMARY = columns(*TRAINING, "held-out reward", "gold", "drift of NLL")
+CHANGED = columns(*TRAINING, "held-out reward", "gold", *LANGUAGE)
+DIFFERENCES = columns("training-average reward", "KL mean", "held-out reward", "gold", *LANGUAGE)
 MATCHED: tuple[Column, ...] = tuple((f"at KL {kl}", lambda r, kl=kl: reward_at(r, kl), ".3f") for kl in MATCHED_KLS)
 
 

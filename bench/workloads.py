@@ -135,7 +135,7 @@ def make_case(workload: Workload, device: str) -> dict[str, Any]:
     if workload.entrance == "gae":
         shape = (workload.N // workload.T, workload.T)
         return {**{name: normal(*shape) for name in ("v1", "v2", "rewards")}, **_mask(workload, draw, shape)}
-    case = _head(workload, normal, draw, device) if workload.entrance != "logits" else _logits(workload, normal)
+    case = _head(workload, normal, device) if workload.entrance != "logits" else _logits(workload, normal)
     case.setdefault("tokens", torch.randint(workload.V, (workload.N,), generator=draw, device=device))
     case |= _mask(workload, draw, (workload.N,))
     return case | _policy(workload, case, normal) if workload.entrance == "loss" else case
@@ -155,7 +155,7 @@ def _logits(workload: Workload, normal: Any) -> dict[str, Any]:
     return {"logits": logits, "ref_logits": (logits + 0.3 * normal(workload.N, workload.V)).to(dtype)}
 
 
-def _head(workload: Workload, normal: Any, draw: torch.Generator, device: str) -> dict[str, Any]:
+def _head(workload: Workload, normal: Any, device: str) -> dict[str, Any]:
     """Random weights whose logits have a standard deviation of 2; the reference is the policy with noise."""
     dtype = getattr(torch, workload.dtype)
     if workload.inputs == "SmolLM2":

@@ -27,7 +27,7 @@ from safe_train import parallel, sharding
 from safe_train.config import ConfigError
 from safe_train.engine import Engine, options
 from safe_train.models import Policy
-from safe_train.randomness import random_numbers, random_states, restore_random_states
+from safe_train.randomness import python_generators, restore_generators, torch_generators
 
 if TYPE_CHECKING:
     from safe_train.trainer import SafeTrainer
@@ -153,7 +153,7 @@ def write_files(folder: Path, trainer: SafeTrainer, policy: dict[str, Tensor], o
     torch.save(optimizers, folder / "optimizers.pt")
     if trainer.critic is not None:
         save_file(trainer.critic.state_dict(), folder / "critic.safetensors")
-    save_file(random_states(), folder / "random.safetensors")
+    save_file(torch_generators(), folder / "random.safetensors")
     (folder / "state.json").write_text(json.dumps(state(trainer), indent=2))
     for path in (folder, *folder.rglob("*")):
         flush(path)
@@ -218,7 +218,7 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     trainer.step, trainer.bad_steps = values["step"], values["bad_steps"]
     trainer.reward_moments = trainer.make_moments(**values["reward_moments"])
     trainer.controller.load_state_dict(values["controller"])
-    restore_random_states(contents.random, values["random"])
+    restore_generators(contents.random, values["random"])
 
 
 def load_policy(policy: Policy, weights: Mapping[str, Tensor]) -> None:
@@ -242,7 +242,7 @@ def state(trainer: SafeTrainer) -> dict[str, Any]:
         "bad_steps": trainer.bad_steps,
         "reward_moments": asdict(trainer.reward_moments),
         "controller": trainer.controller.state_dict(),
-        "random": random_numbers(),
+        "random": python_generators(),
     }
 
 

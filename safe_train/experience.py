@@ -63,7 +63,7 @@ class Experience:
         """A field of all micro-batches of all processes, over all response tokens."""
         return parallel.gather(torch.cat([getattr(micro, name) for micro in self], dim=-1))
 
-    def estimate(self, reward_B: Tensor, kl_charge: float) -> None:
+    def compute_advantages(self, reward_B: Tensor, kl_charge: float) -> None:
         """Fills in advantages and returns from the completions' rewards and a charge per nat of sampled KL."""
         if self.critic is None:
             reward_B = losses.group_advantages(reward_B, self.args.completions_per_prompt)

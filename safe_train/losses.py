@@ -46,8 +46,7 @@ def policy_loss(
     )
     if exact:
         return result
-    logprob_L = linear_token_stats(hidden_LH, tokens=targets_L, **policy_head(head)).logprob
-    estimate_L = SAMPLED_KL[args.kl_estimator](logprob_L, micro.ref_logprob_L)
+    estimate_L = SAMPLED_KL[args.kl_estimator](logprobs(hidden_LH, head, targets_L), micro.ref_logprob_L)
     return result._replace(loss=result.loss + kl_coef * (weight_L * estimate_L).sum())
 
 
@@ -59,9 +58,10 @@ def statistics(hidden_LH: Tensor, head: dict[str, Any], targets_L: Tensor, ref_h
     )
 
 
-def policy_head(head: dict[str, Any]) -> dict[str, Any]:
-    """The head's arguments without the reference's."""
-    return {name: value for name, value in head.items() if not name.startswith("ref_")}
+def logprobs(hidden_LH: Tensor, head: dict[str, Any], targets_L: Tensor) -> Tensor:
+    """Log-probs of the targets under the policy alone, differentiable."""
+    own = {name: value for name, value in head.items() if not name.startswith("ref_")}
+    return linear_token_stats(hidden_LH, tokens=targets_L, **own).logprob
 
 
 def k2(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
@@ -76,6 +76,18 @@ def k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
 
 
 SAMPLED_KL = {"k2": k2, "k3": k3}
+
+
+def importance_corrected(weight_L: Tensor, logprob_L: Tensor, sampler_logprob_L: Tensor, args: SafeConfig) -> Tensor:
+    """Loss weights for tokens of the sampler, whose kernels and rounding are not quite the trainer's.
+
+    As they are, or with `importance_cap` times min(p(trainer) / p(sampler), cap), where `logprob_L` is the trainer's
+    before the first update of the rollout; the cap bounds the variance, at the price of some bias.
+    Source: https://fengyao.notion.site/off-policy-rl (truncated importance sampling for mismatched engines).
+    """
+    if args.importance_cap is None:
+        return weight_L
+    return weight_L * (logprob_L - sampler_logprob_L).exp().clamp(max=args.importance_cap)
 
 
 def value_loss(values_KL: Tensor, micro: MicroBatch, weight_L: Tensor, args: SafeConfig) -> Tensor:

@@ -1,4 +1,7 @@
-"""The numbers of a step, under the names that `metrics.jsonl`, the trackers and the report use."""
+"""The numbers of a step, under the names that `metrics.jsonl`, the trackers and the report use.
+
+Shape legend: L response tokens, B completions, K value heads.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 from safe_train import parallel
 from safe_train.controller import Control
 from safe_train.experience import Experience
-from safe_train.importance import sampler_metrics
+from safe_train.losses import k3
 from safe_train.rollout import Rollout
 
 
@@ -45,6 +48,22 @@ def step_metrics(
         values["explained_variance"] = (1 - residual / returns_L.var(correction=0).clamp(min=1e-8)).item()
         values["value_gap"] = (values_KL[0] - values_KL[-1]).abs().mean().item()
     return values
+
+
+def sampler_metrics(logprob_L: Tensor, sampler_logprob_L: Tensor) -> dict[str, float]:
+    """How far the trainer's log-probs of the rollout are from those it was sampled with.
+
+    `sampler_gap` and `sampler_gap_max` are the mean and maximum of |difference|; `sampler_kl` estimates
+    KL(sampler || trainer) in nats per token.
+    """
+    if len(logprob_L) == 0:
+        return {"sampler_gap": 0.0, "sampler_gap_max": 0.0, "sampler_kl": 0.0}
+    gap_L = (logprob_L - sampler_logprob_L).abs()
+    return {
+        "sampler_gap": gap_L.mean().item(),
+        "sampler_gap_max": gap_L.max().item(),
+        "sampler_kl": k3(sampler_logprob_L, logprob_L).mean().item(),
+    }
 
 
 def costs(seconds: dict[str, float], tokens: int, device: torch.device) -> dict[str, float]:

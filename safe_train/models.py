@@ -38,7 +38,7 @@ class Policy(nn.Module):
         self.model = model
         self.is_lora = hasattr(model, "disable_adapter")
         # In a list, so that the frozen copy is neither trained nor saved with the policy.
-        self._frozen = [] if self.is_lora else [copy.deepcopy(model).eval().requires_grad_(False)]
+        self.frozen_copies = [] if self.is_lora else [copy.deepcopy(model).eval().requires_grad_(False)]
 
     @property
     def causal_lm(self) -> Any:
@@ -55,8 +55,8 @@ class Policy(nn.Module):
     @torch.no_grad()
     def reference(self, batch: TokenBatch) -> Tensor:
         """The reference's hidden states [L, H]."""
-        if self._frozen:
-            return response_states(self._frozen[0], batch)
+        if self.frozen_copies:
+            return response_states(self.frozen_copies[0], batch)
         with self.model.disable_adapter():
             return response_states(self.causal_lm, batch)
 
@@ -64,8 +64,8 @@ class Policy(nn.Module):
         """The output head as keyword arguments of the `safe_kernels.linear_*` functions."""
         head = self.causal_lm.get_output_embeddings()
         arguments = {"weight": head.weight, "bias": head.bias, **logit_transform(self.causal_lm.config)}
-        if self._frozen:
-            frozen = self._frozen[0].get_output_embeddings()
+        if self.frozen_copies:
+            frozen = self.frozen_copies[0].get_output_embeddings()
             arguments |= {"ref_weight": frozen.weight, "ref_bias": frozen.bias}
         return arguments
 

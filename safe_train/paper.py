@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import huber_loss
 
-from safe_kernels import linear_token_stats, soft_min
+from safe_kernels import soft_min
 from safe_train import losses, parallel, sharding
 from safe_train.config import PAPER, SafeConfig
 from safe_train.controller import EMA_SHORT, PHASE_SCALE, PID_DECAY, Control, clip
@@ -160,7 +160,7 @@ class PaperTrainer(SafeTrainer):
     make_controller, make_moments, make_critic = PaperController, PaperMoments, PaperCritic
     algorithms = PAPER
 
-    def observed(self, experience: Experience) -> tuple[float, float]:
+    def mean_kl_and_entropy(self, experience: Experience) -> tuple[float, float]:
         """Sampled KL over the tokens, and entropy over the completions."""
         kl = (experience.tokens("logprob_L") - experience.tokens("ref_logprob_L")).mean().item()
         entropies = [
@@ -172,7 +172,7 @@ class PaperTrainer(SafeTrainer):
         return kl, parallel.gather(torch.stack(entropies)).mean().item()
 
     @torch.no_grad()
-    def estimate(self, experience: Experience, reward_B: Tensor, control: Control) -> None:
+    def compute_advantages(self, experience: Experience, reward_B: Tensor, control: Control) -> None:
         """Advantages reward - value, whitened over the sequences; the reward is the value's target."""
         advantages = []
         for micro in experience:
@@ -197,7 +197,7 @@ class PaperTrainer(SafeTrainer):
         policy = losses.policy_loss(hidden_LH, head, micro, weight_L, control._replace(kl_coef=0.0), args)
         total = policy.loss
         if control.kl_coef:
-            logprob_L = linear_token_stats(hidden_LH, tokens=batch.targets_L, **losses.policy_head(head)).logprob
+            logprob_L = losses.logprobs(hidden_LH, head, batch.targets_L)
             total = total + control.kl_coef * (weight_L * (logprob_L - micro.ref_logprob_L)).sum()
         lengths_B = batch.response_cu_seqlens.diff()
         share_L = losses.per_token(1 / (lengths_B * args.completions_per_step), batch.response_cu_seqlens)
@@ -208,8 +208,8 @@ class PaperTrainer(SafeTrainer):
         means["sampled_kl"] = (weight_L * (policy.logprob - micro.ref_logprob_L)).sum()
         return total + args.value_coef * value_loss, means
 
-    def observe_epoch(self, epoch: int, means: Mapping[str, Any]) -> dict[str, float]:
-        """`observe` was the call of the first inner epoch, whose policy is the one that sampled."""
+    def after_optimizer_step(self, epoch: int, means: Mapping[str, Any]) -> dict[str, float]:
+        """`update_controller` was the call of the first inner epoch, whose policy is the one that sampled."""
         if epoch == 0:
             return {}
         control = self.controller.again(float(means["sampled_kl"]))._asdict()

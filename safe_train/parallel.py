@@ -149,7 +149,7 @@ def from_main(value: T) -> T:
     return values[0]
 
 
-def to_main(tensor: Tensor) -> Tensor:
+def cpu_on_main(tensor: Tensor) -> Tensor:
     """The tensor, on the CPU of rank 0, and an empty one elsewhere."""
     return tensor.cpu() if is_main() else tensor.new_empty(0, device="cpu")
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from safe_train import parallel
 
 
-def random_numbers() -> dict[str, Any]:
+def python_generators() -> dict[str, Any]:
     """The states of Python's and NumPy's generators, which rewards may use."""
     numpy: Any = np.random.get_state(legacy=False)
     numpy["state"]["key"] = numpy["state"]["key"].tolist()
     return {"python": random.getstate(), "numpy": numpy}
 
 
-def random_states() -> dict[str, Tensor]:
+def torch_generators() -> dict[str, Tensor]:
     """Of PyTorch's generators, the GPU's if the run uses it."""
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():
@@ -30,7 +30,7 @@ def random_states() -> dict[str, Tensor]:
     return states
 
 
-def restore_random_states(states: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+def restore_generators(states: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     np.random.set_state(numbers["numpy"])
     if "cuda" in states and torch.cuda.is_initialized():
@@ -60,9 +60,9 @@ def seed_of(*numbers: int) -> int:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Python's, NumPy's and PyTorch's random numbers from `seed`; afterwards those from before go on."""
-    shared = random_states(), random_numbers()
+    shared = torch_generators(), python_generators()
     set_seed(seed)
     try:
         yield
     finally:
-        restore_random_states(*shared)
+        restore_generators(*shared)

@@ -70,8 +70,8 @@ def shard(policy: Policy, device: torch.device, args: SafeConfig) -> None:
     if plugin is None:
         return
     mesh = init_device_mesh(device.type, (parallel.size(),))
-    if policy._frozen:
-        policy.add_module("frozen", policy._frozen[0])
+    if policy.frozen_copies:
+        policy.add_module("frozen", policy.frozen_copies[0])
     mixed = precision(device, policy.causal_lm.dtype, args)
     for layer in layers(policy):
         fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward, mp_policy=mixed)
@@ -125,7 +125,7 @@ def gathered(policy: Policy) -> Iterator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or gathered from its shards: on the CPU of rank 0, and empty elsewhere."""
-    return parallel.to_main(tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor
+    return parallel.cpu_on_main(tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor
 
 
 def unsharded(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -26,7 +26,6 @@ from safe_train.data import Prompt, PromptDataset, load_rows
 from safe_train.engine import make_engine, place
 from safe_train.evaluation import Evaluation, evaluate
 from safe_train.experience import Experience, MicroBatch, gathered, value_states
-from safe_train.importance import importance_corrected
 from safe_train.metrics import step_metrics
 from safe_train.models import Policy, load_model, make_policy, use_tensor_cores
 from safe_train.preview import Preview
@@ -110,7 +109,8 @@ class SafeTrainer:
         use_tensor_cores(self.device, dtype)
         model = place(model, self.device)
         self.policy: Policy = make_policy(model, args, peft_config, device=self.device, dtype=dtype)
-        parallel.broadcast(parameter for each in (self.policy, *self.policy._frozen) for parameter in each.parameters())
+        models = (self.policy, *self.policy.frozen_copies)
+        parallel.broadcast(parameter for each in models for parameter in each.parameters())
         self.engine = make_engine(self.policy, self.device, args)
         self.trainable = self.engine.parameters
         self.sampler = make_sampler(self.policy, self.tokenizer, args)
@@ -154,12 +154,12 @@ class SafeTrainer:
                     rollout, rewards = self.collect(step)
                     with self.timed("score"):
                         experience = Experience(self.policy, self.critic, rollout, args, self.device)
-                    control = self.observe(experience, rewards["reward"])
-                    self.estimate(experience, self.training_rewards(rewards["reward"], rollout), control)
+                    control = self.update_controller(experience, rewards["reward"])
+                    self.compute_advantages(experience, self.training_rewards(rewards["reward"], rollout), control)
                     with self.timed("update"):
                         update = self.update(experience, control)
                 metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
-                del experience  # not beside the next one
+                del experience  # or the next one is made beside it
                 self.step = step + 1
                 if args.eval_every and self.step % args.eval_every == 0:
                     metrics |= {f"eval/{name}": value for name, value in self.evaluate().numbers().items()}
@@ -210,20 +210,21 @@ class SafeTrainer:
         with self.engine.gathered():
             return self.sampler(prompts)
 
-    def observe(self, experience: Experience, reward_B: Tensor) -> Control:
+    def update_controller(self, experience: Experience, reward_B: Tensor) -> Control:
         """Takes the rollout into the reward moments, then asks the controller for the update's coefficients."""
         self.reward_moments.update(reward_B.tolist())
-        seen = parallel.from_main((*self.observed(experience), reward_B.mean().item(), self.reward_moments.std))
+        kl, entropy = self.mean_kl_and_entropy(experience)
+        seen = parallel.from_main((kl, entropy, reward_B.mean().item(), self.reward_moments.std))
         control = self.controller.update(*seen)
         parallel.check_same({"step": self.step, "controller": control, "random numbers": fingerprint()})
         return control
 
-    def observed(self, experience: Experience) -> tuple[float, float]:
+    def mean_kl_and_entropy(self, experience: Experience) -> tuple[float, float]:
         """The rollout's KL to the reference and its entropy as the controller sees them, nats per token."""
         return experience.tokens("kl_L").mean().item(), experience.tokens("entropy_L").mean().item()
 
-    def estimate(self, experience: Experience, reward_B: Tensor, control: Control) -> None:
-        experience.estimate(reward_B, kl_charge=control.kl_coef if self.args.kl_in_reward else 0.0)
+    def compute_advantages(self, experience: Experience, reward_B: Tensor, control: Control) -> None:
+        experience.compute_advantages(reward_B, kl_charge=control.kl_coef if self.args.kl_in_reward else 0.0)
 
     def training_rewards(self, reward_B: Tensor, rollout: Rollout) -> Tensor:
         """Rewards as the advantages see them: normalised, charged for not ending, permuted in the control run."""
@@ -248,7 +249,7 @@ class SafeTrainer:
                         sums[name] = sums.get(name, 0) + value
                 means: dict[str, Any] = dict(parallel.totals(sums))
                 means |= self.optimizer_step(means["policy_loss"] + means["value_loss"])
-                means |= self.observe_epoch(epoch, means)
+                means |= self.after_optimizer_step(epoch, means)
                 if self.preview is not None:
                     means["preview_scale"] = self.preview.apply(means["kl_before_step"].item(), self.mean_kl(minibatch))
                 for name, value in means.items():
@@ -265,7 +266,7 @@ class SafeTrainer:
         """A micro-batch's share of the loss, and of the means, of a minibatch of so many response tokens."""
         weight_L = torch.full_like(micro.logprob_L, 1 / tokens)
         hidden_LH = self.engine.forward(micro.batch)
-        sampled_L = importance_corrected(weight_L, micro.logprob_L, micro.sampler_logprob_L, self.args)
+        sampled_L = losses.importance_corrected(weight_L, micro.logprob_L, micro.sampler_logprob_L, self.args)
         policy = losses.policy_loss(hidden_LH, self.policy.head(), micro, sampled_L, control, self.args)
         total, value_loss = policy.loss, torch.zeros_like(policy.loss)
         if self.critic is not None:
@@ -274,7 +275,7 @@ class SafeTrainer:
             total = total + self.args.value_coef * value_loss
         return total, losses.means(policy, value_loss, micro, weight_L)
 
-    def observe_epoch(self, epoch: int, means: Mapping[str, Any]) -> dict[str, float]:
+    def after_optimizer_step(self, epoch: int, means: Mapping[str, Any]) -> dict[str, float]:
         """Called after each optimizer step with its means, to which it may add: SAFE looks once a rollout."""
         return {}
 

@@ -148,7 +148,7 @@ class Zero2Engine(Engine):
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """AdamW's, of a parameter: whole on rank 0, and empty elsewhere."""
         get = self.deepspeed.utils.safe_get_full_optimizer_state
-        return {name: parallel.to_main(get(parameter, name)) for name in MOMENTS}
+        return {name: parallel.cpu_on_main(get(parameter, name)) for name in MOMENTS}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         (options,) = saved["param_groups"]
@@ -184,8 +184,8 @@ class Zero3Engine(Zero2Engine):
 
     def place(self, device: torch.device) -> None:
         """One weight after another, so that no process ever holds the model. The frozen reference is cut with it."""
-        if self.policy._frozen:
-            self.policy.add_module("frozen", self.policy._frozen[0])
+        if self.policy.frozen_copies:
+            self.policy.add_module("frozen", self.policy.frozen_copies[0])
         self.deepspeed.zero.Init(module=self.policy, config_dict_or_path=config(self.stage, device))
         for buffer in self.policy.buffers():
             buffer.data = buffer.data.to(device)
@@ -231,9 +231,9 @@ class Zero3Engine(Zero2Engine):
 
     def whole(self, tensor: Tensor) -> Tensor:
         if tensor.requires_grad:
-            return parallel.to_main(self.deepspeed.utils.safe_get_full_fp32_param(tensor))
+            return parallel.cpu_on_main(self.deepspeed.utils.safe_get_full_fp32_param(tensor))
         with self.whole_parameters([tensor]):
-            return parallel.to_main(tensor.detach())
+            return parallel.cpu_on_main(tensor.detach())
 
     def parts(self) -> list[Tensor]:
         return self.zero.fp32_partitioned_groups_flat

@@ -84,7 +84,7 @@ def stand_ins(monkeypatch):
 
 def use_everywhere(policy, name):
     """As `make_policy` would where the implementation can run: for the policy and its frozen copy."""
-    for model in (policy.causal_lm, *policy._frozen):
+    for model in (policy.causal_lm, *policy.frozen_copies):
         use_attention(model, name)
 
 

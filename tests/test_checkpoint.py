@@ -21,7 +21,7 @@ from safe_train import SafeTrainer
 from safe_train.checkpoint import Checkpoints, discard
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.randomness import random_numbers, random_states, restore_random_states
+from safe_train.randomness import python_generators, restore_generators, torch_generators
 from safe_train.run_folder import commit, keep_rows
 from safe_train.signals import Stopped
 
@@ -363,10 +363,10 @@ def test_random_states_survive_a_file(tmp_path):
         return torch.rand(3).tolist(), np.random.randn(2).tolist(), random.gauss(0, 1)
 
     np.random.randn(), random.gauss(0, 1)  # each leaves a second number for the next call
-    save_file(random_states(), tmp_path / "random.safetensors")
-    numbers = json.loads(json.dumps(random_numbers()))
+    save_file(torch_generators(), tmp_path / "random.safetensors")
+    numbers = json.loads(json.dumps(python_generators()))
     expected = draw()
-    restore_random_states(load_file(tmp_path / "random.safetensors"), numbers)
+    restore_generators(load_file(tmp_path / "random.safetensors"), numbers)
     assert draw() == expected
 
 

@@ -300,7 +300,7 @@ def test_fsdp_computes_float32_weights_in_bfloat16_on_a_gpu(device, dtype, asked
 
 def from_a_model_of_its_own(folder) -> list[list[np.ndarray]]:
     trainer = tiny.trainer(folder, policy=tiny.model(seed=int(os.environ["RANK"])), lora_r=0)
-    return [arrays(module.parameters()) for module in (trainer.policy, trainer.policy._frozen[0], trainer.critic)]
+    return [arrays(module.parameters()) for module in (trainer.policy, trainer.policy.frozen_copies[0], trainer.critic)]
 
 
 def test_all_processes_start_from_the_first_ones_weights(tmp_path):

@@ -188,9 +188,9 @@ def test_the_loss_and_its_gradient_equal_the_formulas_from_logits(algorithm, tmp
     run = trainer(tmp_path, algorithm, inner_epochs=1)
     rollout, rewards = run.collect(0)
     experience = Experience(run.policy, run.critic, rollout, run.args, run.device)
-    control = run.observe(experience, rewards["reward"])
+    control = run.update_controller(experience, rewards["reward"])
     reward = run.training_rewards(rewards["reward"], rollout)
-    run.estimate(experience, reward, control)
+    run.compute_advantages(experience, reward, control)
     old = naive_loss(run, rollout, reward, None)[1]
     run.update(experience, control)  # so that neither ratio nor value are what they were
     parameters = [*run.trainable, *run.critic.heads.parameters()]
@@ -209,8 +209,8 @@ def test_the_penalty_has_no_gradient_and_is_worked_out_in_every_inner_epoch(tmp_
     run = trainer(tmp_path, "safe_paper", inner_epochs=3, kl_threshold=0.0, kl_threshold_min=0.0)
     rollout, rewards = run.collect(0)
     experience = Experience(run.policy, run.critic, rollout, run.args, run.device)
-    control = run.observe(experience, rewards["reward"])
-    run.estimate(experience, run.training_rewards(rewards["reward"], rollout), control)
+    control = run.update_controller(experience, rewards["reward"])
+    run.compute_advantages(experience, run.training_rewards(rewards["reward"], rollout), control)
     micro, tokens = experience.minibatches[0][0], sum(map(len, rollout.completions))
     gradients = [
         torch.autograd.grad(run.loss(micro, control._replace(kl_penalty=penalty), tokens)[0], run.trainable)

@@ -11,8 +11,8 @@ from transformers import CompileConfig, Gemma2Config, Gemma2ForCausalLM, Generat
 from safe_train.config import SafeConfig
 from safe_train.data import Prompt, PromptDataset, TokenBatch
 from safe_train.experience import Experience
-from safe_train.importance import importance_corrected, sampler_metrics, truncated_importance_weights
-from safe_train.losses import linear_token_stats, policy_head
+from safe_train.losses import importance_corrected, logprobs
+from safe_train.metrics import sampler_metrics
 from safe_train.models import make_policy
 from safe_train.rewards import Rewards
 from safe_train.rollout import Rollout, chunks, end_tokens, make_sampler, sample, static_cache
@@ -29,7 +29,7 @@ def rollout_of(model, rows=tiny.PROMPTS, copies=1, seed=0, **settings):
 def scored(policy, rollout):
     batch = TokenBatch.pack([p.ids for p in rollout.prompts], rollout.completions)
     with torch.no_grad():
-        return linear_token_stats(policy(batch), tokens=batch.targets_L, **policy_head(policy.head())).logprob
+        return logprobs(policy(batch), policy.head(), batch.targets_L)
 
 
 def test_sampler_and_trainer_agree_on_the_log_probs():
@@ -180,7 +180,7 @@ def test_the_head_sees_whole_rows_in_generation():
     assert not head._forward_pre_hooks
 
 
-def test_sampler_metrics_and_importance_weights():
+def test_sampler_metrics():
     sampler = torch.tensor([0.5, 0.3, 0.2])
     trainer = torch.tensor([0.4, 0.3, 0.3])
     metrics = sampler_metrics(trainer.log(), sampler.log())
@@ -192,10 +192,15 @@ def test_sampler_metrics_and_importance_weights():
     assert (sampler * per_token).sum().item() == pytest.approx(exact_kl.item(), abs=1e-6)
     assert sampler_metrics(torch.zeros(0), torch.zeros(0)) == dict.fromkeys(metrics, 0.0)
 
-    weights = truncated_importance_weights(trainer.log(), sampler.log(), 1.2)
-    torch.testing.assert_close(weights, torch.tensor([0.8, 1.0, 1.2]))
-    value = torch.tensor([1.0, -2.0, 3.0])
-    uncapped = truncated_importance_weights(trainer.log(), sampler.log(), 10.0)
+
+def test_importance_weights():
+    sampler, trainer = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.3, 0.3])
+
+    def weights(cap):
+        return importance_corrected(torch.ones(3), trainer.log(), sampler.log(), SafeConfig(importance_cap=cap))
+
+    torch.testing.assert_close(weights(1.2), torch.tensor([0.8, 1.0, 1.2]))
+    value, uncapped = torch.tensor([1.0, -2.0, 3.0]), weights(10.0)
     mean_under_sampler, mean_under_trainer = (sampler * uncapped * value).sum(), (trainer * value).sum()
     torch.testing.assert_close(mean_under_sampler, mean_under_trainer)
 
@@ -212,8 +217,8 @@ def test_importance_weights_scale_the_policys_loss_and_not_the_critics(tmp_path)
     rollout = trainer.sample(0)
     rewards = trainer.rewards(*rollout.for_rewards())["reward"]
     experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
-    control = trainer.observe(experience, rewards)
-    experience.estimate(trainer.training_rewards(rewards, rollout), 0.0)
+    control = trainer.update_controller(experience, rewards)
+    experience.compute_advantages(trainer.training_rewards(rewards, rollout), 0.0)
     micro, results = experience.minibatches[0][0], {}
     for ratio in (1.0, 0.5, 9.0):
         micro.sampler_logprob_L = micro.logprob_L - math.log(ratio)
@@ -229,9 +234,9 @@ def test_importance_weights_scale_the_policys_loss_and_not_the_critics(tmp_path)
 def test_completions_end_with_their_first_end_token():
     _, rollout = rollout_of(tiny.model(), copies=40)
     assert {True, False} == set(rollout.ended)
-    for tokens, logprobs, ended in zip(rollout.completions, rollout.sampler_logprobs, rollout.ended, strict=True):
+    for tokens, recorded, ended in zip(rollout.completions, rollout.sampler_logprobs, rollout.ended, strict=True):
         assert tokens.count(1) == ended and (tokens[-1] == 1) == ended
-        assert len(tokens) == len(logprobs) and (ended or len(tokens) == 6)
+        assert len(tokens) == len(recorded) and (ended or len(tokens) == 6)
 
 
 def test_the_tokenizers_end_token_ends_a_completion_too():

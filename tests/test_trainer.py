@@ -18,7 +18,7 @@ from safe_train.data import Prompt
 from safe_train.experience import Experience
 from safe_train.metrics import peak_memory_gb
 from safe_train.preview import Preview, step_scale
-from safe_train.randomness import random_numbers
+from safe_train.randomness import python_generators
 from safe_train.rollout import Rollout
 
 ALGORITHMS = ("safe", "ppo", "ppo_two_heads", "grpo")
@@ -34,8 +34,8 @@ def experience_of(trainer):
     rollout = trainer.sample(0)
     rewards = trainer.rewards(*rollout.for_rewards())["reward"]
     experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
-    control = trainer.observe(experience, rewards)
-    experience.estimate(trainer.training_rewards(rewards, rollout), 0.0)
+    control = trainer.update_controller(experience, rewards)
+    experience.compute_advantages(trainer.training_rewards(rewards, rollout), 0.0)
     return experience, control
 
 
@@ -104,7 +104,7 @@ def test_the_controller_sees_the_exact_kl_and_the_entropy_of_response_tokens_alo
             p.add_(0.1 * torch.randn_like(p))
     rollout = rollout_of([[5], [6, 7, 8], [9]], [[10, 11, 12, 1], [1], [4, 3]])
     trainer.controller.update = lambda kl, entropy, *rest: seen.update(kl=kl, entropy=entropy)
-    trainer.observe(Experience(trainer.policy, None, rollout, trainer.args, trainer.device), torch.zeros(3))
+    trainer.update_controller(Experience(trainer.policy, None, rollout, trainer.args, trainer.device), torch.zeros(3))
     model, kls, entropies = trainer.policy.model, [], []
     for prompt, completion in zip(rollout.prompts, rollout.completions, strict=True):
         ids, response = torch.tensor([prompt.ids + completion]), slice(len(prompt.ids) - 1, -1)
@@ -152,7 +152,7 @@ def test_returns_come_from_the_target_heads_and_advantages_from_the_online_ones(
         for p in getattr(trainer.critic, zeroed).parameters():
             p.zero_()
     experience = Experience(trainer.policy, trainer.critic, trainer.sample(0), trainer.args, trainer.device)
-    experience.estimate(torch.arange(8.0), 0.0)
+    experience.compute_advantages(torch.arange(8.0), 0.0)
     (micro,) = experience
     lengths = micro.batch.response_cu_seqlens.diff().tolist()
     expected = torch.tensor(
@@ -183,8 +183,8 @@ def test_empty_completions_train_nothing_and_disturb_nobody(algorithm, tmp_path)
     trainer = tiny.trainer(tmp_path, algorithm=algorithm, minibatch_size=2, max_tokens_per_microbatch=1)
     rollout = rollout_of([[5], [6, 7], [8], [9]], [[], [1], [], [10, 11, 1]])
     experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
-    control = trainer.observe(experience, torch.arange(4.0))
-    experience.estimate(trainer.training_rewards(torch.arange(4.0), rollout), 0.0)
+    control = trainer.update_controller(experience, torch.arange(4.0))
+    experience.compute_advantages(trainer.training_rewards(torch.arange(4.0), rollout), 0.0)
     assert len(experience.tokens("advantage_L")) == 4
     assert all(math.isfinite(value) for value in trainer.update(experience, control).values())
 
@@ -244,7 +244,7 @@ def test_kl_in_reward_charges_the_controllers_coefficient(tmp_path):
             p.zero_()
     experience, _ = experience_of(trainer)
     plain = [micro.returns_L for micro in experience]
-    experience.estimate(torch.zeros(8), kl_charge=0.5)
+    experience.compute_advantages(torch.zeros(8), kl_charge=0.5)
     for micro, _ in zip(experience, plain, strict=True):
         charges = -0.5 * (micro.logprob_L - micro.ref_logprob_L)
         bounds = micro.batch.response_cu_seqlens.tolist()
@@ -337,10 +337,10 @@ def test_evaluation_repeats_and_leaves_the_random_numbers_of_training_alone(tmp_
         return [random.random() + np.random.rand() for _ in completions]
 
     trainer = tiny.trainer(tmp_path, reward=noisy)
-    torch_state, others = torch.get_rng_state(), random_numbers()
+    torch_state, others = torch.get_rng_state(), python_generators()
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first.numbers() == second.numbers() and first.reward_error > 0
-    assert torch.equal(torch_state, torch.get_rng_state()) and random_numbers() == others
+    assert torch.equal(torch_state, torch.get_rng_state()) and python_generators() == others
     assert first.kl == pytest.approx(0, abs=1e-6) and 0 < first.distinct_words <= 1
 
 
@@ -378,7 +378,7 @@ def test_everything_a_step_touches_is_on_the_accelerators_device(tmp_path, monke
     accelerator = SimpleNamespace(device=device, distributed_type=DistributedType.NO)
     monkeypatch.setattr("safe_train.parallel.Accelerator", lambda **kwargs: accelerator)
     trainer = tiny.trainer(tmp_path, lora_r=0)
-    models = (trainer.policy, *trainer.policy._frozen, trainer.critic)
+    models = (trainer.policy, *trainer.policy.frozen_copies, trainer.critic)
     assert len(models) == 3 and all(p.device == device for model in models for p in model.parameters())
     accelerator.distributed_type = DistributedType.MEGATRON_LM
     with pytest.raises(ConfigError, match="distributed_type must be one of NO, MULTI_CPU, .*got MEGATRON_LM"):

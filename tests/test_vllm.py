@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import PromptDataset, TokenBatch
-from safe_train.losses import linear_token_stats, policy_head
+from safe_train.losses import logprobs
 from safe_train.models import make_policy
 from safe_train.rollout import make_sampler
 from safe_train.vllm import merged_weights
@@ -117,7 +117,7 @@ def setting(model=None, **settings):
 def scored(policy, rollout):
     batch = TokenBatch.pack([p.ids for p in rollout.prompts], rollout.completions)
     with torch.no_grad():
-        return linear_token_stats(policy(batch), tokens=batch.targets_L, **policy_head(policy.head())).logprob
+        return logprobs(policy(batch), policy.head(), batch.targets_L)
 
 
 def optimizer_step(policy):
@@ -151,9 +151,9 @@ def test_a_rollout_wakes_loads_samples_and_sleeps(vllm):
     rollout = sampler(prompts)
     assert sampler.engine.calls == ["sleep", "wake_up", "load", "generate", "sleep"]
     assert rollout.prompts == prompts and {True, False} == set(rollout.ended)
-    for tokens, logprobs, ended in zip(rollout.completions, rollout.sampler_logprobs, rollout.ended, strict=True):
+    for tokens, recorded, ended in zip(rollout.completions, rollout.sampler_logprobs, rollout.ended, strict=True):
         assert tokens.count(1) == ended and (tokens[-1] == 1) == ended
-        assert len(tokens) == len(logprobs) and (ended or len(tokens) == 6)
+        assert len(tokens) == len(recorded) and (ended or len(tokens) == 6)
     assert rollout.texts == tiny.tokenizer().batch_decode(rollout.completions, skip_special_tokens=True)
 
 
