@@ -3,10 +3,12 @@
 Shapes: N tokens, V vocabulary, H hidden width, S sequences.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Fields = TypeVar("Fields", bound=tuple[Any, ...])
 
 
 class Shard(NamedTuple):
@@ -150,6 +152,11 @@ class Terms(NamedTuple):
             cu_seqlens,
             v1.shape[-1],
         )
+
+
+def take(fields: Fields, rows: slice | Tensor) -> Fields:
+    """The same named tuple for some of its rows; what has no rows stays."""
+    return type(fields)(*(x[rows] if isinstance(x, Tensor) and x.dim() > 0 else x for x in fields))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

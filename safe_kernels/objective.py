@@ -45,10 +45,6 @@ class Objective(NamedTuple):
         weight = share if loss_weight is None else constant(loss_weight)
         return cls._make([constant(old_logprob), constant(advantage), weight, share, *coefficients])
 
-    def take(self, rows: slice | Tensor) -> "Objective":
-        """For some of the tokens."""
-        return self._replace(**{name: getattr(self, name)[rows] for name in self._fields if name.endswith("_N")})
-
     def evaluate(self, logprob_N: Tensor, entropy_N: Tensor, kl_N: Tensor | None) -> tuple[Tensor, Tensor, Slopes]:
         """Weighted token losses, whether the clip took the ratio's gradient away, and the slopes."""
         ratio = (logprob_N - self.old_logprob_N).exp()

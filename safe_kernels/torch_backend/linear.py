@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import LinearInputs, Terms
+from ..inputs import LinearInputs, Terms, take
 from ..objective import Objective
-from .rows import Gradients, RowStats, Tile, Tokens, logit_gradient, new_stats, restore, row_statistics, take, tiles
+from .rows import Gradients, RowStats, Tile, Tokens, logit_gradient, new_stats, restore, row_statistics, tiles
 from .values import terms_of
 
 PRODUCT_BYTES = 64 << 20  # the logits of the rows that are multiplied together; a reference doubles it
@@ -21,12 +21,12 @@ WEIGHT_TILE_BYTES = 16 << 20
 
 
 def linear_statistics(inputs: LinearInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
-    kept, some = live(inputs)
-    tokens, with_reference = asked_of(some), inputs.ref_hidden_NH is not None
+    kept, live_inputs = live(inputs)
+    tokens, with_reference = tokens_of(live_inputs), inputs.ref_hidden_NH is not None
     stats = new_stats(tokens, with_reference)
-    for product in products(some, tokens, with_reference):
-        for rows, part, tile in product.tiles():
-            row_statistics(tile, part).write(stats[:, product.rows], rows)
+    for product in products(live_inputs, tokens, with_reference):
+        for rows, tokens_R, tile in product.tiles():
+            row_statistics(tile, tokens_R).write(stats[:, product.rows], rows)
     stats = spread(stats, 1, kept, len(inputs.tokens_N))
     return stats, terms_of(terms, stats, inputs.mask_N)
 
@@ -35,38 +35,38 @@ def linear_gradients(
     inputs: LinearInputs, stats: Tensor, slopes: tuple[Tensor | None, ...], needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Of (hidden, weight, bias), in the compute dtype; None where none is needed."""
-    kept, some = live(inputs)
+    kept, live_inputs = live(inputs)
     if kept is not None:
         stats, slopes = stats[:, kept], tuple(None if x is None else x[kept] for x in slopes)
-    tokens, head, sums = asked_of(some), head_of(some), GradientSums(some, needed)
+    tokens, head, sums = tokens_of(live_inputs), head_of(live_inputs), GradientSums(live_inputs, needed)
     row_stats = RowStats.of(stats)
     gradients = Gradients.of(tokens, row_stats, *slopes)
-    for product in products(some, tokens, gradients.kl is not None):
+    for product in products(live_inputs, tokens, gradients.kl is not None):
         here = take(row_stats, product.rows), take(gradients, product.rows)
-        for rows, asked, tile in product.tiles():
-            part, slope = (take(x, rows) for x in here)
-            restore(tile, asked, part)
-            logit_gradient(tile, asked, part, slope)
-            tile.x.copy_(head.product_gradient(tile, asked, part))
+        for rows, tokens_R, tile in product.tiles():
+            stats_R, grads_R = (take(x, rows) for x in here)
+            restore(tile, tokens_R, stats_R)
+            logit_gradient(tile, tokens_R, stats_R, grads_R)
+            tile.x.copy_(head.product_gradient(tile, tokens_R, stats_R))
         sums.add(product)
     return sums.spread(kept, len(inputs.tokens_N))
 
 
 def sweep(inputs: LinearInputs, objective: Objective, needed: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
     """Statistics, slopes and gradients of whole rows while their logits are there."""
-    kept, some = live(inputs)
-    objective = objective if kept is None else objective.take(kept)
-    tokens, with_reference, head = asked_of(some), inputs.ref_hidden_NH is not None, head_of(some)
-    stats, sums = new_stats(tokens, with_reference), GradientSums(some, needed)
-    for product in products(some, tokens, with_reference):
-        goal = objective.take(product.rows)
-        for rows, asked, tile in product.tiles():
-            part = row_statistics(tile, asked)
-            part.write(stats[:, product.rows], rows)
+    kept, live_inputs = live(inputs)
+    objective = objective if kept is None else take(objective, kept)
+    tokens, with_reference, head = tokens_of(live_inputs), inputs.ref_hidden_NH is not None, head_of(live_inputs)
+    stats, sums = new_stats(tokens, with_reference), GradientSums(live_inputs, needed)
+    for product in products(live_inputs, tokens, with_reference):
+        goal = take(objective, product.rows)
+        for rows, tokens_R, tile in product.tiles():
+            stats_R = row_statistics(tile, tokens_R)
+            stats_R.write(stats[:, product.rows], rows)
             if any(needed):
-                *_, slopes = goal.take(rows).evaluate(part.logprob, part.entropy, part.kl)
-                logit_gradient(tile, asked, part, Gradients.of(asked, part, *slopes))
-                tile.x.copy_(head.product_gradient(tile, asked, part))
+                *_, slopes = take(goal, rows).evaluate(stats_R.logprob, stats_R.entropy, stats_R.kl)
+                logit_gradient(tile, tokens_R, stats_R, Gradients.of(tokens_R, stats_R, *slopes))
+                tile.x.copy_(head.product_gradient(tile, tokens_R, stats_R))
         sums.add(product)
     return spread(stats, 1, kept, len(inputs.tokens_N)), sums.spread(kept, len(inputs.tokens_N))
 
@@ -129,11 +129,11 @@ class Head(NamedTuple):
         step = max(1, WEIGHT_TILE_BYTES // (width * dtype.itemsize))
         buffer = self.weight_VH.new_empty(min(step, vocabulary), width, dtype=dtype)
         for start in range(0, vocabulary, step):
-            part = self.weight_VH[start : start + step]
-            yield slice(start, start + len(part)), buffer[: len(part)].copy_(part)
+            weight_CH = self.weight_VH[start : start + step]
+            yield slice(start, start + len(weight_CH)), buffer[: len(weight_CH)].copy_(weight_CH)
 
 
-def asked_of(inputs: LinearInputs) -> Tokens:
+def tokens_of(inputs: LinearInputs) -> Tokens:
     return Tokens.of(inputs.tokens_N, len(inputs.weight_VH), inputs.temperature, inputs.mask_N, inputs.hidden_NH.dtype)
 
 
@@ -170,19 +170,19 @@ def products(inputs: LinearInputs, tokens: Tokens, with_reference: bool) -> Iter
     buffers = [like.new_empty(min(height, count), vocabulary) for _ in range(1 + with_reference)]
     for start in range(0, count, height):
         rows = slice(start, min(start + height, count))
-        some, (logits, *ref_logits) = take(tokens, rows), [x[: rows.stop - rows.start] for x in buffers]
-        hidden_RH = _float_rows(inputs.hidden_NH, rows, some)
+        tokens_R, (logits, *ref_logits) = take(tokens, rows), [x[: rows.stop - rows.start] for x in buffers]
+        hidden_RH = _float_rows(inputs.hidden_NH, rows, tokens_R)
         head_of(inputs).logits(hidden_RH, logits)
         if ref_logits and inputs.ref_hidden_NH is not None:
-            ref_head_of(inputs).logits(_float_rows(inputs.ref_hidden_NH, rows, some), ref_logits[0])
-        yield Product(rows, some, logits, ref_logits[0] if ref_logits else None, hidden_RH)
+            ref_head_of(inputs).logits(_float_rows(inputs.ref_hidden_NH, rows, tokens_R), ref_logits[0])
+        yield Product(rows, tokens_R, logits, ref_logits[0] if ref_logits else None, hidden_RH)
 
 
 class GradientSums:
     """Gradients of hidden, weight and bias in the compute dtype, as far as they are needed."""
 
     def __init__(self, inputs: LinearInputs, needed: Sequence[bool]) -> None:
-        self.head, like = head_of(inputs), asked_of(inputs).known_N
+        self.head, like = head_of(inputs), tokens_of(inputs).known_N
         leaves = zip((inputs.hidden_NH, inputs.weight_VH, inputs.bias_V), needed, strict=True)
         self.sums = [like.new_zeros(x.shape) if x is not None and need else None for x, need in leaves]
 

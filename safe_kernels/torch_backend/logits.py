@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..inputs import LogitsInputs, Terms
+from ..inputs import LogitsInputs, Terms, take
 from .rows import (
     Gradients,
     RowStats,
@@ -17,7 +17,6 @@ from .rows import (
     new_stats,
     restore,
     row_statistics,
-    take,
     tile_height,
     tiles,
 )
@@ -25,25 +24,25 @@ from .values import terms_of
 
 
 def logits_statistics(inputs: LogitsInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
-    tokens = asked_of(inputs)
+    tokens = tokens_of(inputs)
     stats = new_stats(tokens, inputs.ref_logits is not None)
-    for rows, some, tile in tiles(tokens, inputs.logits.shape[-1], _loader(inputs, tokens, inputs.ref_logits)):
-        row_statistics(tile, some).write(stats, rows)
+    for rows, tokens_R, tile in tiles(tokens, inputs.logits.shape[-1], _loader(inputs, tokens, inputs.ref_logits)):
+        row_statistics(tile, tokens_R).write(stats, rows)
     return stats, terms_of(terms, stats, inputs.mask_N)
 
 
 def logits_gradient(inputs: LogitsInputs, stats: Tensor, slopes: tuple[Tensor | None, ...], out: Tensor) -> None:
     """Write d loss / d logits to `out`, which may be the logits."""
-    tokens, row_stats = asked_of(inputs), RowStats.of(stats)
+    tokens, row_stats = tokens_of(inputs), RowStats.of(stats)
     gradients = Gradients.of(tokens, row_stats, *slopes)
     reference = None if gradients.kl is None else inputs.ref_logits
-    for rows, some, tile in tiles(tokens, inputs.logits.shape[-1], _loader(inputs, tokens, reference)):
-        part = take(row_stats, rows)
-        restore(tile, some, part)
-        _store_rows(out, rows, logit_gradient(tile, some, part, take(gradients, rows)))
+    for rows, tokens_R, tile in tiles(tokens, inputs.logits.shape[-1], _loader(inputs, tokens, reference)):
+        stats_R = take(row_stats, rows)
+        restore(tile, tokens_R, stats_R)
+        _store_rows(out, rows, logit_gradient(tile, tokens_R, stats_R, take(gradients, rows)))
 
 
-def asked_of(inputs: LogitsInputs) -> Tokens:
+def tokens_of(inputs: LogitsInputs) -> Tokens:
     vocabulary = inputs.logits.shape[-1]
     return Tokens.of(inputs.tokens_N, vocabulary, inputs.temperature, inputs.mask_N, inputs.logits.dtype)
 

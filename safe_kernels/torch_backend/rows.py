@@ -14,20 +14,15 @@ Shapes: N tokens, R rows of a tile, V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..inputs import take
+
 TILE_BYTES = 2 << 20  # one buffer of a tile: its three, or four with a reference, stay in the caches of two cores
 FLOOR = -1e30  # in place of -inf, which times a probability of 0 would be NaN
-
-Fields = TypeVar("Fields", bound=tuple[Any, ...])
-
-
-def take(fields: Fields, rows: slice) -> Fields:
-    """The same named tuple for some of its rows; what has no rows stays."""
-    return type(fields)(*(x[rows] if isinstance(x, Tensor) and x.dim() > 0 else x for x in fields))
 
 
 class Tokens(NamedTuple):

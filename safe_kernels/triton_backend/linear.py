@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import LinearInputs, Terms
+from ..inputs import LinearInputs, Terms, take
 from ..objective import Objective
 from .fused import fused_statistics
 from .gemm import product as product_of_rows
@@ -57,7 +57,7 @@ def sweep(inputs: LinearInputs, objective: Objective, needed: Sequence[bool]) ->
         tile.statistics(inputs, asked, stats, None)
         if any(needed):
             part = stats[:, tile.rows]
-            *_, slopes = objective.take(tile.rows).evaluate(part[0], part[1], part[5] if with_reference else None)
+            *_, slopes = take(objective, tile.rows).evaluate(part[0], part[1], part[5] if with_reference else None)
             sums.add(tile, *tile.gradient(inputs, asked, stats, slopes))
     return stats, sums.sums
 
@@ -79,7 +79,7 @@ class Tile(NamedTuple):
         statistics(
             Rows.of(self.logits_RW),
             None if self.ref_logits_RW is None else Rows.of(self.ref_logits_RW),
-            asked.rows(self.rows),
+            take(asked, self.rows),
             stats[:, self.rows],
             carry=None if carry is None else carry[:, self.rows],
             first_column=self.columns.start,
@@ -104,7 +104,7 @@ class Tile(NamedTuple):
         gradient(
             Rows.of(self.logits_RW),
             None if self.ref_logits_RW is None else Rows.of(self.ref_logits_RW),
-            asked.rows(self.rows),
+            take(asked, self.rows),
             stats[:, self.rows],
             slopes,
             Rows.of(out),

@@ -65,12 +65,6 @@ class Asked(NamedTuple):
         mask_N = None if mask_N is None else mask_N.contiguous()
         return cls(tokens_N.contiguous(), vocabulary, temperature, mask_N)
 
-    def rows(self, rows: slice) -> Asked:
-        """For some of the tokens."""
-        temperature = self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
-        mask = None if self.mask_N is None else self.mask_N[rows]
-        return self._replace(tokens_N=self.tokens_N[rows], temperature=temperature, mask_N=mask)
-
     def arguments(self) -> dict[str, Any]:
         per_row = isinstance(self.temperature, Tensor)
         return {
