@@ -180,17 +180,23 @@ def head_arguments(
     hidden: Tensor,
     weight: Tensor,
     tokens: Tensor,
+    *,
     bias: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
     temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
-    mask: Tensor | None,
+    mask: Tensor | None = None,
     process_group=None,
-) -> dict[str, Any]:
-    """Check how hidden states become logits; return it as keyword arguments of every `linear_*` function."""
+) -> tuple[Tensor, dict[str, Any]]:
+    """Check how hidden states become logits; return this rank's weight, and the rest as keyword arguments of every
+    `linear_*` function.
+    """
+    weight, bias, ref_weight, ref_bias, group = parts_of(
+        process_group, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
+    )
     if is_floating("hidden", hidden).dim() == 0:
         raise ValueError("hidden has no axes; it must be (..., H)")
     are_tokens(tokens, hidden.shape[:-1], hidden.device, "hidden")
@@ -202,8 +208,8 @@ def head_arguments(
                 raise ValueError(f"{name} is given without ref_hidden; it must be None, or ref_hidden given")
     else:
         _is_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    debug_values(tokens, len(weight), mask, process_group, hidden=hidden, ref_hidden=ref_hidden)
-    return {
+    debug_values(tokens, len(weight), mask, group, hidden=hidden, ref_hidden=ref_hidden)
+    return weight, {
         "bias": bias,
         "ref_hidden": ref_hidden,
         "ref_weight": ref_weight,
@@ -211,7 +217,7 @@ def head_arguments(
         "temperature": is_temperature(temperature, tokens, mask, hidden),
         "softcap": None if softcap is None else is_positive("softcap", softcap),
         "logit_scale": is_number("logit_scale", logit_scale),
-        "process_group": process_group,
+        "process_group": group,
     }
 
 

@@ -124,11 +124,19 @@ def linear_token_stats(
     The other arguments and the results are those of `token_stats`. Gradients go to hidden, weight and bias, as far as
     they require them.
     """
-    weight, bias, ref_weight, ref_bias, group = checks.parts_of(
-        process_group, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
-    )
-    head = checks.head_arguments(
-        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask, group
+    weight, head = checks.head_arguments(
+        hidden,
+        weight,
+        tokens,
+        bias=bias,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        mask=mask,
+        process_group=process_group,
     )
     return _call(
         "linear_token_stats", backend, hidden, weight, tokens, mask=mask, batch_invariant=batch_invariant, **head
@@ -233,12 +241,20 @@ def linear_safe_terms(
 
     The other arguments are those of `safe_terms`.
     """
-    weight, bias, ref_weight, ref_bias, group = checks.parts_of(
-        process_group, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
-    )
     checks.is_floating("ref_hidden", ref_hidden)
-    head = checks.head_arguments(
-        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask, group
+    weight, head = checks.head_arguments(
+        hidden,
+        weight,
+        tokens,
+        bias=bias,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        mask=mask,
+        process_group=process_group,
     )
     values = checks.value_arguments(
         tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens
@@ -379,11 +395,19 @@ def linear_policy_loss(
     Returns:
         PolicyLoss; only `loss` carries a gradient, to hidden, weight and bias as far as they require it.
     """
-    weight, bias, ref_weight, ref_bias, group = checks.parts_of(
-        process_group, weight=weight, bias=bias, ref_weight=ref_weight, ref_bias=ref_bias
-    )
-    head = checks.head_arguments(
-        hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask, group
+    weight, head = checks.head_arguments(
+        hidden,
+        weight,
+        tokens,
+        bias=bias,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        mask=mask,
+        process_group=process_group,
     )
     checks.per_token(tokens, old_logprob=old_logprob, advantage=advantage, **checks.given(loss_weight=loss_weight))
     coefficients = {

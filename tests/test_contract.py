@@ -241,7 +241,7 @@ def test_imports_run_one_way():
         "library": {"inputs", "objective", "reference", "results", "schema", "vocab_parallel"},
         "ops": {"checks", "library", "reference", "results"},
         "__init__": {"ops", "results"},
-        "torch_backend.rows": set(),
+        "torch_backend.rows": {"inputs"},
         "torch_backend.values": {"inputs", "reference"},
         "torch_backend.logits": {"inputs", "torch_backend.rows", torch_values},
         "torch_backend.linear": {"inputs", "objective", "torch_backend.rows", torch_values},

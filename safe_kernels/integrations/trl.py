@@ -83,10 +83,9 @@ class LinearLogprob(torch.autograd.Function):
         outputs: tuple[str, ...] = ("entropy", *METRICS),
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        checks.parts_of(None, weight=weight, bias=bias)
-        no_reference, softcap = (None, None, None), final_logit_softcapping
-        head = checks.head_arguments(
-            hidden, weight, targets, bias, *no_reference, temperature, softcap, logit_scale, None
+        softcap = final_logit_softcapping
+        _, head = checks.head_arguments(
+            hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
         )
         ctx.head = {name: value for name, value in head.items() if name not in ("bias", "process_group")}
         device = hidden.device.type
