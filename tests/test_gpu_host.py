@@ -1,0 +1,128 @@
+"""What the Triton backend asks of PyTorch on a GPU, without one: the tensors have no memory, the kernels do nothing.
+
+Each call must exist for CUDA tensors of these dtypes; and what it allocates is counted.
+"""
+
+import pytest
+import torch
+from memory import FakeAllocations
+from torch._subclasses import FakeTensorMode
+from triton.runtime.interpreter import InterpretedFunction
+
+from safe_kernels import triton_backend
+from safe_kernels.inputs import LinearInputs, LogitsInputs, Terms
+from safe_kernels.objective import Objective
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # only its alignment
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+WIDTH = 2048
+
+
+@pytest.fixture(autouse=True)
+def a_gpu_that_does_nothing(monkeypatch):
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.Tensor, "__getitem__", item)
+    with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
+        yield
+
+
+def item(x, key):
+    """x[key] of integers, slices and None, without the C++ of CUDA, which a build for CPUs does not have."""
+    axis = 0
+    for part in key if isinstance(key, tuple) else (key,):
+        if isinstance(part, int):
+            x = x.select(axis, part)
+            continue
+        x = x.unsqueeze(axis) if part is None else torch.ops.aten.slice(x, axis, part.start, part.stop)
+        axis += 1
+    return x
+
+
+def linear_inputs(count, vocabulary, dtype, reference="shared", *, masked=False, **options):
+    absent = dict.fromkeys(("bias", "ref_hidden", "ref_weight", "ref_bias", "mask", "softcap"))
+    case = absent | {"logit_scale": 1.0, "temperature": 0.7, "batch_invariant": False} | options
+    if reference != "none":
+        case["ref_hidden"] = torch.empty(count, WIDTH, dtype=dtype)
+    if reference == "own":
+        case["ref_weight"] = torch.empty(vocabulary, WIDTH, dtype=dtype)
+        case["bias"], case["ref_bias"] = torch.empty(2, vocabulary, dtype=dtype)
+    if masked:
+        case |= {"mask": torch.empty(count, dtype=torch.bool), "temperature": torch.empty(count), "softcap": 30.0}
+    hidden, weight = torch.empty(count, WIDTH, dtype=dtype), torch.empty(vocabulary, WIDTH, dtype=dtype)
+    return LinearInputs.of(hidden, weight, torch.empty(count, dtype=torch.int64), **case)
+
+
+def objective_of(inputs):
+    noise = torch.empty(2, len(inputs.tokens_N))
+    return Objective.of(inputs, *noise, None, 0.2, 0.2, 0.01, 0.1, 0.1, 0.05)
+
+
+def slopes_of(inputs, with_reference):
+    return (*torch.empty(2, len(inputs.tokens_N)), torch.empty(len(inputs.tokens_N)) if with_reference else None)
+
+
+def terms_of(shape):
+    numbers = torch.empty(3, *shape)
+    return Terms.of(*numbers, target_v1=None, target_v2=None, kl_threshold=0.1, alpha=0.3, gamma=0.9, cu_seqlens=None)
+
+
+def check_gradients(found, inputs, needed):
+    for x, leaf, need in zip(found, inputs[:3], needed, strict=True):
+        assert (x is None) == (leaf is None or not need)
+        assert x is None or (x.shape, x.dtype, x.is_cuda) == (leaf.shape, torch.float32, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reference", ["none", "shared", "own"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_hidden_states(dtype, reference, masked, batch_invariant):
+    inputs = linear_inputs(128, 5000, dtype, reference, masked=masked, batch_invariant=batch_invariant)
+    rows = 4 if reference == "none" else 8
+    stats, _ = triton_backend.linear_statistics(inputs, None)
+    assert (stats.shape, stats.dtype, stats.is_cuda) == ((rows, 128), torch.float32, True)
+    for needed in ((True, True, True), (True, False, False)):
+        slopes = slopes_of(inputs, reference != "none")
+        check_gradients(triton_backend.linear_gradients(inputs, stats, slopes, needed), inputs, needed)
+        if reference != "none":
+            _, found = triton_backend.sweep(inputs, objective_of(inputs), needed)
+            check_gradients(found, inputs, needed)
+
+
+def test_hidden_states_beside_a_head_of_another_dtype():
+    inputs = linear_inputs(128, 5000, torch.bfloat16)._replace(weight_VH=torch.empty(5000, WIDTH))
+    for batch_invariant in (False, True):
+        inputs = inputs._replace(batch_invariant=batch_invariant)
+        stats, terms = triton_backend.linear_statistics(inputs, terms_of((4, 32)))
+        assert terms.shape == (3, 128)
+        needed = (True, True, False)
+        check_gradients(triton_backend.linear_gradients(inputs, stats, slopes_of(inputs, True), needed), inputs, needed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits(dtype):
+    logits, ref_logits = torch.empty(2, 128, 50_257, dtype=dtype)
+    tokens = torch.empty(128, dtype=torch.int32)
+    inputs = LogitsInputs.of(logits, tokens, ref_logits=ref_logits, temperature=1.0, mask=None)
+    stats, terms = triton_backend.logits_statistics(inputs, terms_of((4, 32)))
+    assert stats.shape == (8, 128) and terms.shape == (3, 128)
+    triton_backend.logits_gradient(inputs, stats, slopes_of(inputs, True), logits)
+
+
+def test_values():
+    found = triton_backend.soft_min_gae(*torch.empty(3, 16, 1500), None, 0.99, 0.95, 0.3, None, None)
+    assert [x.shape for x in found] == [(16, 1500)] * 3
+
+
+@pytest.mark.parametrize(("closed_form", "limit"), [(False, 400e6), (True, 1.2e9)])
+def test_memory_with_a_frozen_head(closed_form, limit):
+    """As `test_gpu.py` measures it on a GPU: 8192 tokens with KL, whose logits alone would take 2.5 GB."""
+    inputs, needed = linear_inputs(8192, 151_936, torch.bfloat16), (True, False, False)
+    with FakeAllocations() as seen:
+        if closed_form:
+            triton_backend.sweep(inputs, objective_of(inputs), needed)
+        else:
+            stats, _ = triton_backend.linear_statistics(inputs, None)
+            triton_backend.linear_gradients(inputs, stats, slopes_of(inputs, True), needed)
+    assert limit / 2 < seen.peak <= limit
