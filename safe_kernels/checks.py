@@ -63,16 +63,24 @@ def is_mask(mask: object, tokens: Tensor) -> None:
     is_on("mask", mask, tokens.device)
 
 
-def per_token(tokens: Tensor, **tensors: Tensor) -> None:
-    """Floating tensors with one entry a token."""
+def per_token(like: Tensor, tokens: Tensor, **tensors: Tensor) -> list[Tensor]:
+    """Check floating tensors with one entry a token, and return them.
+
+    float64, which is what numpy makes, comes back as float32 unless `like` is float64: it is the model's tensors that
+    say in what dtype, and by which backend, a result is computed.
+    """
     for name, x in tensors.items():
         has_shape(name, is_floating(name, x), tokens.shape, "one entry a token")
         is_on(name, x, tokens.device)
+    return [no_wider(x, like) for x in tensors.values()]
 
 
-def given(**tensors: Tensor | None) -> dict[str, Tensor]:
-    """Those that are not None."""
-    return {name: x for name, x in tensors.items() if x is not None}
+def per_token_or_none(like: Tensor, tokens: Tensor, **tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else per_token(like, tokens, **{name: x})[0] for name, x in tensors.items()]
+
+
+def no_wider(x: Tensor, like: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float64 and like.dtype != torch.float64 else x
 
 
 def is_temperature(temperature: object, tokens: Tensor, mask: Tensor | None, like: Tensor) -> float | Tensor:
@@ -81,7 +89,7 @@ def is_temperature(temperature: object, tokens: Tensor, mask: Tensor | None, lik
         return is_positive("temperature", temperature)
     if temperature.dim() == 0:
         temperature = temperature.to(torch.promote_types(like.dtype, torch.float32)).expand(tokens.shape)
-    per_token(tokens, temperature=temperature)
+    (temperature,) = per_token(like, tokens, temperature=temperature)
     if debugging():
         live = temperature if mask is None else temperature[mask]
         if not bool((live > 0).all()):
@@ -222,6 +230,7 @@ def head_arguments(
 
 
 def value_arguments(
+    like: Tensor,
     tokens: Tensor,
     v1: Tensor,
     v2: Tensor,
@@ -232,14 +241,15 @@ def value_arguments(
     target_v1: Tensor | None,
     target_v2: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> dict[str, Any]:
-    """Check what `safe_terms` takes beyond `token_stats`; return its keyword arguments."""
-    per_token(tokens, v1=v1, v2=v2, rewards=rewards, **given(target_v1=target_v1, target_v2=target_v2))
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Check what `safe_terms` takes beyond `token_stats`; return (v1, v2, rewards), and the rest by name."""
+    values = per_token(like, tokens, v1=v1, v2=v2, rewards=rewards)
+    target_v1, target_v2 = per_token_or_none(like, tokens, target_v1=target_v1, target_v2=target_v2)
     is_time(tokens, cu_seqlens)
     kl_threshold = is_coefficient("kl_threshold", kl_threshold)
     if isinstance(kl_threshold, Tensor):
         kl_threshold = kl_threshold.to(tokens.device, non_blocking=kl_threshold.device.type == "cpu")
-    return {
+    return values, {
         "kl_threshold": kl_threshold,
         "alpha": is_positive("alpha", alpha),
         "gamma": is_number("gamma", gamma, 0, 1),
@@ -267,14 +277,10 @@ def _is_reference(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None
 ) -> None:
     shared = ref_weight is None
-    width = hidden.shape[-1:] if shared else is_floating("ref_hidden", ref_hidden).shape[-1:]
-    shape = (*hidden.shape[:-1], *width)
-    has_shape(
-        "ref_hidden",
-        is_floating("ref_hidden", ref_hidden),
-        shape,
-        "as hidden, whose head it shares" if shared else "with the leading shape of hidden",
-    )
+    is_floating("ref_hidden", ref_hidden)
+    width = (hidden if shared else ref_hidden).shape[-1:]
+    why = "as hidden, whose head it shares" if shared else "with the leading shape of hidden"
+    has_shape("ref_hidden", ref_hidden, (*hidden.shape[:-1], *width), why)
     is_on("ref_hidden", ref_hidden, hidden.device)
     if ref_weight is None:
         _is_bias("ref_bias", ref_bias, weight)

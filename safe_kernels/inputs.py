@@ -101,6 +101,12 @@ class LinearInputs(NamedTuple):
             shard,
         )
 
+    def reference_head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the reference: the policy's, as far as it has none of its own."""
+        if self.ref_weight_VH is not None:
+            return self.ref_weight_VH, self.ref_bias_V
+        return self.weight_VH, self.bias_V if self.ref_bias_V is None else self.ref_bias_V
+
     def take(self, rows: Tensor) -> "LinearInputs":
         """For some of the tokens, by their indices; none of them is masked."""
         return self._replace(
@@ -161,6 +167,11 @@ def take(fields: Fields, rows: slice | Tensor) -> Fields:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def live(x: Tensor, mask: Tensor | None) -> Tensor:
+    """With 0 where masked, whatever stood there."""
+    return x if mask is None else x.where(mask, 0)
 
 
 def flat(x: Any) -> Any:

@@ -12,9 +12,9 @@ here once for all of them. An op returns plain tensors, empty where there is not
 
 `stats` has the rows logprob, entropy, the maximum of the logits and the total of their exponentials, or its logarithm
 if TOTALS_ARE_LOGS; with a reference the same four again: ref_logprob, kl, and so on. A token's log-prob that is NaN has
-a NaN gradient. That, and not its id, tells a backward of an id outside the vocabulary: where `inputs.shard` says that
-this rank has only a part of it, a backend computes the statistics of that part, gets back those of the whole, and finds
-in its part no token that another rank holds.
+a NaN gradient: by that log-prob, not by the id, a backward knows a token outside the vocabulary. Where `inputs.shard`
+says that this rank has only a part of it, an id outside the part may be another rank's: a backend computes the
+statistics of the part, and gets back those of the whole.
 
 Shapes: N tokens, V vocabulary, H hidden width.
 """
@@ -156,7 +156,7 @@ def log_total(stats: Tensor, backend: str) -> Tensor:
 def linear_gradients(
     inputs: LinearInputs, backend: str, stats: Tensor, slopes: Slopes, needed: Sequence[bool], leaves: Sequence[Any]
 ) -> list[Tensor | None]:
-    """Of (hidden, weight, bias), summed in the compute dtype, then in that of its leaf; None where none is needed."""
+    """Gradients of (hidden, weight, bias), summed in the compute dtype, in that of the leaf; None if not needed."""
     sums = _linear_backward_op(*_LINEAR_BACKWARD.flatten(inputs, backend, stats, *slopes, *needed))
     return [x.to(leaf.dtype) if need else None for x, leaf, need in zip(sums, leaves, needed, strict=True)]
 
@@ -229,15 +229,15 @@ _GAE = Signature(
 
 @_register("token_stats", _LOGITS, _STATISTICS)
 def _logits_op(inputs: LogitsInputs, terms: Terms | None, inplace_backward: bool, backend: str) -> tuple[Tensor, ...]:
-    return _found(*vocab_parallel.statistics(_backend(backend), inputs, terms))
+    return _outputs(*vocab_parallel.statistics(_backend(backend), inputs, terms))
 
 
 @_register("linear_token_stats", _LINEAR, _STATISTICS)
 def _linear_op(inputs: LinearInputs, terms: Terms | None, backend: str) -> tuple[Tensor, ...]:
-    return _found(*vocab_parallel.statistics(_backend(backend), inputs, terms))
+    return _outputs(*vocab_parallel.statistics(_backend(backend), inputs, terms))
 
 
-def _found(stats: Tensor, terms: Tensor | None) -> tuple[Tensor, ...]:
+def _outputs(stats: Tensor, terms: Tensor | None) -> tuple[Tensor, ...]:
     """Outputs that share no memory."""
     absent = stats.new_empty(0)
     extra = (absent,) * 3 if terms is None else terms.unbind()
@@ -253,16 +253,16 @@ def _results(stats: Tensor) -> tuple[Tensor, ...]:
 @_logits_op.register_fake
 def _(*flat: Any) -> tuple[Tensor, ...]:
     inputs, terms, _, _ = _LOGITS.restore(flat)
-    return _like(inputs.logits, inputs.tokens_N, inputs.ref_logits is not None, terms is not None)
+    return _fake_outputs(inputs.logits, inputs.tokens_N, inputs.ref_logits is not None, terms is not None)
 
 
 @_linear_op.register_fake
 def _(*flat: Any) -> tuple[Tensor, ...]:
     inputs, terms, _ = _LINEAR.restore(flat)
-    return _like(inputs.hidden_NH, inputs.tokens_N, inputs.ref_hidden_NH is not None, terms is not None)
+    return _fake_outputs(inputs.hidden_NH, inputs.tokens_N, inputs.ref_hidden_NH is not None, terms is not None)
 
 
-def _like(x: Tensor, tokens_N: Tensor, with_reference: bool, with_terms: bool) -> tuple[Tensor, ...]:
+def _fake_outputs(x: Tensor, tokens_N: Tensor, with_reference: bool, with_terms: bool) -> tuple[Tensor, ...]:
     dtype, N = compute_dtype(x), tokens_N.shape[0]  # len() would make a number of a symbolic size
     sizes = [N, N, *[N if with_reference else 0] * 2, *[N if with_terms else 0] * 3]
     return *(x.new_empty(size, dtype=dtype) for size in sizes), x.new_empty(8 if with_reference else 4, N, dtype=dtype)
@@ -335,7 +335,7 @@ def _logits_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
         if inplace:
             _logits_backward_inplace_op(*arguments)
         found[0] = arguments[0] if inplace else _logits_backward_op(*arguments)
-    return _with_values(found, _LOGITS, inputs.mask_N, terms, grads)
+    return _with_value_gradients(found, _LOGITS, inputs.mask_N, terms, grads)
 
 
 def _linear_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -343,7 +343,7 @@ def _linear_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     slopes, found = _slopes(terms, stats, grads), _nothing(_LINEAR)
     if any(ctx.needs_input_grad[:3]) and any(x is not None for x in slopes):
         found[:3] = linear_gradients(inputs, backend, stats, slopes, ctx.needs_input_grad[:3], inputs[:3])
-    return _with_values(found, _LINEAR, inputs.mask_N, terms, grads)
+    return _with_value_gradients(found, _LINEAR, inputs.mask_N, terms, grads)
 
 
 def _first_derivative_only(what: str) -> None:
@@ -365,7 +365,7 @@ def _slopes(terms: Terms | None, stats: Tensor, grads: Sequence[Tensor | None]) 
     return grad_logprob, grad_entropy, grad_kl
 
 
-def _with_values(
+def _with_value_gradients(
     found: list[Any], signature: Signature, mask_N: Tensor | None, terms: Terms | None, grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """Add d loss / d (v1, v2): a soft-min's slopes are the softmax of -v / alpha."""
@@ -399,7 +399,7 @@ def _loss_op(inputs: LinearInputs, objective: Objective, *rest: Any) -> tuple[Te
 def _(*flat: Any) -> tuple[Tensor, ...]:
     inputs, _, *needed, _ = _LOSS.restore(flat)
     dtype = compute_dtype(inputs.hidden_NH)
-    results = _like(inputs.hidden_NH, inputs.tokens_N, inputs.ref_hidden_NH is not None, False)[:4]
+    results = _fake_outputs(inputs.hidden_NH, inputs.tokens_N, inputs.ref_hidden_NH is not None, False)[:4]
     shapes = [x.shape if need else (0,) for x, need in zip(inputs[:3], needed, strict=True)]
     others = [inputs.hidden_NH.new_empty(shape, dtype=dtype) for shape in ((), (), *shapes)]
     return *others[:2], *results, *others[2:]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import LinearInputs, compute_dtype, flat
+from .inputs import LinearInputs, compute_dtype, flat, live
 
 Slopes = tuple[Tensor | None, Tensor | None, Tensor | None]  # d loss / d (logprob, entropy, kl) [N]; None is none
 
@@ -38,7 +38,7 @@ class Objective(NamedTuple):
     ) -> "Objective":
 
         def constant(x: Tensor) -> Tensor:
-            return _live(flat(x.detach()).to(compute_dtype(inputs.hidden_NH)), inputs.mask_N)
+            return live(flat(x.detach()).to(compute_dtype(inputs.hidden_NH)), inputs.mask_N)
 
         ones = constant(torch.ones_like(inputs.tokens_N))
         share = ones / ones.sum().clamp(min=1)
@@ -51,23 +51,23 @@ class Objective(NamedTuple):
         surrogate = ratio * self.advantage_N
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * self.advantage_N
         is_clipped = clipped < surrogate
-        loss, slope_l = -torch.minimum(surrogate, clipped), (-surrogate).masked_fill(is_clipped, 0) * self.weight_N
-        slope_h = slope_k = None
+        loss = -torch.minimum(surrogate, clipped)
+        slope_logprob = (-surrogate).masked_fill(is_clipped, 0) * self.weight_N
+        slope_entropy = slope_kl = None
         if not is_zero(self.entropy_coef):
-            loss, slope_h = loss - self.entropy_coef * entropy_N, -self.entropy_coef * self.weight_N
+            loss = loss - self.entropy_coef * entropy_N
+            slope_entropy = -self.entropy_coef * self.weight_N
         if kl_N is not None and not is_zero(self.kl_coef):
-            loss, slope_k = loss + self.kl_coef * kl_N, self.kl_coef * self.weight_N
+            loss = loss + self.kl_coef * kl_N
+            slope_kl = self.kl_coef * self.weight_N
         if kl_N is not None and not is_zero(self.kl_penalty_coef):
             excess = (kl_N - self.kl_threshold).relu()
-            loss, slope = loss + self.kl_penalty_coef * excess**2, 2 * self.kl_penalty_coef * excess * self.weight_N
-            slope_k = slope if slope_k is None else slope_k + slope
-        return self.weight_N * loss, is_clipped, (slope_l, slope_h, slope_k)
+            loss = loss + self.kl_penalty_coef * excess**2
+            slope = 2 * self.kl_penalty_coef * excess * self.weight_N
+            slope_kl = slope if slope_kl is None else slope_kl + slope
+        return self.weight_N * loss, is_clipped, (slope_logprob, slope_entropy, slope_kl)
 
 
 def is_zero(coefficient: float | Tensor) -> bool:
     """Without asking a tensor: a term that is switched off stays out of the loss even where it is infinite."""
     return not isinstance(coefficient, Tensor) and coefficient == 0
-
-
-def _live(x_N: Tensor, mask_N: Tensor | None) -> Tensor:
-    return x_N if mask_N is None else x_N.where(mask_N, 0)

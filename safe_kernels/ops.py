@@ -1,8 +1,8 @@
-"""The public functions: arguments are checked, a backend is chosen, the work is its.
+"""The public functions. Each checks its arguments, chooses a backend and calls it.
 
-Shapes: `...` is any leading shape, V the vocabulary, H the hidden width. Statistics are in nats, float32 (float64 for
-float64 inputs), with the leading shape. A token that `mask` (torch.bool, True where a token counts) leaves out has
-results of exactly 0 and gradients of exactly 0, and what its row holds, NaN included, spreads nowhere.
+Shapes: `...` is any leading shape, V the vocabulary, H the hidden width. Statistics are in nats, float32 (float64 where
+logits or hidden states are), with the leading shape. A token that `mask` (torch.bool, True where a token counts) leaves
+out has results of exactly 0 and gradients of exactly 0, and what its row holds, NaN included, spreads nowhere.
 
 Every function takes `backend`: "triton", "torch", "reference", or None, which is the environment variable
 SAFE_KERNELS_BACKEND or else Triton on GPUs, and PyTorch elsewhere and for float64. Wrong arguments raise ValueError or
@@ -11,11 +11,12 @@ values of tensors; and what needs an exchange between ranks: that they agree.
 
 With `process_group` its ranks share the vocabulary, as tensor-parallel ranks do. Of what has an axis V each rank gives
 its part, of at least one id; the parts follow one another in the order of the ranks and need not be equal. Of all else,
-hidden states, tokens (ids of the whole vocabulary), masks, temperature, every rank gives the same: FSDP's do not. Every
-rank gets the results of the whole vocabulary, with the same bits, and must compute the same loss from them, as incoming
-gradients are taken to be the same on all ranks; none may leave out a call or a backward. Gradients of a part stay with
-its rank, that of the hidden states is complete on each. What is exchanged: the sizes of the parts, 4 numbers a token, 8
-with a reference, and the hidden gradient in float32; never logits, except by the reference backend, which gathers them.
+hidden states, tokens (ids of the whole vocabulary), masks, temperature, every rank gives the same: ranks of FSDP, which
+hold different tokens, are no such group. Every rank gets the results of the whole vocabulary, with the same bits, and
+must compute the same loss from them, as incoming gradients are taken to be the same on all ranks; none may leave out a
+call or a backward. Gradients of a part stay with its rank, that of the hidden states is complete on each. What is
+exchanged: the sizes of the parts, 4 numbers a token, 8 with a reference, and the hidden gradient in float32; never
+logits, except by the reference backend, which gathers them.
 A DTensor that is sharded along V over the group stands for its part, and its gradient is such a DTensor.
 """
 
@@ -60,7 +61,7 @@ def token_stats(
         tokens: [...] int64 or int32. An id outside 0..V-1 that is not masked has NaN log-probs.
         ref_logits: [..., V]; never receives a gradient. A reference of -inf where the policy is not has kl = inf.
         temperature: > 0, a number or [...]; divides the logits of both.
-        mask: [...] bool. On a GPU a masked row costs what a live one does; rather select the live ones first.
+        mask: [...] bool.
         inplace_backward: write the gradient over `logits`, which must not be a leaf. A second backward, or another
             operation that needs the logits afterwards, raises.
         process_group: the ranks that share the vocabulary; None is this one alone. See the top of this module.
@@ -103,7 +104,7 @@ def linear_token_stats(
     process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> TokenStats:
-    """The same from hidden states and the head's weight; the logits are never stored. Equivalent to
+    """The same from hidden states and the head's weight, with some of the logits at a time. Equivalent to
 
         logits = logit_scale * (hidden.float() @ weight.float().T + bias)
         logits = softcap * tanh(logits / softcap)
@@ -111,8 +112,10 @@ def linear_token_stats(
 
     Args:
         hidden: [..., H], any floating dtype. Autocast is ignored: the product is in the dtype of hidden and weight, of
-            two different ones in the one that holds both; it is always summed in float32.
-        weight: [V, H], the whole of it, or with `process_group` this rank's rows: any other shard raises.
+            two different ones in the one that holds both; it is always summed in float32. Of two float32 factors on a
+            GPU, torch.set_float32_matmul_precision says how precise the product is.
+        weight: [V, H], the whole of it, or with `process_group` this rank's rows. A sharded DTensor raises, and so does
+            what FSDP and ZeRO-3 leave of a weight outside its module; a plain tensor is taken for the whole.
         bias: [V].
         ref_hidden: [..., H'] of the reference; None is no reference.
         ref_weight: [V, H']; None shares `weight`, and `bias` unless `ref_bias` is given.
@@ -121,8 +124,10 @@ def linear_token_stats(
             torch backend that is one row at a time, and slow; the reference refuses it.
         process_group: the ranks that share the head; None is this one alone. See the top of this module.
 
-    The other arguments and the results are those of `token_stats`. Gradients go to hidden, weight and bias, as far as
-    they require them.
+    The other arguments and the results are those of `token_stats`; where `mask` leaves most tokens out, select the
+    others first on a GPU. Gradients go to hidden, weight and bias, as far as they require them.
+
+    Of the logits at most 64 MiB are in memory at a time on a CPU, and 96 MiB on a GPU; with a reference twice that.
     """
     weight, head = checks.head_arguments(
         hidden,
@@ -183,8 +188,8 @@ def safe_terms(
     checks.logits_arguments(logits, tokens, checks.is_floating("ref_logits", ref_logits), mask, group)
     if inplace_backward:
         checks.may_be_overwritten("logits", logits)
-    values = checks.value_arguments(
-        tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens
+    values, options = checks.value_arguments(
+        logits, tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens
     )
     temperature = checks.is_temperature(temperature, tokens, mask, logits)
     return _call(
@@ -192,15 +197,13 @@ def safe_terms(
         backend,
         logits,
         tokens,
-        v1,
-        v2,
-        rewards,
+        *values,
         ref_logits=ref_logits,
         temperature=temperature,
         mask=mask,
         inplace_backward=inplace_backward,
         process_group=group,
-        **values,
+        **options,
     )
 
 
@@ -256,8 +259,8 @@ def linear_safe_terms(
         mask=mask,
         process_group=process_group,
     )
-    values = checks.value_arguments(
-        tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens
+    values, options = checks.value_arguments(
+        hidden, tokens, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens
     )
     return _call(
         "linear_safe_terms",
@@ -265,13 +268,11 @@ def linear_safe_terms(
         hidden,
         weight,
         tokens,
-        v1,
-        v2,
-        rewards,
+        *values,
         mask=mask,
         batch_invariant=batch_invariant,
         **head,
-        **values,
+        **options,
     )
 
 
@@ -282,7 +283,7 @@ def soft_min(v1: Tensor, v2: Tensor, alpha: float, *, backend: str | None = None
 
     in float32 at least, with the gradient softmax(-v / alpha). v1, v2: [...] floating; alpha > 0, in their unit.
     """
-    checks.per_token(checks.is_floating("v1", v1), v2=v2)
+    (v2,) = checks.per_token(v1, checks.is_floating("v1", v1), v2=v2)
     alpha = checks.is_positive("alpha", alpha)
     return _call("soft_min", backend, v1, v2, alpha)
 
@@ -321,7 +322,7 @@ def soft_min_gae(
     Returns:
         ValueTargets, without gradient; the estimates are those of Schulman et al., arXiv 1506.02438.
     """
-    checks.per_token(checks.is_floating("v1", v1), v2=v2, rewards=rewards)
+    v2, rewards = checks.per_token(v1, checks.is_floating("v1", v1), v2=v2, rewards=rewards)
     checks.is_mask(mask, v1)
     checks.is_time(v1, cu_seqlens, bootstrap)
     gamma, lam = checks.is_number("gamma", gamma, 0, 1), checks.is_number("lam", lam, 0, 1)
@@ -337,7 +338,7 @@ def soft_min_gae(
         lam=lam,
         alpha=alpha,
         cu_seqlens=cu_seqlens,
-        bootstrap=bootstrap,
+        bootstrap=None if bootstrap is None else checks.no_wider(bootstrap, v1),
     )
 
 
@@ -409,7 +410,8 @@ def linear_policy_loss(
         mask=mask,
         process_group=process_group,
     )
-    checks.per_token(tokens, old_logprob=old_logprob, advantage=advantage, **checks.given(loss_weight=loss_weight))
+    old_logprob, advantage = checks.per_token(hidden, tokens, old_logprob=old_logprob, advantage=advantage)
+    (loss_weight,) = checks.per_token_or_none(hidden, tokens, loss_weight=loss_weight)
     coefficients = {
         name: checks.is_coefficient(name, x)
         for name, x in (

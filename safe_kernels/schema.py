@@ -77,7 +77,7 @@ class _Group:
 
     def declare(self, name: str, optional: bool) -> list[str]:
         fields = self.fields.items()
-        return [text for name, (field, may_miss) in fields for text in field.declare(name, optional or may_miss)]
+        return [text for own, (field, may_miss) in fields for text in field.declare(own, optional or may_miss)]
 
     def flatten(self, values: Any) -> list[Any]:
         if values is None:

@@ -434,3 +434,23 @@ def test_tokens_in_int32(any_backend):
     wide = evaluate(token_stats, case, any_backend, ["logits"])
     narrow = evaluate(token_stats, case | {"tokens": case["tokens"].int()}, any_backend, ["logits"])
     assert all(torch.equal(x, wide[name]) for name, x in narrow.items())
+
+
+def test_float64_beside_a_float32_model_does_not_choose_the_backend(monkeypatch):
+    """numpy makes float64: on a GPU one such advantage must not take the kernels away."""
+    monkeypatch.setattr(safe_kernels.ops, "_best", lambda like: "triton")
+    sides = {"old_logprob", "advantage", "loss_weight", "temperature", "v1", "v2", "rewards", "target_v1", "bootstrap"}
+    terms = {"kl_threshold": 0.1, "alpha": 0.3}
+    cases = [
+        (token_stats, logits_case(temperature=temperatures())),
+        (linear_policy_loss, policy_case(loss_weight=ones / 21)),
+        (safe_terms, logits_case(**values_case(**terms))),
+        (linear_safe_terms, linear_case(**values_case(target_v1=ones, target_v2=ones, **terms))),
+        (soft_min_gae, values_case(mask=None, bootstrap=torch.ones(3))),
+    ]
+    for op, case in cases:
+        wide = {
+            name: x.double() if name in sides and (op, name) != (soft_min_gae, "v1") else x for name, x in case.items()
+        }
+        for narrow, found in zip(op(**case), op(**wide), strict=True):
+            assert narrow is found is None or torch.equal(narrow, found) and found.dtype == torch.float32, op

@@ -189,6 +189,28 @@ def test_a_gradient_in_float16_does_not_depend_on_a_neighbours_slope(backend):
     assert torch.equal(*found) and found[0].abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("slope", "options"),
+    [(3e3, {}), (3.0, {"temperature": 1e-4, "logit_scale": 0.3}), (1e-4, {"mask": some_mask((9,))})],
+)
+def test_gradients_in_float16_are_scaled_row_by_row(backend, slope, options):
+    """Neither large slopes of other rows, masked ones too, nor a small temperature cost a row its precision."""
+    case = linear_case((9,), 53, 24, dtype=torch.float16, bias=True, **options)
+    slopes = torch.full((9,), slope)
+    slopes[::2] = 1e-4
+    if "mask" in options:
+        slopes[~options["mask"]] = 1e8
+    found = {}
+    for name in ("reference", backend):
+        leaves = [case[x].clone().requires_grad_() for x in ("hidden", "weight", "bias")]
+        stats = linear_token_stats(**case | dict(zip(("hidden", "weight", "bias"), leaves, strict=True)), backend=name)
+        found[name] = torch.autograd.grad((stats.logprob * slopes).sum(), leaves)
+    for x, y in zip(found[backend], found["reference"], strict=True):
+        rows = (x, y) if x.shape == case["hidden"].shape else (x[None], y[None])
+        for row, expected in zip(*rows, strict=True):
+            assert (row - expected).float().norm() <= 3e-3 * expected.float().norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_batch_invariant_holds_to_reference(backend, dtype):
     case = linear_case(mask=some_mask(), dtype=dtype)

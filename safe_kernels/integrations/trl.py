@@ -54,9 +54,9 @@ class LinearLogprob(torch.autograd.Function):
         logprob = log_softmax(z)[targets];  entropy = -(p * log p).sum(-1), with p = softmax(z)
         log_sum_sq_probs = log((p**2).sum(-1));  mean_logits = z.mean(-1);  is_top1 = z[targets] == z.max(-1)
 
-    with float32 logits, which are never stored. Under autocast hidden and weight are rounded to its dtype first, and
-    their gradients are still summed in float32. ZeRO-3 takes the weight away between forward and backward: the
-    backward gathers it again.
+    with float32 logits, of which a tile is stored at a time. Under autocast hidden and weight are rounded to its dtype
+    first, and their gradients are still summed in float32. ZeRO-3 takes the weight away between forward and backward:
+    the backward gathers it again.
 
     Args:
         hidden, weight, bias: [N, H], [V, H] and [V] or None.
@@ -96,7 +96,9 @@ class LinearLogprob(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets, stats)
         with torch.autocast(device, enabled=False):
             metrics = [
-                METRIC[name](inputs, logprob, stats, ctx.backend) if name in outputs else None for name in METRICS
+                _log_sum_sq_probs(inputs, stats, ctx.backend) if "log_sum_sq_probs" in outputs else None,
+                _mean_logits(inputs) if "mean_logits" in outputs else None,
+                _is_top1(logprob, stats, ctx.backend) if "is_top1" in outputs else None,
             ]
         ctx.mark_non_differentiable(*(x for x in metrics if x is not None))
         return logprob, entropy if "entropy" in outputs else None, *metrics
@@ -205,13 +207,13 @@ def _sum_of_equal(index: Tensor, grad: Tensor) -> Tensor:
     return sums.gather(-1, order.argsort(-1))
 
 
-def _log_sum_sq_probs(inputs: LinearInputs, logprob: Tensor, stats: Tensor, backend: str) -> Tensor:
+def _log_sum_sq_probs(inputs: LinearInputs, stats: Tensor, backend: str) -> Tensor:
     """Squares of probabilities are those of half the temperature: one more pass."""
     *_, squares = library.statistics(inputs._replace(temperature=inputs.temperature / 2), backend)
     return library.log_total(squares, backend) - 2 * library.log_total(stats, backend)
 
 
-def _mean_logits(inputs: LinearInputs, *_: Any) -> Tensor:
+def _mean_logits(inputs: LinearInputs) -> Tensor:
     """Without a softcap, the product with the mean row of the weight; with one, each logit has to be made."""
     dtype, scale = compute_dtype(inputs.hidden_NH), inputs.logit_scale
     bias = inputs.weight_VH.new_zeros(()) if inputs.bias_V is None else inputs.bias_V.to(dtype)
@@ -230,12 +232,9 @@ def _mean_logits(inputs: LinearInputs, *_: Any) -> Tensor:
     return inputs.softcap / inputs.temperature / len(inputs.weight_VH) * torch.cat(totals)
 
 
-def _is_top1(inputs: LinearInputs, logprob: Tensor, stats: Tensor, backend: str) -> Tensor:
+def _is_top1(logprob: Tensor, stats: Tensor, backend: str) -> Tensor:
     best = -library.log_total(stats, backend)
     return logprob >= best - TIE * torch.finfo(best.dtype).eps * best.abs().clamp(min=1)
-
-
-METRIC = dict(zip(METRICS, (_log_sum_sq_probs, _mean_logits, _is_top1), strict=True))
 
 
 def _linear_inputs(

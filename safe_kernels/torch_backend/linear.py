@@ -1,6 +1,6 @@
 """Statistics from hidden states: the logits of some rows are computed, used and forgotten.
 
-No tensor of N x V elements is ever made, and no whole float32 copy of a low-precision weight.
+At most PRODUCT_BYTES of logits are in memory at a time, and no whole float32 copy of a low-precision weight.
 
 Shapes: N tokens, R rows of a tile, V vocabulary, C columns of a weight tile, H hidden width.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import LinearInputs, Terms, take
+from ..inputs import LinearInputs, Terms, compute_dtype, take
 from ..objective import Objective
 from .rows import Gradients, RowStats, Tile, Tokens, logit_gradient, new_stats, restore, row_statistics, tiles
 from .values import terms_of
@@ -34,7 +34,7 @@ def linear_statistics(inputs: LinearInputs, terms: Terms | None) -> tuple[Tensor
 def linear_gradients(
     inputs: LinearInputs, stats: Tensor, slopes: tuple[Tensor | None, ...], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Of (hidden, weight, bias), in the compute dtype; None where none is needed."""
+    """Gradients of (hidden, weight, bias), in the compute dtype; None where none is needed."""
     kept, live_inputs = live(inputs)
     if kept is not None:
         stats, slopes = stats[:, kept], tuple(None if x is None else x[kept] for x in slopes)
@@ -134,7 +134,8 @@ class Head(NamedTuple):
 
 
 def tokens_of(inputs: LinearInputs) -> Tokens:
-    return Tokens.of(inputs.tokens_N, len(inputs.weight_VH), inputs.temperature, inputs.mask_N, inputs.hidden_NH.dtype)
+    dtype = compute_dtype(inputs.hidden_NH)
+    return Tokens.of(inputs.tokens_N, len(inputs.weight_VH), inputs.temperature, inputs.mask_N, dtype)
 
 
 def head_of(inputs: LinearInputs) -> Head:
@@ -142,9 +143,7 @@ def head_of(inputs: LinearInputs) -> Head:
 
 
 def ref_head_of(inputs: LinearInputs) -> Head:
-    if inputs.ref_weight_VH is not None:
-        return Head(inputs.ref_weight_VH, inputs.ref_bias_V, inputs.softcap, inputs.logit_scale)
-    return head_of(inputs) if inputs.ref_bias_V is None else head_of(inputs)._replace(bias_V=inputs.ref_bias_V)
+    return Head(*inputs.reference_head(), inputs.softcap, inputs.logit_scale)
 
 
 class Product(NamedTuple):
@@ -187,7 +186,7 @@ class GradientSums:
         self.sums = [like.new_zeros(x.shape) if x is not None and need else None for x, need in leaves]
 
     def add(self, product: Product) -> None:
-        """Of a product whose logits have become their gradient."""
+        """Add those of a product whose logits have become their gradient."""
         du_RV, (hidden_NH, weight_VH, bias_V) = product.logits_RV, self.sums
         if hidden_NH is not None:
             hidden_NH[product.rows] = self.head.hidden_gradient(du_RV)

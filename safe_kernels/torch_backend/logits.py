@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..inputs import LogitsInputs, Terms, take
+from ..inputs import LogitsInputs, Terms, compute_dtype, take
 from .rows import (
     Gradients,
     RowStats,
@@ -44,7 +44,7 @@ def logits_gradient(inputs: LogitsInputs, stats: Tensor, slopes: tuple[Tensor | 
 
 def tokens_of(inputs: LogitsInputs) -> Tokens:
     vocabulary = inputs.logits.shape[-1]
-    return Tokens.of(inputs.tokens_N, vocabulary, inputs.temperature, inputs.mask_N, inputs.logits.dtype)
+    return Tokens.of(inputs.tokens_N, vocabulary, inputs.temperature, inputs.mask_N, compute_dtype(inputs.logits))
 
 
 def _loader(
@@ -52,7 +52,7 @@ def _loader(
 ) -> Callable[[slice], tuple[Tensor, Tensor | None]]:
     """Copies rows of the logits into buffers of the compute dtype; a masked row becomes zeros."""
     vocabulary, like = inputs.logits.shape[-1], tokens.known_N
-    height = min(tile_height(vocabulary, like.dtype), len(like))
+    height = min(tile_height(vocabulary, like), len(like))
     x, y = like.new_empty(height, vocabulary), None if ref_logits is None else like.new_empty(height, vocabulary)
 
     def fill(buffer: Tensor, source: Tensor, rows: slice) -> Tensor:

@@ -22,11 +22,12 @@ from torch import Tensor
 from ..inputs import take
 
 TILE_BYTES = 2 << 20  # one buffer of a tile: its three, or four with a reference, stay in the caches of two cores
+GPU_TILE_BYTES = 64 << 20  # where every operation of a tile is a launch; not measured yet
 FLOOR = -1e30  # in place of -inf, which times a probability of 0 would be NaN
 
 
 class Tokens(NamedTuple):
-    """What is asked of the rows."""
+    """What is asked of the rows, with one entry a row."""
 
     index_N: Tensor  # int64, inside the vocabulary
     known_N: Tensor  # 1, or NaN where the id was outside the vocabulary, or in another rank's part of it
@@ -37,8 +38,7 @@ class Tokens(NamedTuple):
     def of(
         cls, tokens_N: Tensor, vocabulary: int, temperature: float | Tensor, mask_N: Tensor | None, dtype: torch.dtype
     ) -> "Tokens":
-        """`dtype` is that of the inputs: float64 is computed in float64, all others in float32."""
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        """`dtype` is the compute dtype."""
         index = tokens_N.long().clamp(0, vocabulary - 1)
         known = torch.where(index == tokens_N, 1.0, math.nan).to(dtype)
         if isinstance(temperature, Tensor):
@@ -104,7 +104,7 @@ def tiles(
 ) -> Iterator[tuple[slice, Tokens, Tile]]:
     """Yield (rows, their tokens, a tile). `load` gives logits, and the reference's, that the tile may write over."""
     count, like = len(tokens.index_N), tokens.known_N
-    height = tile_height(vocabulary, like.dtype)
+    height = tile_height(vocabulary, like)
     e, scratch = (like.new_empty(min(height, count), vocabulary) for _ in range(2))
     for start in range(0, count, height):
         rows = slice(start, min(start + height, count))
@@ -112,9 +112,10 @@ def tiles(
         yield rows, take(tokens, rows), Tile(x, e[: len(x)], scratch[: len(x)], y)
 
 
-def tile_height(vocabulary: int, dtype: torch.dtype) -> int:
-    """It depends on V alone: functions that are given the same rows see them in the same tiles."""
-    return max(2, TILE_BYTES // (vocabulary * dtype.itemsize))
+def tile_height(vocabulary: int, like: Tensor) -> int:
+    """It does not depend on N: functions that are given the same rows see them in the same tiles."""
+    size = TILE_BYTES if like.device.type == "cpu" else GPU_TILE_BYTES
+    return max(2, size // (vocabulary * like.dtype.itemsize))
 
 
 def row_statistics(tile: Tile, tokens: Tokens) -> RowStats:

@@ -29,11 +29,11 @@ from .rows import (
 
 POLICY_CARRY = CARRY.index("n")  # the rows of CARRY that there are without a reference
 
-RUNTIME = ["N", "temperature", "logit_scale", "stride_stats", "splits"]
+NOT_SPECIALIZED = ["N", "temperature", "logit_scale", "stride_stats", "splits"]
 STRIDES = ["stride_hidden", "stride_weight", "stride_ref_hidden", "stride_ref_weight"]
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, *STRIDES])
+@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, *STRIDES])
 def fused_kernel(
     hidden,  # [N, H], rows stride_hidden apart, or its descriptor; so the three that follow
     weight,  # [V, H]
@@ -107,7 +107,7 @@ def fused_kernel(
     store_policy(state, N, policy, a_token, inside)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def merge_kernel(
     carry,  # as fused_kernel leaves it
     tokens,  # [N]
@@ -159,7 +159,7 @@ def fused_statistics(
     asked: Asked,
     stats: Tensor,
 ) -> None:
-    """Fill `stats` [8, N] with statistics of hidden @ weight.T; without ref_weight the reference shares the head."""
+    """Fill `stats` [4, N], or [8, N] with a reference, which without ref_weight shares the head."""
     if len(asked.tokens_N) == 0:
         return
     matrices = [None if x is None else by_row(x) for x in (hidden_NH, weight_VH, ref_hidden_NH, ref_weight_VH)]

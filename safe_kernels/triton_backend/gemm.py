@@ -1,7 +1,7 @@
-"""Matrix products of our own, whose sums each have one order: a row's bits do not depend on the other rows.
+"""Matrix products of our own, whose sums each have one order.
 
-Neither on how many there are, nor on where the row lies. `product` is a plain product; `fused.py` builds on the same
-parts.
+A row's bits depend neither on the other rows, nor on their number, nor on where the row lies. `product` is a plain
+product; `fused.py` builds on the same parts.
 
 Shapes: M rows, C columns and K of the inner width at a time.
 """

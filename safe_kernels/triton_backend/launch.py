@@ -22,8 +22,9 @@ WIDE_ROWS = RowChoice(rows=1, columns=4096, num_warps=8)
 ROW_CHOICES = (NARROW_ROWS, WIDE_ROWS)
 
 
-def row_choice(width: int) -> RowChoice:
-    return NARROW_ROWS if width <= NARROW_ROWS.columns else WIDE_ROWS
+def row_choice(vocabulary: int) -> RowChoice:
+    """By the whole vocabulary: with the width of a tile it would change from one batch to the next."""
+    return NARROW_ROWS if vocabulary <= NARROW_ROWS.columns else WIDE_ROWS
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class GemmChoice:
 
 
 # By architecture, work and bits of the operands. Not measured yet: chosen by compilation alone, the largest tile that
-# does not spill. Beside each the most registers a thread that a reference or an optional argument brings it to.
+# does not spill. The comment is the highest number of registers a thread, over references and optional arguments.
 GEMMS = {
     ("sm_80", "statistics", 16): GemmChoice(128, 128, 32, num_warps=8, num_stages=4),  # 255
     ("sm_80", "with reference", 16): GemmChoice(128, 64, 32, num_warps=8, num_stages=4),  # 255

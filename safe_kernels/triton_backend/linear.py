@@ -1,7 +1,7 @@
 """Statistics and losses from hidden states: tiles of float32 logits from the BLAS library, read by the row kernels.
 
 A tile has some of the rows and some of the vocabulary. The statistics travel from tile to tile of a row, and in the
-backward a tile is turned into its gradient and multiplied back. No tensor of N x V elements is ever made.
+backward a tile is turned into its gradient and multiplied back. One tile of logits is in memory at a time.
 
 Shapes: N tokens, R rows and W columns of a tile, V vocabulary, H hidden width.
 """
@@ -23,6 +23,8 @@ from .logits import Asked, Rows, gradient, new_stats, statistics
 from .rows import CARRY
 from .values import terms_of
 
+MOST = 100  # the largest power of two that a row of float16 is scaled by
+
 
 def linear_statistics(inputs: LinearInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
     asked, with_reference = asked_of(inputs), inputs.ref_hidden_NH is not None
@@ -40,7 +42,7 @@ def linear_statistics(inputs: LinearInputs, terms: Terms | None) -> tuple[Tensor
 def linear_gradients(
     inputs: LinearInputs, stats: Tensor, slopes: tuple[Tensor | None, ...], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Of (hidden, weight, bias), in float32; None where none is needed."""
+    """Gradients of (hidden, weight, bias), in float32; None where none is needed."""
     asked, sums = asked_of(inputs), GradientSums(inputs, needed)
     for tile in tiles(inputs, slopes[2] is not None, ROWS_OF_A_TILE, TILE_BYTES):
         part = tuple(None if x is None else x[tile.rows] for x in slopes)
@@ -89,18 +91,15 @@ class Tile(NamedTuple):
     def gradient(
         self, inputs: LinearInputs, asked: Asked, stats: Tensor, slopes: tuple[Tensor | None, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """d loss / d (hidden @ weight.T) of the tile in the dtype of the products, and what to multiply it with.
+        """d loss / d (hidden @ weight.T) of the tile in the dtype of the products, and what its rows are scaled by.
 
-        float32 goes over the tile. float16 would lose the small entries, so it holds them scaled up, all rows alike;
-        where no row may depend on another, they stay in float32.
+        float32 goes over the tile, as it is. float16 would lose the small entries, so it holds each row scaled up.
         """
-        dtype, factor = self.weight_WH.dtype, None
-        if dtype == torch.float16 and inputs.batch_invariant:
-            dtype = torch.float32
+        dtype, scale_R = self.weight_WH.dtype, None
         out = self.logits_RW if dtype == torch.float32 else torch.empty_like(self.logits_RW, dtype=dtype)
         if dtype == torch.float16:
-            scale = scale_of(slopes)
-            slopes, factor = tuple(None if x is None else x * scale for x in slopes), 1 / scale
+            scale_R = row_scales(inputs, slopes, self.rows)
+            slopes = tuple(None if x is None else x * scale_R for x in slopes)
         gradient(
             Rows.of(self.logits_RW),
             None if self.ref_logits_RW is None else Rows.of(self.ref_logits_RW),
@@ -111,19 +110,22 @@ class Tile(NamedTuple):
             first_column=self.columns.start,
             **biases(inputs),
         )
-        return out, factor
+        return out, scale_R
 
 
-def scale_of(slopes: tuple[Tensor | None, ...]) -> Tensor:
-    """The power of two that brings the largest slope to between 64 and 128; a 0-dim tensor, which nobody waits for."""
-    largest = torch.stack([x.abs().amax() for x in slopes if x is not None]).amax()
+def row_scales(inputs: LinearInputs, slopes: tuple[Tensor | None, ...], rows: slice) -> Tensor:
+    """Powers of two that bring the largest slope of each row, on its way to the product, to between 64 and 128."""
+    temperature = inputs.temperature[rows] if isinstance(inputs.temperature, Tensor) else inputs.temperature
+    largest = torch.stack([x.abs() for x in slopes if x is not None]).amax(0) * abs(inputs.logit_scale) / temperature
     usable = (largest > 0) & largest.isfinite()
-    return torch.exp2(6 - torch.floor(torch.log2(largest.where(usable, 1)))).clamp(max=2.0**100)
+    if inputs.mask_N is not None:
+        usable &= inputs.mask_N[rows]
+    power = 6 - torch.floor(torch.log2(largest.where(usable, 1)))
+    return torch.exp2(power.where(usable, MOST).clamp(max=MOST))
 
 
 def biases(inputs: LinearInputs) -> dict[str, Tensor | None]:
-    shared = inputs.ref_weight_VH is None and inputs.ref_bias_V is None
-    return {"bias": inputs.bias_V, "ref_bias": inputs.bias_V if shared else inputs.ref_bias_V}
+    return {"bias": inputs.bias_V, "ref_bias": inputs.reference_head()[1]}
 
 
 def tiles(inputs: LinearInputs, with_reference: bool, row_limit: int, tile_bytes: int | None) -> Iterator[Tile]:
@@ -149,8 +151,7 @@ def tiles(inputs: LinearInputs, with_reference: bool, row_limit: int, tile_bytes
             hidden, weight = common(hidden_RH, inputs.weight_VH[columns])
             product(hidden, weight.T, logits)
             if ref_logits:
-                ref_weight = inputs.weight_VH if inputs.ref_weight_VH is None else inputs.ref_weight_VH
-                ref_hidden, ref_weight_WH = common(ref_hidden_RH, ref_weight[columns])
+                ref_hidden, ref_weight_WH = common(ref_hidden_RH, inputs.reference_head()[0][columns])
                 product(ref_hidden, ref_weight_WH.T, ref_logits[0])
             yield Tile(rows, columns, logits, ref_logits[0] if ref_logits else None, hidden, weight)
 
@@ -192,19 +193,29 @@ class GradientSums:
         ]
         self.product = product_for(inputs)
 
-    def add(self, tile: Tile, du_RW: Tensor, factor: Tensor | None) -> None:
-        """Of a tile's gradient `du_RW`, times `factor` if that is given."""
+    def add(self, tile: Tile, du_RW: Tensor, scale_R: Tensor | None) -> None:
+        """Add those of a tile's gradient `du_RW`, which is scaled by `scale_R` if that is given."""
         hidden_NH, weight_VH, bias_V = self.sums
+        hidden_RH, ones_1R, hidden_factor, factor = tile.hidden_RH, None, None, None
+        if scale_R is not None:  # sums over rows are in the scale of the row with the largest slopes
+            hidden_factor, factor = 1 / scale_R, 1 / scale_R.amin()
+            ones_1R = (scale_R.amin() / scale_R).to(du_RW.dtype)[None]
+            hidden_RH = hidden_RH * ones_1R.T
         if hidden_NH is not None:
-            add_product(hidden_NH[tile.rows], self.product, du_RW, tile.weight_WH, factor)
+            add_product(hidden_NH[tile.rows], self.product, du_RW, tile.weight_WH, hidden_factor)
         if weight_VH is not None:
-            add_product(weight_VH[tile.columns], blas_product, du_RW.T, tile.hidden_RH.to(du_RW.dtype), factor)
-        if bias_V is not None:
-            add(bias_V[tile.columns], du_RW.sum(0, dtype=torch.float32), factor)
+            add_product(weight_VH[tile.columns], blas_product, du_RW.T, hidden_RH, factor)
+        if bias_V is not None and ones_1R is None:
+            bias_V[tile.columns] += du_RW.sum(0, dtype=torch.float32)
+        elif bias_V is not None:
+            add_product(bias_V[None, tile.columns], blas_product, ones_1R, du_RW, factor)
 
 
 def add_product(total: Tensor, product: Callable[..., None], x: Tensor, y: Tensor, factor: Tensor | None) -> None:
-    """total += x @ y, some rows at a time: a float32 product of all would be as large as a head's gradient."""
+    """total += factor * (x @ y), some rows at a time: a float32 product of all would be as large as a head's gradient.
+
+    `factor` has an entry for each row, or is 0-dim.
+    """
     if x.dtype == torch.float32 and product is blas_product:
         total.addmm_(x, y)
         return
@@ -213,11 +224,7 @@ def add_product(total: Tensor, product: Callable[..., None], x: Tensor, y: Tenso
     for start in range(0, len(total), step):
         rows = total[start : start + step]
         product(x[start : start + step], y, part[: len(rows)])
-        add(rows, part[: len(rows)], factor)
-
-
-def add(total: Tensor, part: Tensor, factor: Tensor | None) -> None:
-    if factor is None:
-        total += part
-    else:
-        total.addcmul_(part, factor)
+        if factor is None:
+            rows += part[: len(rows)]
+        else:
+            rows.addcmul_(part[: len(rows)], factor if factor.dim() == 0 else factor[start : start + step, None])

@@ -28,8 +28,9 @@ from .values import TERMS, store_terms
 STATS = ("logprob", "entropy", "peak", "log_total", "ref_logprob", "kl", "ref_peak", "ref_log_total")
 CARRY = ("m", "s", "b", "a_token", "n", "r", "c", "outside", "a_ref_token")
 
-RUNTIME = ["rows_inner", "stride_outer", "stride_inner", "ref_rows_inner", "ref_stride_outer", "ref_stride_inner"]
-RUNTIME += ["N", "stride_stats", "W", "first_column", "temperature", "logit_scale"]
+NOT_SPECIALIZED = ["N", "stride_stats", "W", "first_column", "temperature", "logit_scale"]
+NOT_SPECIALIZED += ["rows_inner", "stride_outer", "stride_inner"]
+NOT_SPECIALIZED += ["ref_rows_inner", "ref_stride_outer", "ref_stride_inner"]
 
 
 @triton.jit
@@ -135,7 +136,7 @@ def store_reference_stats(out, stride, policy, reference, a_ref_token, inverse, 
     return kl
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, *TERMS])
+@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, *TERMS])
 def statistics_kernel(
     logits,  # rows at outer * stride_outer + inner * stride_inner, columns of stride 1
     ref_logits,  # the same, or None
@@ -256,7 +257,7 @@ def statistics_kernel(
         store_policy(state, stride_stats, policy, a_token, inside)
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, "grad_rows_inner", "grad_stride_outer", "grad_stride_inner"])
+@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "grad_rows_inner", "grad_stride_outer", "grad_stride_inner"])
 def gradient_kernel(
     logits,
     ref_logits,  # or None: no gradient of the KL is asked for
