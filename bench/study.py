@@ -222,11 +222,11 @@ def curves(folder: Path) -> dict[str, list[float]]:
 
 def work(folder: Path) -> int:
     """One run, in a process of its own: trained, or trained on, and judged on held-out prompts before and after."""
-    from safe_train.paper import trainer_for
+    from safe_train.paper import make_trainer
 
     values = json.loads((folder / "spec.json").read_text())
     args = SafeConfig.from_dict(values["settings"])
-    trainer = trainer_for(args)(args=args)
+    trainer = make_trainer(args)
     before, error = judged(trainer, values["spec"]["reward"]), None
     try:
         trainer.train(resume_from_checkpoint=True)

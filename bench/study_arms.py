@@ -36,7 +36,7 @@ LEARNING_RATES = (2e-3, 4e-3)
 
 @dataclass(frozen=True)
 class Arm:
-    """Every arm chooses its settings among four."""
+    """An algorithm, its fixed settings, and those among which the sweep chooses."""
 
     name: str
     settings: Settings

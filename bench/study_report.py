@@ -155,7 +155,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def difference(values: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """Of the means, by Welch: the seeds do not pair, as runs with the same seed share no more than their prompts."""
+    """Difference of the means, by Welch: the seeds do not pair, as runs of one seed share only their prompts."""
     mean = statistics.fmean(values) - statistics.fmean(base)
     if min(len(values), len(base)) < 2:
         return mean, math.nan

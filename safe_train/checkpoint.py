@@ -1,8 +1,9 @@
 """Checkpoints that hold everything a run needs to continue as if it had never stopped.
 
 A checkpoint is written to a temporary folder and renamed when complete, so a kill at any instant leaves either all of
-it or none. The `policy` folder inside it loads with transformers or peft, tokenizer included. Nothing is unpickled. It
-is the same whatever the number of processes that wrote it, and resumes on any other; they must all see the folder.
+it or none. The `policy` folder inside it loads with transformers or peft, tokenizer included. Only tensors and plain
+values are unpickled. It is the same whatever the number of processes that wrote it, and resumes on any other; they must
+all see the folder.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from safe_train import parallel, sharding
 from safe_train.config import ConfigError
 from safe_train.engine import Engine, options
-from safe_train.models import Policy
+from safe_train.models import Policy, load_weights
 from safe_train.randomness import python_generators, restore_generators, torch_generators
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Checkpoints:
 
     @parallel.main_only
     def wind_back(self, path: Path) -> None:
-        """Leaves word, until the next checkpoint: a run that is killed before it must not resume from a later one."""
+        """Records where the run went back to: if it is killed before its next checkpoint, it must not resume later."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = path.name if path.resolve().parent == self.folder.resolve() else str(path.resolve())
         unfinished = self.folder / "unfinished-wound-back"
@@ -196,7 +197,7 @@ def read_policy(policy: Policy, folder: Path) -> Mapping[str, Tensor]:
         import peft
 
         return peft.load_peft_weights(str(folder), device="cpu")
-    return type(policy.model).from_pretrained(folder, dtype=policy.model.dtype).state_dict()
+    return load_weights(type(policy.model), folder, dtype=policy.model.dtype).state_dict()
 
 
 def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
@@ -207,7 +208,7 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
         if trainer.critic is not None:
             trainer.critic.load_state_dict(contents.critic)
         # A run that goes on with another learning rate than before has to get it.
-        own = {"optimizer": options(trainer.policy, trainer.args)}
+        own = {"optimizer": options(trainer.policy, trainer.device, trainer.args)}
         own["critic_optimizer"] = {"lr": trainer.args.critic_learning_rate}
         for name, saved in contents.optimizers.items():
             saved["param_groups"] = [group | own[name] for group in saved["param_groups"]]

@@ -76,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command_run(arguments: argparse.Namespace) -> None:
-    from safe_train.paper import trainer_for
+    from safe_train import parallel
+    from safe_train.paper import make_trainer
     from safe_train.run_folder import refuse_existing, refuse_foreign, remove_run
 
     resume = arguments.resume_from or arguments.resume
@@ -84,16 +85,16 @@ def command_run(arguments: argparse.Namespace) -> None:
     replaces = arguments.overwrite and not resume
     if not resume:  # before the model is loaded
         (refuse_foreign if replaces else refuse_existing)(Path(args.output_dir))
-    trainer = trainer_for(args)(args=args)
+    trainer = make_trainer(args)
     if replaces:
         remove_run(Path(args.output_dir))
     trainer.train(resume_from_checkpoint=resume)
-    if is_first():
+    if parallel.is_main():
         print(f"report: {Path(args.output_dir) / 'report.png'}")
 
 
 def run_settings(arguments: argparse.Namespace) -> SafeConfig:
-    """Those of the file and of the pairs; on resume without a file, those of the run that is continued."""
+    """Settings of the file and of the pairs; on resume without a file, those of the run that is continued."""
     overrides, checkpoint = arguments.overrides, arguments.resume_from
     if arguments.config is not None or not (arguments.resume or checkpoint):
         return SafeConfig.load(arguments.config, overrides)
@@ -108,7 +109,7 @@ def run_settings(arguments: argparse.Namespace) -> SafeConfig:
 
 def command_demo(arguments: argparse.Namespace) -> None:
     from safe_train.evaluation import comparison
-    from safe_train.paper import trainer_for
+    from safe_train.paper import make_trainer
     from safe_train.run_folder import refuse_existing, refuse_foreign, remove_run
 
     chosen = [f"model={arguments.model}"] if arguments.model else []
@@ -119,7 +120,7 @@ def command_demo(arguments: argparse.Namespace) -> None:
     replaces = folder == Path(own.output_dir)
     (refuse_foreign if replaces else refuse_existing)(folder)
     started = perf_counter()
-    trainer = trainer_for(args)(args=args)
+    trainer = make_trainer(args)
     if replaces:
         remove_run(folder)
     before = trainer.evaluate()
@@ -132,9 +133,10 @@ def command_demo(arguments: argparse.Namespace) -> None:
 
 
 def command_eval(arguments: argparse.Namespace) -> None:
+    from safe_train import parallel
     from safe_train.checkpoint import Checkpoints
     from safe_train.evaluation import comparison
-    from safe_train.paper import trainer_for
+    from safe_train.paper import make_trainer
 
     config = arguments.run / "config.yaml"
     if not config.is_file():
@@ -144,11 +146,11 @@ def command_eval(arguments: argparse.Namespace) -> None:
     checkpoints = Checkpoints(args.output_dir, args.keep_checkpoints)
     if not checkpoints.complete():
         raise ConfigError(f"{arguments.run} has no complete checkpoint")
-    trainer = trainer_for(args)(args=args)
+    trainer = make_trainer(args)
     before = trainer.evaluate()
     checkpoints.load(trainer)
     after = trainer.evaluate()
-    if not is_first():
+    if not parallel.is_main():
         return
     print(comparison(before, after))
     result = {"step": trainer.step, "before": before.numbers(), "after": after.numbers()}
@@ -171,11 +173,6 @@ def command_config(arguments: argparse.Namespace) -> None:
             default = field.default
         kind = HINTS[field.name]
         print(f"{field.name}: {json.dumps(default)}  # {field.metadata['help']} [{getattr(kind, '__name__', kind)}]")
-
-
-def is_first() -> bool:
-    """Of the processes that a launcher started: it says so before they have met."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class SafeConfig:
     # Rollout
     prompts_per_step: int = option(16, "distinct prompts a rollout")
     completions_per_prompt: int = option(1, "completions of each prompt")
-    max_prompt_tokens: int = option(512, "longer prompts lose their beginning, but for a BOS token")
+    max_prompt_tokens: int = option(512, "longer prompts lose their beginning: chats their first turns")
     max_new_tokens: int = option(128, "longest completion")
     temperature: float = option(1.0, "must be 1: the scored policy has to be the sampled one")
     top_k: int = option(0, "must be 0, for the same reason; the published algorithms sampled with 50")
@@ -120,7 +120,7 @@ class SafeConfig:
     minibatch_size: int | None = option(None, "completions an optimizer step (default: the whole rollout)")
     max_tokens_per_microbatch: int = option(8192, "prompt and response tokens in one forward pass")
     learning_rate: float | None = option(None, "policy (default: 1e-4 with LoRA, 1e-5 without)")
-    critic_learning_rate: float = option(1e-4, "critic heads")
+    critic_learning_rate: float = option(1e-4, "critic heads; their AdamW decays weights by 0.01")
     weight_decay: float = option(0.0, "AdamW weight decay of the policy")
     max_grad_norm: float = option(1.0, "gradient clip of the policy")
     critic_max_grad_norm: float = option(0.5, "gradient clip of the critic")
@@ -225,7 +225,7 @@ HINTS = typing.get_type_hints(SafeConfig)
 
 
 def recorded(args: SafeConfig, rewards: Iterable[Any], **given: Any) -> SafeConfig:
-    """A copy of the settings that holds what was given in Python: names, and for an object what will not load."""
+    """A copy of the settings with what was given in Python: names, and for an object what `require_name` refuses."""
 
     def name(value: Any) -> str:
         if isinstance(value, str):
@@ -333,6 +333,8 @@ def check(c: SafeConfig) -> None:
             value = getattr(c, name)
             require(value is None or holds(value), name, needed)
     require(len(c.reward) > 0, "reward", "at least one reward")
+    for name in ("lora_alpha", "lora_last_layers"):
+        require(c.lora_r > 0 or getattr(c, name) is None, name, "left alone with lora_r 0, which trains all parameters")
     low, high = c.kl_threshold_min, c.kl_threshold_max
     require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
     require(c.gate_min <= c.gate_max, "gate_min", "at most gate_max")

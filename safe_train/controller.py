@@ -86,6 +86,7 @@ class Controller:
 
     args: SafeConfig
     entropy_floor: float | None = None
+    window: int = field(init=False)
     kl_short: Ema = field(init=False)
     kl_long: Ema = field(init=False)
     reward: Ema = field(init=False)
@@ -98,9 +99,8 @@ class Controller:
 
     def __post_init__(self) -> None:
         args = self.args
-        # In a short run an average over ten rollouts would still be that of the start.
-        decay = min(EMA_SHORT, 1 - 1 / self.window) if args.ema_short is None else args.ema_short
-        self.kl_short, self.kl_long = Ema(decay), Ema(args.ema_long)
+        self.window = args.window or max(3, args.total_steps // 10)
+        self.kl_short, self.kl_long = Ema(self.short_decay), Ema(args.ema_long)
         self.reward = Ema(PID_DECAY)
         if self.entropy_floor is None:
             self.entropy_floor = args.entropy_floor
@@ -108,8 +108,9 @@ class Controller:
         self.last = Control(args.beta, args.kl_threshold, 0.0, 0.0, 0.0, 0.0, 1.0, floor, 0.0, "warmup")
 
     @property
-    def window(self) -> int:
-        return self.args.window or max(3, self.args.total_steps // 10)
+    def short_decay(self) -> float:
+        """In a short run an average over ten rollouts would still be that of the start."""
+        return min(EMA_SHORT, 1 - 1 / self.window) if self.args.ema_short is None else self.args.ema_short
 
     def update(self, kl: float, entropy: float, reward: float, reward_std: float) -> Control:
         """Coefficients for this rollout's update, from its mean KL and entropy (nats per token) and mean reward."""
@@ -168,13 +169,18 @@ class Controller:
         return {k: v for k, v in asdict(self).items() if k != "args"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what was observed; the settings stay those that this run was given."""
+        """Restores what was observed; the settings stay those that this run was given.
+
+        What followed from the first rollout or the number of steps stays, too: a run that is made longer goes on alike.
+        """
         for key, value in state.items():
             if isinstance(value, dict):
                 value = Ema(**value | {"decay": getattr(self, key).decay})
             setattr(self, key, Control(*value) if key == "last" else value)
         if self.args.entropy_floor is not None:
             self.entropy_floor = self.args.entropy_floor
+        self.window = self.args.window or self.window
+        self.kl_short.decay = self.short_decay
 
 
 def clip(value: float, low: float, high: float) -> float:

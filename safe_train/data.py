@@ -78,6 +78,26 @@ def through_first_eos(completion: Sequence[int], eos_ids: Iterable[int]) -> tupl
     return list(completion), False
 
 
+@dataclass
+class MicroBatch:
+    """Sequences that pass through the model together, drawn once a rollout and kept so by every inner epoch: the same
+    composition gives the same bits, so the ratio before the first optimizer step is exactly 1.
+    """
+
+    batch: TokenBatch
+    indices: list[int]  # of its sequences in the rollout; none in a micro-batch that only fills up
+    sampler_logprob_L: Tensor
+    ref_hidden_LH: Tensor
+    logprob_L: Tensor
+    entropy_L: Tensor
+    ref_logprob_L: Tensor
+    kl_L: Tensor
+    values_KL: Tensor  # K = 0 without a critic
+    target_values_KL: Tensor
+    advantage_L: Tensor
+    returns_L: Tensor
+
+
 def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices of consecutive sequences grouped so that a group holds at most `max_tokens` tokens, or one sequence."""
     groups: list[list[int]] = []
@@ -120,9 +140,10 @@ def longest_first(indices: Iterable[int], lengths: Sequence[int], groups: int) -
 
 @dataclass(frozen=True)
 class Prompt:
-    text: str | Messages  # as the data set has it
+    text: str | Messages  # as the data set has it; of one that is too long, what is left
     ids: list[int]
     columns: dict[str, Any]  # the row's other fields, passed on to the rewards
+    is_cut: bool = False  # to max_prompt_tokens
 
 
 class PromptDataset:
@@ -150,7 +171,7 @@ class PromptDataset:
         for index, row in zip(range(len(rows)), texts, strict=False):
             text = self.text(index, row)
             if isinstance(text, str) and not text.strip():
-                self.prompt(index, row)  # which has no token, unless the tokenizer adds one
+                self.prompt(index, row)  # an error, unless the tokenizer adds a token
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -174,7 +195,39 @@ class PromptDataset:
         ids = self.tokenize(text)
         if not ids:
             raise ConfigError(f"prompt {index} of the data set is empty: {text!r}")
-        return Prompt(text, self.truncate(ids), {k: v for k, v in row.items() if k != self.field})
+        is_cut = len(ids) > self.max_prompt_tokens
+        if is_cut:
+            text, ids = self.cut(text, ids)
+        return Prompt(text, ids, {k: v for k, v in row.items() if k != self.field}, is_cut)
+
+    def cut(self, text: str | Messages, ids: list[int]) -> tuple[str | Messages, list[int]]:
+        """What fits into `max_prompt_tokens`, as text and as tokens: the rewards judge what the policy was given.
+
+        A text loses its beginning, a chat its first turns; the system's message stays. If the last turn alone is too
+        long, it loses its beginning.
+        """
+        if isinstance(text, str):
+            ids = self.truncate(ids)
+            return self.tokenizer.decode(ids, skip_special_tokens=True), ids
+        system = text[:1] if text[0]["role"] == "system" else []
+        for first in range(len(system) + 1, len(text)):
+            shorter = [*system, *text[first:]]
+            if text[first]["role"] == "user" and len(ids := self.tokenize(shorter)) <= self.max_prompt_tokens:
+                return shorter, ids
+        return self.cut_turn(system, text[-1])
+
+    def cut_turn(self, system: Messages, turn: Mapping[str, str]) -> tuple[Messages, list[int]]:
+        words = list(self.tokenizer(turn["content"], add_special_tokens=False)["input_ids"])
+        while words:
+            chat = [*system, {**turn, "content": self.tokenizer.decode(words)}]
+            ids = self.tokenize(chat)
+            if len(ids) <= self.max_prompt_tokens:
+                return chat, ids
+            words = words[len(ids) - self.max_prompt_tokens :]
+        raise ConfigError(
+            f"max_prompt_tokens must be more than {self.max_prompt_tokens}, which the chat template fills with its own "
+            "tokens (and the system's message)"
+        )
 
     def text(self, index: int, row: Mapping[str, Any]) -> str | Messages:
         try:

@@ -24,7 +24,7 @@ class Engine:
     def __init__(self, policy: Policy, device: torch.device, args: SafeConfig):
         sharding.shard(policy, device, args)
         self.policy = policy
-        self.optimizer = adamw(policy, args)
+        self.optimizer = adamw(policy, device, args)
         self.parameters = self.optimizer.param_groups[0]["params"]
 
     def forward(self, batch: TokenBatch) -> Tensor:
@@ -85,7 +85,7 @@ def place(model: Any, device: torch.device) -> Any:
     return model if sharding.settings() is not None or zero.stage() == 3 else model.to(device)
 
 
-def adamw(policy: Policy, args: SafeConfig) -> torch.optim.AdamW:
+def adamw(policy: Policy, device: torch.device, args: SafeConfig) -> torch.optim.AdamW:
     trainable = [p for p in policy.parameters() if p.requires_grad]
     others = sorted({str(p.dtype) for p in trainable} - {"torch.float32"})
     if others:
@@ -93,10 +93,10 @@ def adamw(policy: Policy, args: SafeConfig) -> torch.optim.AdamW:
             f"the trained weights must be float32, got {', '.join(others)}, which rounds most updates away: load the "
             "model with dtype=torch.float32 (dtype auto or float32), or train LoRA on it"
         )
-    return torch.optim.AdamW(trainable, **options(policy, args))
+    return torch.optim.AdamW(trainable, **options(policy, device, args))
 
 
-def options(policy: Policy, args: SafeConfig) -> dict[str, Any]:
+def options(policy: Policy, device: torch.device, args: SafeConfig) -> dict[str, Any]:
     rate = args.learning_rate or (1e-4 if policy.is_lora else 1e-5)
-    fused = any(p.is_cuda for p in policy.parameters())  # the default copies one of the moments at each step
+    fused = device.type == "cuda"  # the default copies one of the moments at each step
     return {"lr": rate, "weight_decay": args.weight_decay, "fused": fused}

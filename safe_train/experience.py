@@ -6,7 +6,7 @@ Shape legend: L response tokens of a micro-batch, K value heads, B completions o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -15,29 +15,9 @@ from safe_kernels import ValueTargets, soft_min_gae
 from safe_train import losses, parallel
 from safe_train.config import SafeConfig
 from safe_train.critic import Critic
-from safe_train.data import TokenBatch, balanced, microbatches
+from safe_train.data import MicroBatch, TokenBatch, balanced, microbatches
 from safe_train.models import Policy
 from safe_train.rollout import Rollout
-
-
-@dataclass
-class MicroBatch:
-    """Sequences that pass through the model together, drawn once a rollout and kept so by every inner epoch: the same
-    composition gives the same bits, so the ratio before the first optimizer step is exactly 1.
-    """
-
-    batch: TokenBatch
-    indices: list[int]  # of its sequences in the rollout; none in a micro-batch that only fills up
-    sampler_logprob_L: Tensor
-    ref_hidden_LH: Tensor
-    logprob_L: Tensor
-    entropy_L: Tensor
-    ref_logprob_L: Tensor
-    kl_L: Tensor
-    values_KL: Tensor  # K = 0 without a critic
-    target_values_KL: Tensor
-    advantage_L: Tensor
-    returns_L: Tensor
 
 
 class Experience:

@@ -1,11 +1,11 @@
-"""Terms of the loss and the targets they regress, as pure functions of tensors.
+"""Terms of the loss and the targets they regress; no function keeps state.
 
 Shape legend: L response tokens, B sequences.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from torch.nn.functional import huber_loss
 from safe_kernels import PolicyLoss, linear_policy_loss, linear_token_stats
 from safe_train.config import SafeConfig
 from safe_train.controller import Control
-
-if TYPE_CHECKING:
-    from safe_train.experience import MicroBatch
+from safe_train.data import MicroBatch
 
 
 def policy_loss(

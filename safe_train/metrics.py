@@ -38,6 +38,7 @@ def step_metrics(
         **control._asdict(),
         **update,
         **sampler_metrics(experience.tokens("logprob_L"), experience.tokens("sampler_logprob_L")),
+        "prompts/cut_fraction": sum(prompt.is_cut for prompt in rollout.prompts) / len(rollout.prompts),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/clipped_fraction": 1 - sum(rollout.ended) / len(rollout.ended),
         **costs(seconds, sum(lengths), experience.device),

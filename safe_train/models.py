@@ -246,10 +246,19 @@ def load_model(name: str, args: SafeConfig, device: torch.device) -> tuple[Any, 
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        model = load_weights(AutoModelForCausalLM, source, dtype=dtype, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the model {name!r}: {error}") from error
     return model, tokenizer
+
+
+def load_weights(kind: Any, source: str | Path, **options: Any) -> Any:
+    """`kind.from_pretrained`, which would only print that it fills weights that the files lack with random numbers."""
+    model, report = kind.from_pretrained(source, output_loading_info=True, **options)
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise ValueError(f"its files have no weights for {len(absent)} of its tensors, such as {absent[0]}")
+    return model
 
 
 def smollm2_folder() -> Path:

@@ -24,8 +24,8 @@ from safe_train import losses, parallel, sharding
 from safe_train.config import PAPER, SafeConfig
 from safe_train.controller import EMA_SHORT, PHASE_SCALE, PID_DECAY, Control, clip
 from safe_train.critic import Critic
-from safe_train.data import TokenBatch
-from safe_train.experience import Experience, MicroBatch
+from safe_train.data import MicroBatch, TokenBatch
+from safe_train.experience import Experience
 from safe_train.trainer import SafeTrainer
 
 PENALTY_COEF, MOMENTUM_COEF, PPO_KL_COEF = 0.1, 5.0, 0.05
@@ -238,6 +238,6 @@ def value_errors(value: Tensor, old_value: Tensor, target: Tensor, args: SafeCon
     return (errors[0] + errors[1]) / 2
 
 
-def trainer_for(args: SafeConfig) -> type[SafeTrainer]:
-    """The trainer that runs `args.algorithm`."""
-    return PaperTrainer if args.algorithm in PAPER else SafeTrainer
+def make_trainer(args: SafeConfig, **objects: Any) -> SafeTrainer:
+    """The trainer that runs `args.algorithm`; `objects` are what else a SafeTrainer takes."""
+    return (PaperTrainer if args.algorithm in PAPER else SafeTrainer)(args=args, **objects)

@@ -34,7 +34,7 @@ def start(args: SafeConfig) -> Accelerator:
     for name in args.report_to:
         if name not in trackers:
             raise ConfigError(f"report_to {name} needs a package of that name; here it can be {', '.join(trackers)}")
-    # Of DeepSpeed only the trainer knows: transformers would cut models up, and sample in step, if accelerate told it.
+    # Hidden from accelerate, which would tell transformers of DeepSpeed: it would partition models, and sample in step.
     with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
         accelerator = Accelerator(
             cpu=args.use_cpu,

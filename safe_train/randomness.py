@@ -23,7 +23,7 @@ def python_generators() -> dict[str, Any]:
 
 
 def torch_generators() -> dict[str, Tensor]:
-    """Of PyTorch's generators, the GPU's if the run uses it."""
+    """States of PyTorch's generators: the CPU's, and the GPU's if the run uses it."""
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()

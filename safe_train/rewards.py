@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from safe_train.config import ConfigError, SafeConfig, require_name
+from safe_train.models import load_weights
 from safe_train.reward_server import RewardServer
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -125,7 +126,7 @@ class RewardModel:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         try:
-            self.model = AutoModelForSequenceClassification.from_pretrained(name).to(device).eval()
+            self.model = load_weights(AutoModelForSequenceClassification, name).to(device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot load the reward model {name!r}: {error}") from error

@@ -15,6 +15,8 @@ from safe_train.config import SafeConfig
 from safe_train.data import Messages, Prompt, through_first_eos
 from safe_train.models import Policy
 
+ANSWER = "answer"  # to be found again in a rendered chat
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -82,7 +84,7 @@ def sample(
 
     `caches` keeps the KV caches from call to call, by their number of rows.
     """
-    eos_ids = end_tokens(policy, tokenizer)
+    eos_ids = end_tokens(policy, tokenizer, prompts)
     settings = GenerationConfig(
         do_sample=True,
         temperature=args.temperature,
@@ -175,8 +177,21 @@ def generate(
     return output[:, width:].tolist(), torch.stack(recorder.columns, dim=1).tolist()
 
 
-def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
-    """The model's end tokens and the tokenizer's: a chat model may end its turns with another token than its texts."""
+def end_tokens(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt]) -> list[int]:
+    """The model's end tokens and the tokenizer's; for chat prompts also the one that ends a turn of the template.
+
+    A base model's are those that end a text: without the template's, it would write the user's next turn as well.
+    """
     eos = policy.model.generation_config.eos_token_id
     ends = eos if isinstance(eos, list) else [eos]
-    return [token for token in dict.fromkeys([*ends, tokenizer.eos_token_id]) if token is not None]
+    is_chat = any(not isinstance(prompt.text, str) for prompt in prompts)
+    ends = [*ends, tokenizer.eos_token_id, *(turn_end(tokenizer) if is_chat else [])]
+    return [token for token in dict.fromkeys(ends) if token is not None]
+
+
+def turn_end(tokenizer: Any) -> list[int]:
+    """The token that the chat template writes behind an answer, if it is one of the tokenizer's added tokens."""
+    turns = [{"role": "user", "content": ANSWER}, {"role": "assistant", "content": ANSWER}]
+    behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(ANSWER)[2]
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    return [token for token in ids[:1] if token in tokenizer.added_tokens_decoder]

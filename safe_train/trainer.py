@@ -22,10 +22,10 @@ from safe_train.checkpoint import Checkpoints
 from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, recorded, require_name
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
-from safe_train.data import Prompt, PromptDataset, load_rows
+from safe_train.data import MicroBatch, Prompt, PromptDataset, load_rows
 from safe_train.engine import make_engine, place
 from safe_train.evaluation import Evaluation, evaluate
-from safe_train.experience import Experience, MicroBatch, gathered, value_states
+from safe_train.experience import Experience, gathered, value_states
 from safe_train.metrics import step_metrics
 from safe_train.models import Policy, load_model, make_policy, use_tensor_cores
 from safe_train.preview import Preview
@@ -100,8 +100,8 @@ class SafeTrainer:
         self.tokenizer = processing_class
         self.rewards = Rewards([load_reward(f, self.device, args) for f in functions], args.reward_weights)
         self.prompts = self.prompt_dataset(train_dataset, "dataset")
-        self.eval_prompts = None
-        if args.eval_dataset is not None:
+        self.eval_prompts: PromptDataset | None = None
+        if args.eval_every or eval_dataset is not None:  # else read when first asked for: a run may never need them
             self.eval_prompts = self.prompt_dataset(eval_dataset, "eval_dataset")
         self.callbacks = callbacks
 
@@ -185,7 +185,9 @@ class SafeTrainer:
     def evaluate(self) -> Evaluation:
         """Samples on the held-out prompts, always with the same random numbers, and leaves training's alone."""
         if self.eval_prompts is None:
-            raise ConfigError("an evaluation needs held-out prompts: set eval_dataset")
+            if self.args.eval_dataset is None:
+                raise ConfigError("an evaluation needs held-out prompts: set eval_dataset")
+            self.eval_prompts = self.prompt_dataset(None, "eval_dataset")
         return evaluate(self.policy, self.complete, self.eval_prompts, self.rewards, self.args, self.device)
 
     def collect(self, step: int) -> tuple[Rollout, dict[str, Tensor]]:
@@ -276,7 +278,7 @@ class SafeTrainer:
         return total, losses.means(policy, value_loss, micro, weight_L)
 
     def after_optimizer_step(self, epoch: int, means: Mapping[str, Any]) -> dict[str, float]:
-        """Called after each optimizer step with its means, to which it may add: SAFE looks once a rollout."""
+        """Hook after each optimizer step, with its means; returns what else to log."""
         return {}
 
     def optimizer_step(self, loss: Tensor) -> dict[str, float]:

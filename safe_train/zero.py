@@ -93,7 +93,7 @@ class Zero2Engine(Engine):
                 "max_preview_kl cannot be used with DeepSpeed, which holds the weights twice; FSDP2 takes it"
             )
         self.policy = policy
-        self.optimizer = adamw(policy, args)
+        self.optimizer = adamw(policy, device, args)
         self.parameters = list(self.optimizer.param_groups[0]["params"])
         self.options = self.optimizer.state_dict()["param_groups"]
         self.deepspeed = import_deepspeed()
@@ -159,7 +159,8 @@ class Zero2Engine(Engine):
         if saved["state"]:
             for part in self.parts():
                 state = {name: torch.zeros_like(part) for name in MOMENTS}
-                self.optimizer.state[part] = {"step": saved["state"][0]["step"].clone(), **state}
+                step = saved["state"][0]["step"].to(part.device if options["fused"] else "cpu", copy=True)
+                self.optimizer.state[part] = {"step": step, **state}
             self.load_moments(saved["state"])
 
     def load_moments(self, states: dict[int, dict[str, Tensor]]) -> None:

@@ -71,6 +71,11 @@ def test_impossible_settings_are_named(override, message):
         SafeConfig.load(None, [override])
 
 
+def test_lora_settings_without_lora_are_refused():
+    with pytest.raises(ConfigError, match="lora_last_layers must be left alone with lora_r 0, which trains all"):
+        SafeConfig(lora_r=0, lora_last_layers=8)
+
+
 def test_another_algorithm_than_the_files_brings_its_own_critic_and_controller(tmp_path):
     file = tmp_path / "config.yaml"
     SafeConfig(algorithm="safe").save(file)

@@ -218,6 +218,15 @@ def test_a_resumed_controller_has_the_settings_that_are_given():
     assert left_alone.update(0.4, 1.0, 0.0, 1.0).entropy_floor == 1.0
 
 
+def test_a_run_that_is_made_longer_keeps_its_window():
+    old, longer, given = (controller(total_steps=steps, window=w) for steps, w in ((50, None), (500, None), (50, 7)))
+    drive(old, [0.1 * i for i in range(12)])
+    for control in (longer, given):
+        control.load_state_dict(json.loads(json.dumps(old.state_dict())))
+    assert (longer.window, given.window) == (5, 7) and given.kl_short.decay == pytest.approx(6 / 7)
+    assert longer.update(0.9, 1.0, 0.5, 1.0) == old.update(0.9, 1.0, 0.5, 1.0)
+
+
 def test_moments_match_all_values_at_once():
     values = [0.3, -1.0, 5.0, 2.0, 2.0, 7.5, -3.25]
     moments = Moments()

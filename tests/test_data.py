@@ -167,8 +167,8 @@ def test_messages_lose_the_answer_that_would_be_copied():
     turns = [("system", "the"), ("user", "cat"), ("assistant", "sat"), ("user", "on"), ("assistant", "a mat")]
     messages = [{"role": role, "content": content} for role, content in turns]
     for field in ("messages", "chosen"):
-        prompt = PromptDataset([{field: messages}], tokenizer, 3)[0]
-        assert prompt.text == messages[:4] and prompt.ids == tokenizer("cat sat on")["input_ids"]
+        prompt = PromptDataset([{field: messages}], tokenizer, 9)[0]
+        assert prompt.text == messages[:4] and prompt.ids == tokenizer("the cat sat on")["input_ids"]
 
 
 @pytest.mark.parametrize(

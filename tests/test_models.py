@@ -123,6 +123,17 @@ def test_a_model_that_transformers_does_not_know_is_an_error(tmp_path):
         load_model(str(tmp_path), SafeConfig(), torch.device("cpu"))
 
 
+def test_a_model_whose_files_lack_a_weight_is_an_error(tmp_path):
+    """transformers would fill it with random numbers, and print a table."""
+    model = tiny.model()
+    model.save_pretrained(tmp_path, state_dict={n: x for n, x in model.state_dict().items() if "1.mlp.down" not in n})
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match="no weights for 1 of its tensors, such as model.layers.1.mlp.down_proj.weight"
+    ):
+        load_model(str(tmp_path), SafeConfig(), torch.device("cpu"))
+
+
 def test_lora_on_the_last_layers_only():
     policy = make_policy(tiny.model(num_hidden_layers=3), SafeConfig(lora_r=4, lora_last_layers=1))
     names = [name for name, p in policy.named_parameters() if p.requires_grad]

@@ -124,6 +124,10 @@ def test_reward_model_scores_prompt_and_completion(tmp_path):
     assert reward(["the cat sat on"], [" a mat"]) == pytest.approx(reward([""], ["a mat"]), abs=1e-5)
     with pytest.raises(ConfigError, match="has 3 outputs, it must have 1"):
         load_reward(str(tmp_path / "3"))
+    tiny.model().save_pretrained(tmp_path / "no head")  # of a reward: transformers would make one up
+    tiny.tokenizer().save_pretrained(tmp_path / "no head")
+    with pytest.raises(ConfigError, match="no weights for 1 of its tensors, such as score.weight"):
+        load_reward(str(tmp_path / "no head"))
 
 
 def test_vader_prefers_praise():

@@ -401,6 +401,11 @@ def test_evaluation_needs_held_out_prompts(tmp_path):
         trainer().evaluate()
     with pytest.raises(ConfigError, match="eval_dataset must be set when eval_every is"):
         trainer(eval_every=1)
+    with pytest.raises(ConfigError, match="no prompt file 'none.jsonl'"):
+        trainer(eval_every=1, eval_dataset="none.jsonl")
+    unread = trainer(eval_dataset="none.jsonl")  # a config's own, which may be out of reach, and is not needed
+    with pytest.raises(ConfigError, match="no prompt file 'none.jsonl'"):
+        unread.evaluate()
 
 
 def test_several_reward_functions_have_their_weights_and_one_exchange(tmp_path, monkeypatch):

@@ -58,13 +58,13 @@ def settings(output_dir, **changes) -> SafeConfig:
 
 
 def trainer(output_dir, reward=good_words, policy=None, prompts=PROMPTS, **changes):
-    from safe_train.paper import trainer_for
+    from safe_train.paper import make_trainer
 
     args = settings(output_dir, **changes)
-    return trainer_for(args)(
-        model() if policy is None else policy,
-        reward,
+    return make_trainer(
         args,
+        model=model() if policy is None else policy,
+        reward_funcs=reward,
         train_dataset=prompts,
         eval_dataset=prompts,
         processing_class=tokenizer(),
