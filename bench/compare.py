@@ -13,14 +13,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from model import Roofs
 from rows import Row
+from suite import Settings, measured
 from workloads import Workload
-
-if TYPE_CHECKING:
-    from run import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,8 +75,6 @@ def ratios(rows: list[Row]) -> str:
 
 def serve(tree: str, given: dict[str, Any]) -> None:
     """In the process of the revision: a workload a line in, its rows a line out."""
-    from run import Settings, measured
-
     import safe_kernels
 
     if not Path(safe_kernels.__file__).is_relative_to(tree):

@@ -31,6 +31,11 @@ class Error(NamedTuple):
     allowed: float
     plain: float
 
+    @classmethod
+    def of(cls, error: float, plain: float, dtype: torch.dtype, scale: float) -> Error:
+        """The one rule of tolerance: twice plain PyTorch's error, and a few ulps of what has this scale."""
+        return cls(error, 2 * plain + ULPS * torch.finfo(dtype).eps * scale, plain)
+
     @property
     def excess(self) -> float:
         """How many times what is allowed; a NaN is beyond all bounds."""
@@ -128,8 +133,7 @@ class Gate:
         is_gradient = name.startswith("d ")
         scale = exact.abs().max().item() if is_gradient else max(1.0, math.log(max(self.workload.V, 1)))
         dtype = getattr(torch, self.workload.dtype) if is_gradient or gate == "rounds" else torch.float32
-        eps = torch.finfo(dtype).eps
-        return Error(error, 2 * plain_error + ULPS * eps * scale, plain_error)
+        return Error.of(error, plain_error, dtype, scale)
 
 
 def backward(

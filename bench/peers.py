@@ -76,12 +76,13 @@ def providers(workload: Workload) -> list[Provider]:
     return [p for p in offered if not (p.low_precision_only and workload.dtype in ("float32", "float64"))]
 
 
-def ours(entrance: str, backend: str, **options: Any) -> Callable[[Case], Results]:
-    def run(case: Case) -> Results:
-        found = getattr(safe_kernels, OPERATIONS[entrance])(**case, **options, backend=backend)._asdict()
-        return {name: x for name, x in found.items() if x is not None}
+def by_name(result: Any) -> Results:
+    """The fields of a named tuple that are there."""
+    return {name: x for name, x in result._asdict().items() if x is not None}
 
-    return run
+
+def ours(entrance: str, backend: str, **options: Any) -> Callable[[Case], Results]:
+    return lambda case: by_name(getattr(safe_kernels, OPERATIONS[entrance])(**case, **options, backend=backend))
 
 
 class Computed(torch.autograd.Function):
@@ -101,10 +102,7 @@ def over_the_logits(run: Callable[[Case], Results]) -> Callable[[Case], Results]
 
 
 def plain(entrance: str) -> Callable[[Case], Results]:
-    def run(case: Case) -> Results:
-        return {name: x for name, x in operation(entrance)(**case)._asdict().items() if x is not None}
-
-    return run
+    return lambda case: by_name(operation(entrance)(**case))
 
 
 def operation(entrance: str) -> Callable[..., Any]:
@@ -114,8 +112,8 @@ def operation(entrance: str) -> Callable[..., Any]:
 def compiled(entrance: str) -> Callable[[Case], Results]:
     def run(case: Case) -> Results:
         if entrance == "gae":
-            return gae_loop(**case, step=_compiled(gae_step))._asdict()
-        return {name: x for name, x in _compiled(operation(entrance))(**case)._asdict().items() if x is not None}
+            return by_name(gae_loop(**case, step=_compiled(gae_step)))
+        return by_name(_compiled(operation(entrance))(**case))
 
     return run
 
@@ -154,8 +152,7 @@ def rounded_logits(case: Case) -> Results:
     if "ref_hidden" in case:
         with torch.no_grad():
             reference_logits["ref_logits"] = case["ref_hidden"] @ case["weight"].T
-    found = reference.token_stats(logits, case["tokens"], mask=case["mask"], **reference_logits)
-    return {name: x for name, x in found._asdict().items() if x is not None}
+    return by_name(reference.token_stats(logits, case["tokens"], mask=case["mask"], **reference_logits))
 
 
 def on_live_rows(stats: Callable[[Case], Results]) -> Callable[[Case], Results]:
@@ -297,25 +294,24 @@ KERNELS = "Triton kernels, which need a GPU"
 
 
 def _of_this_project() -> list[Provider]:
+    on_gpus: dict[str, Any] = {"needs_gpu": KERNELS, "interpreted": True}
     found = []
     for entrance, outputs in (("logits", WITH_KL), ("hidden", WITH_KL), ("loss", POLICY), ("gae", VALUES)):
         found += [
             Provider("pytorch", entrance, outputs, plain(entrance)),
             Provider("torch.compile", entrance, outputs, compiled(entrance), slow=True),
             Provider("safe-kernels torch", entrance, outputs, ours(entrance, "torch")),
-            Provider("safe-kernels triton", entrance, outputs, ours(entrance, "triton"), None, KERNELS, True),
+            Provider("safe-kernels triton", entrance, outputs, ours(entrance, "triton"), **on_gpus),
         ]
-    for backend, reason in (("torch", ""), ("triton", KERNELS)):
+    for backend, where in (("torch", {}), ("triton", on_gpus)):
         run = over_the_logits(ours("logits", backend, inplace_backward=True))
-        found.append(Provider(f"safe-kernels {backend}, in place", "logits", WITH_KL, run, None, reason, True))
+        found.append(Provider(f"safe-kernels {backend}, in place", "logits", WITH_KL, run, **where))
     fused = ours("hidden", "triton", batch_invariant=True)
-    found.append(Provider("safe-kernels triton, batch-invariant", "hidden", WITH_KL, fused, None, KERNELS, True))
+    found.append(Provider("safe-kernels triton, batch-invariant", "hidden", WITH_KL, fused, **on_gpus))
     low = {"hidden": rounded_logits, "loss": with_policy_loss(rounded_logits)}
     for entrance, low_run in low.items():
         outputs = WITH_KL if entrance == "hidden" else POLICY
-        found.append(
-            Provider("pytorch, low-precision logits", entrance, outputs, low_run, None, low_precision_only=True)
-        )
+        found.append(Provider("pytorch, low-precision logits", entrance, outputs, low_run, low_precision_only=True))
     return found
 
 
@@ -326,19 +322,23 @@ def _peers() -> list[Provider]:
         Provider("trl", "hidden", WITH_KL, trl_hidden, "trl"),
         Provider("liger", "hidden", STATS, liger, "liger-kernel"),
         Provider("verl torch", "hidden", STATS, verl_torch, "verl"),
-        Provider("verl triton", "hidden", STATS, verl_triton, "verl", only_cuda),
+        Provider("verl triton", "hidden", STATS, verl_triton, "verl", needs_gpu=only_cuda),
     ]
     losses = [
         Provider(p.name, "loss", ("loss", *p.outputs), with_policy_loss(p.run), p.package, p.needs_gpu) for p in stats
     ]
     cut = "cut-cross-entropy"
     return [
-        Provider("trl", "logits", STATS, trl_logits, "trl", KERNELS, True),
+        Provider("trl", "logits", STATS, trl_logits, "trl", needs_gpu=KERNELS, interpreted=True),
         *stats,
         *losses,
         Provider("trl divergence", "hidden", ("kl",), trl_divergence, "trl"),
-        Provider("liger cross-entropy", "hidden", ("logprob",), liger_cross_entropy, "liger-kernel", KERNELS, True),
-        Provider("cce", "hidden", ("logprob",), cut_cross_entropy(), cut, autotuned),
+        Provider(
+            *("liger cross-entropy", "hidden", ("logprob",), liger_cross_entropy, "liger-kernel"),
+            needs_gpu=KERNELS,
+            interpreted=True,
+        ),
+        Provider("cce", "hidden", ("logprob",), cut_cross_entropy(), cut, needs_gpu=autotuned),
         Provider("cce, no filter", "hidden", ("logprob",), cut_cross_entropy(filter_eps=None), cut, autotuned),
         Provider("cce torch_compile", "hidden", ("logprob",), cut_cross_entropy(impl="torch_compile"), cut, slow=True),
         Provider("torch linear_cross_entropy", "hidden", ("logprob",), torch_chunked, slow=True),

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 
 import measure
 import torch
-from gate import ULPS, Error
+from gate import Error
 from rows import ALL_PASSES, BASELINES, Row
+from suite import Settings, first_line
 from torch import Tensor
 from workloads import SEED, Workload
 
@@ -208,16 +209,16 @@ def multiplied_in(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def measured(workload: Workload, settings: Any, title: str = "") -> list[Row]:
+def measured(workload: Workload, settings: Settings, title: str = "") -> list[Row]:
     """Rows of all layouts, or one that says that the memory is too small for them."""
     try:
         with multiplied_in("highest"):  # until the policy is there, and again for the rows of others
             return rows_of(workload, settings)
     except torch.OutOfMemoryError as error:
-        return [Row(ALL_PASSES, "all", None, "out of memory", f"{error}"[:300])]
+        return [Row(ALL_PASSES, "all", None, "out of memory", first_line(error))]
 
 
-def rows_of(workload: Workload, settings: Any) -> list[Row]:
+def rows_of(workload: Workload, settings: Settings) -> list[Row]:
     """Ours behind a gate: statistics, loss and gradients as exact as the published layout's."""
     device, args = settings.device, SafeConfig(kl_penalty_coef=0.1, lora_r=128)
     policy, base = build(workload, args, device)
@@ -251,7 +252,7 @@ PASSES: dict[str, Callable[[Layout], Callable[[], Any]]] = {
 
 def timed_row(first: Row, timing: Any, call: Any, device: str, extra_bytes: int) -> Row:
     if isinstance(timing, Exception):
-        return replace(first, status="cannot run", reason=f"{type(timing).__name__}: {timing}"[:300])
+        return replace(first, status="cannot run", reason=first_line(timing))
     peak = measure.peak_bytes(call, device) + extra_bytes
     return replace(first, seconds=timing.median, seconds_low=timing.low, seconds_high=timing.high,
                    repeats=timing.repeats, peak_bytes=peak, gradient_bytes=0)  # fmt: skip
@@ -305,7 +306,7 @@ def gate(layout: Layout, policy: Policy, base: Any, inputs: Inputs, device: str)
             scale, dtype = math.log(policy.causal_lm.config.vocab_size), plain[name].dtype
         elif name == "loss":
             scale = max(scale, 1.0)  # it is a mean of terms of about 1
-        errors[name] = Error(error, 2 * own + ULPS * torch.finfo(dtype).eps * scale, own)
+        errors[name] = Error.of(error, own, dtype, scale)
     worst = max((name for name in errors if name.startswith("gradient")), key=lambda name: errors[name].excess)
     red = any(error.excess > 1 for error in errors.values())
     shown = {name: errors[name]._asdict() for name in (*STATISTICS, "loss")} | {

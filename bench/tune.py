@@ -33,7 +33,8 @@ import measure  # noqa: E402
 from gate import Gate  # noqa: E402
 from peers import Provider, ours  # noqa: E402
 from rows import Row, Run, append, record  # noqa: E402
-from run import RESULTS, Settings, first_line, rows_of  # noqa: E402
+from run import RESULTS  # noqa: E402
+from suite import Settings, first_line, rows_of  # noqa: E402
 from workloads import Workload, gae, make_case, of  # noqa: E402
 
 SECONDS = 0.2  # of repeats for each pass of each candidate

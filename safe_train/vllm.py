@@ -151,6 +151,7 @@ def load(model: Any, policy: Policy) -> None:
 def merged_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """The policy's parameters under their checkpoint names, one at a time, with the LoRA adapters added in.
 
+    They are whole: the trainer samples with the policy gathered.
     The policy's own weights keep their bits and addresses: adding and subtracting an adapter would round them.
     """
     model = policy.causal_lm
@@ -162,11 +163,11 @@ def merged_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     for name, layer in adapted.items():
         with merged(layer) as base:
             for part, parameter in base.named_parameters():
-                yield f"{name}.{part}", whole(parameter)
+                yield f"{name}.{part}", parameter.detach()
     inside = tuple(f"{name}." for name in adapted)
     for name, parameter in model.named_parameters():
         if not name.startswith(inside):
-            yield name, whole(parameter)
+            yield name, parameter.detach()
 
 
 @contextmanager
@@ -183,8 +184,3 @@ def merged(layer: Any) -> Iterator[Any]:
         for parameter, data in saved:
             parameter.data = data
         layer.merged_adapters.clear()
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """The parameter, gathered from all ranks where it is sharded (which all ranks then must ask for in turn)."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()

@@ -18,8 +18,8 @@ sys.path.append(str(BENCH))
 model, peers, rows, run, tune, workloads = (
     importlib.import_module(name) for name in ("model", "peers", "rows", "run", "tune", "workloads")
 )
-compare, gate, integrations, measure, trainer = (
-    importlib.import_module(name) for name in ("compare", "gate", "integrations", "measure", "trainer")
+compare, gate, integrations, measure, suite, trainer = (
+    importlib.import_module(name) for name in ("compare", "gate", "integrations", "measure", "suite", "trainer")
 )
 
 TOY = workloads.Workload("hidden", "toy", 24, 32, 203)
@@ -27,7 +27,7 @@ FIELDS = {f.name for part in (rows.Run, rows.Row, workloads.Workload) for f in d
 
 
 def settings(timed=True):
-    return run.Settings("cpu", 0.0, {"float32": model.Roofs(1e11, 1e10)} if timed else {})
+    return suite.Settings("cpu", 0.0, {"float32": model.Roofs(1e11, 1e10)} if timed else {})
 
 
 def provider(function, outputs=("logprob", "entropy"), **options):
@@ -36,7 +36,7 @@ def provider(function, outputs=("logprob", "entropy"), **options):
 
 def judged(one, workload=TOY, timed=True):
     case = workloads.make_case(workload, "cpu")
-    return run.rows_of([one], gate.Gate(workload, case), settings(timed))
+    return suite.rows_of([one], gate.Gate(workload, case), settings(timed))
 
 
 @pytest.fixture
@@ -141,10 +141,10 @@ def test_every_kernel_of_this_project_is_green(entrance):
     """As `--gate-only` does, in the interpreter where there is no GPU."""
     workload = dataclasses.replace(TOY, entrance=entrance, N=6, kl=True, masked=0.3)
     case = workloads.make_case(workload, "cpu")
-    gated = run.Settings("cpu", 0, {}, interpreter=True)
+    gated = suite.Settings("cpu", 0, {}, interpreter=True)
     known = gate.Gate(workload, case)
     mine = [p for p in peers.providers(workload) if p.name.startswith("safe-kernels")]
-    found = run.rows_of(mine, known, gated)
+    found = suite.rows_of(mine, known, gated)
     assert {row.gate for row in found} == {"green"}, [row.reason for row in found]
 
 
@@ -283,7 +283,7 @@ def test_functions_of_other_trainers_are_judged_before_and_after_the_patch(entra
     offered = [
         p for p in integrations.offered(dataclasses.replace(TOY, entrance=entrance)) if p.package in (None, "trl")
     ]
-    found = run.measured(dataclasses.replace(TOY, entrance=entrance), settings(), offer=lambda workload: offered)
+    found = suite.measured(dataclasses.replace(TOY, entrance=entrance), settings(), offer=lambda workload: offered)
     assert all(row.gate == "green" and row.seconds and row.peak_bytes for row in found)
     ours = {
         row.provider.removeprefix("safe-kernels in ") for row in found if row.provider.startswith("safe-kernels in ")
@@ -295,5 +295,5 @@ def test_functions_of_other_trainers_are_judged_before_and_after_the_patch(entra
 
 def test_a_trainer_that_is_not_installed_is_a_row():
     function = integrations.TABLE[0]._replace(package="no-such-trainer")
-    found = run.measured(TOY, settings(), offer=lambda workload: [function.provider(True), function.provider(False)])
+    found = suite.measured(TOY, settings(), offer=lambda workload: [function.provider(True), function.provider(False)])
     assert [row.status for row in found] == ["not installed"] * 2

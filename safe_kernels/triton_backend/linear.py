@@ -196,19 +196,19 @@ class GradientSums:
     def add(self, tile: Tile, du_RW: Tensor, scale_R: Tensor | None) -> None:
         """Add those of a tile's gradient `du_RW`, which is scaled by `scale_R` if that is given."""
         hidden_NH, weight_VH, bias_V = self.sums
-        hidden_RH, ones_1R, hidden_factor, factor = tile.hidden_RH, None, None, None
-        if scale_R is not None:  # sums over rows are in the scale of the row with the largest slopes
-            hidden_factor, factor = 1 / scale_R, 1 / scale_R.amin()
-            ones_1R = (scale_R.amin() / scale_R).to(du_RW.dtype)[None]
-            hidden_RH = hidden_RH * ones_1R.T
         if hidden_NH is not None:
-            add_product(hidden_NH[tile.rows], self.product, du_RW, tile.weight_WH, hidden_factor)
+            factor_R = None if scale_R is None else 1 / scale_R
+            add_product(hidden_NH[tile.rows], self.product, du_RW, tile.weight_WH, factor_R)
+        factor = share_R1 = None
+        if scale_R is not None:  # sums over rows are in the scale of the row with the largest slopes
+            factor, share_R1 = 1 / scale_R.amin(), (scale_R.amin() / scale_R).to(du_RW.dtype)[:, None]
         if weight_VH is not None:
+            hidden_RH = tile.hidden_RH if share_R1 is None else tile.hidden_RH * share_R1
             add_product(weight_VH[tile.columns], blas_product, du_RW.T, hidden_RH, factor)
-        if bias_V is not None and ones_1R is None:
+        if bias_V is not None and share_R1 is None:
             bias_V[tile.columns] += du_RW.sum(0, dtype=torch.float32)
         elif bias_V is not None:
-            add_product(bias_V[None, tile.columns], blas_product, ones_1R, du_RW, factor)
+            add_product(bias_V[None, tile.columns], blas_product, share_R1.T, du_RW, factor)
 
 
 def add_product(total: Tensor, product: Callable[..., None], x: Tensor, y: Tensor, factor: Tensor | None) -> None:
