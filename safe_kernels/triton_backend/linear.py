@@ -206,7 +206,7 @@ class GradientSums:
             hidden_RH = tile.hidden_RH if share_R1 is None else tile.hidden_RH * share_R1
             add_product(weight_VH[tile.columns], blas_product, du_RW.T, hidden_RH, factor)
         if bias_V is not None and share_R1 is None:
-            bias_V[tile.columns] += du_RW.sum(0, dtype=torch.float32)
+            bias_V[tile.columns].add_(du_RW.sum(0, dtype=torch.float32))
         elif bias_V is not None:
             add_product(bias_V[None, tile.columns], blas_product, share_R1.T, du_RW, factor)
 
