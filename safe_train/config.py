@@ -30,7 +30,7 @@ PAPER = ("safe_paper", "asymmetric_paper", "ppo_paper")  # as published: see pap
 # What the published algorithms fix, or do not have.
 NOT_IN_PAPER = """
 beta kl_estimator kl_in_reward kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef entropy_gate gate_min
-gate_max phases window value_level gamma gae_lambda minibatch_size importance_cap
+gate_max phases window value_level gamma gae_lambda minibatch_size importance_cap warmup_steps lr_scheduler_type
 """.split()
 
 # Fastest first; transformers' names, and `varlen`: torch.nn.attention.varlen.
@@ -42,6 +42,7 @@ CHOICES = {
     "controller": ("auto", "safe", "fixed", *PAPER),
     "value_level": ("token", "sequence"),
     "kl_estimator": ("exact", "k2", "k3"),
+    "lr_scheduler_type": ("constant", "linear", "cosine"),
     "generation": ("hf", "vllm"),
     "cache_implementation": ("auto", "dynamic", "static"),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -121,6 +122,8 @@ class SafeConfig:
     max_tokens_per_microbatch: int = option(8192, "prompt and response tokens in one forward pass")
     learning_rate: float | None = option(None, "policy (default: 1e-4 with LoRA, 1e-5 without)")
     critic_learning_rate: float = option(1e-4, "critic heads; their AdamW decays weights by 0.01")
+    warmup_steps: int = option(0, "rollouts in which both learning rates rise to their values")
+    lr_scheduler_type: str = option("constant", "after that: constant | linear | cosine, to 0 at total_steps")
     weight_decay: float = option(0.0, "AdamW weight decay of the policy")
     max_grad_norm: float = option(1.0, "gradient clip of the policy")
     critic_max_grad_norm: float = option(0.5, "gradient clip of the critic")
@@ -310,7 +313,7 @@ BOUNDS = (
         lambda x: x >= 0,
         "entropy_coef beta kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef lora_r eval_every "
         "weight_decay value_coef clip_low clip_high pid_kp pid_ki pid_kd missing_eos_penalty gate_min entropy_floor "
-        "kl_threshold kl_threshold_min seed reward_retries top_k",
+        "kl_threshold kl_threshold_min seed reward_retries top_k warmup_steps",
     ),
     ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),

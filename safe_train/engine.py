@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -97,6 +98,17 @@ def adamw(policy: Policy, device: torch.device, args: SafeConfig) -> torch.optim
 
 
 def options(policy: Policy, device: torch.device, args: SafeConfig) -> dict[str, Any]:
-    rate = args.learning_rate or (1e-4 if policy.is_lora else 1e-5)
     fused = device.type == "cuda"  # the default copies one of the moments at each step
-    return {"lr": rate, "weight_decay": args.weight_decay, "fused": fused}
+    return {"lr": learning_rate(policy, args), "weight_decay": args.weight_decay, "fused": fused}
+
+
+def learning_rate(policy: Policy, args: SafeConfig) -> float:
+    return args.learning_rate or (1e-4 if policy.is_lora else 1e-5)
+
+
+def schedule(args: SafeConfig, step: int) -> float:
+    """What the learning rates are multiplied with in a step, by its number alone: there is nothing to be resumed."""
+    if step < args.warmup_steps:
+        return (step + 1) / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.total_steps - args.warmup_steps)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[args.lr_scheduler_type]

@@ -23,7 +23,7 @@ from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, record
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
 from safe_train.data import MicroBatch, Prompt, PromptDataset, load_rows
-from safe_train.engine import make_engine, place
+from safe_train.engine import learning_rate, make_engine, place, schedule
 from safe_train.evaluation import Evaluation, evaluate
 from safe_train.experience import Experience, gathered, value_states
 from safe_train.metrics import step_metrics
@@ -240,6 +240,7 @@ class SafeTrainer:
     def update(self, experience: Experience, control: Control) -> dict[str, float]:
         """Inner epochs over the rollout, one optimizer step a minibatch. Returns means over those steps."""
         seen: dict[str, list[Tensor]] = defaultdict(list)
+        rate = self.set_learning_rates()
         for epoch in range(self.args.inner_epochs):
             for minibatch in experience.minibatches:
                 tokens = parallel.total_number(sum(len(micro.batch.targets_L) for micro in minibatch))
@@ -256,7 +257,19 @@ class SafeTrainer:
                     means["preview_scale"] = self.preview.apply(means["kl_before_step"].item(), self.mean_kl(minibatch))
                 for name, value in means.items():
                     seen[name].append(torch.as_tensor(value))
-        return {name: torch.stack(values).float().mean().item() for name, values in seen.items()}
+        averages = {name: torch.stack(values).float().mean().item() for name, values in seen.items()}
+        return {"learning_rate": rate, **averages}
+
+    def set_learning_rates(self) -> float:
+        """Those of this step; returns the policy's."""
+        factor = schedule(self.args, self.step)
+        rate = learning_rate(self.policy, self.args) * factor
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        if self.critic_optimizer is not None:
+            for group in self.critic_optimizer.param_groups:
+                group["lr"] = self.args.critic_learning_rate * factor
+        return rate
 
     def backward(self, micro: MicroBatch, control: Control, tokens: float) -> dict[str, Tensor]:
         """Adds a micro-batch's share of the minibatch's gradient; returns its share of the minibatch's means."""

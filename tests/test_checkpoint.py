@@ -167,7 +167,12 @@ def test_an_ignored_ctrl_c_stays_ignored(tmp_path, ctrl_c):
     assert len(trainer.train()) == 3 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora_r": 0}, {"algorithm": "grpo"}, {"max_preview_kl": 0.01}], ids=str)
+DECAYED = {"warmup_steps": 1, "lr_scheduler_type": "cosine"}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"lora_r": 0}, {"algorithm": "grpo"}, {"max_preview_kl": 0.01}, DECAYED], ids=str
+)
 def test_resumed_from_any_checkpoint_equals_uninterrupted(settings, tmp_path):
     values = {"total_steps": 5, "save_every": 1, "keep_checkpoints": 9, "window": 2} | settings
     tiny.trainer(tmp_path, **values).train()

@@ -13,8 +13,9 @@ import tiny
 import torch
 from accelerate.utils import DistributedType
 
-from safe_train.config import ConfigError
+from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import Prompt
+from safe_train.engine import schedule
 from safe_train.experience import Experience
 from safe_train.metrics import peak_memory_gb
 from safe_train.preview import Preview, step_scale
@@ -448,3 +449,19 @@ def test_callbacks_and_a_model_without_its_tokenizer(tmp_path):
     assert [step for step, _ in seen] == [1, 2]
     with pytest.raises(ConfigError, match="needs its tokenizer"):
         SafeTrainer(tiny.model(), tiny.good_words, tiny.settings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "factors"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.854, 0.5, 0.146]),
+    ],
+)
+def test_learning_rates_rise_and_fall(kind, factors, tmp_path):
+    args = SafeConfig(total_steps=6, warmup_steps=2, lr_scheduler_type=kind)
+    assert [schedule(args, step) for step in range(6)] == pytest.approx(factors, abs=1e-3)
+    trainer = tiny.trainer(tmp_path, total_steps=2, warmup_steps=2, lr_scheduler_type=kind)
+    assert [row["learning_rate"] for row in trainer.train()] == [5e-3, 1e-2]
+    assert trainer.critic_optimizer.param_groups[0]["lr"] == trainer.args.critic_learning_rate
