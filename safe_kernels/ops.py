@@ -281,7 +281,7 @@ def soft_min(v1: Tensor, v2: Tensor, alpha: float, *, backend: str | None = None
 
         -alpha * log(0.5 * (exp(-v1 / alpha) + exp(-v2 / alpha)))
 
-    in float32 at least, with the gradient softmax(-v / alpha). v1, v2: [...] floating; alpha > 0, in their unit.
+    in float32, or float64 if v1 is, with the gradient softmax(-v / alpha). v1, v2: [...]; alpha > 0, in their unit.
     """
     (v2,) = checks.per_token(v1, checks.is_floating("v1", v1), v2=v2)
     alpha = checks.is_positive("alpha", alpha)

@@ -121,9 +121,9 @@ def command_demo(arguments: argparse.Namespace) -> None:
     (refuse_foreign if replaces else refuse_existing)(folder)
     started = perf_counter()
     trainer = make_trainer(args)
+    before = trainer.evaluate()
     if replaces:
         remove_run(folder)
-    before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
     print(f"\n{comparison(before, after)}\n")

@@ -337,7 +337,7 @@ def check(c: SafeConfig) -> None:
             require(value is None or holds(value), name, needed)
     require(len(c.reward) > 0, "reward", "at least one reward")
     for name in ("lora_alpha", "lora_last_layers"):
-        require(c.lora_r > 0 or getattr(c, name) is None, name, "left alone with lora_r 0, which trains all parameters")
+        require(c.lora_r > 0 or getattr(c, name) is None, name, "null with lora_r 0, which trains all parameters")
     low, high = c.kl_threshold_min, c.kl_threshold_max
     require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
     require(c.gate_min <= c.gate_max, "gate_min", "at most gate_max")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -203,31 +203,31 @@ class PromptDataset:
     def cut(self, text: str | Messages, ids: list[int]) -> tuple[str | Messages, list[int]]:
         """What fits into `max_prompt_tokens`, as text and as tokens: the rewards judge what the policy was given.
 
-        A text loses its beginning, a chat its first turns; the system's message stays. If the last turn alone is too
-        long, it loses its beginning.
+        A text loses its beginning, but not its BOS token. A chat loses its first turns, but not the system's message,
+        then the beginning of the user's last turn; where even that is too long, the tokens lose their beginning.
         """
+        kept = 1 if ids[0] == self.tokenizer.bos_token_id else 0
+        last_ids = ids[:kept] + ids[kept + len(ids) - self.max_prompt_tokens :]
         if isinstance(text, str):
-            ids = self.truncate(ids)
-            return self.tokenizer.decode(ids, skip_special_tokens=True), ids
-        system = text[:1] if text[0]["role"] == "system" else []
-        for first in range(len(system) + 1, len(text)):
-            shorter = [*system, *text[first:]]
-            if text[first]["role"] == "user" and len(ids := self.tokenize(shorter)) <= self.max_prompt_tokens:
-                return shorter, ids
-        return self.cut_turn(system, text[-1])
-
-    def cut_turn(self, system: Messages, turn: Mapping[str, str]) -> tuple[Messages, list[int]]:
-        words = list(self.tokenizer(turn["content"], add_special_tokens=False)["input_ids"])
-        while words:
-            chat = [*system, {**turn, "content": self.tokenizer.decode(words)}]
+            return self.tokenizer.decode(last_ids[kept:]), last_ids
+        for chat in self.shorter(text):
             ids = self.tokenize(chat)
             if len(ids) <= self.max_prompt_tokens:
                 return chat, ids
-            words = words[len(ids) - self.max_prompt_tokens :]
-        raise ConfigError(
-            f"max_prompt_tokens must be more than {self.max_prompt_tokens}, which the chat template fills with its own "
-            "tokens (and the system's message)"
-        )
+        return text, last_ids
+
+    def shorter(self, chat: Messages) -> Iterator[Messages]:
+        """The chat without more and more of its first turns, then of the user's last turn."""
+        system = chat[:1] if chat[0]["role"] == "system" else []
+        turns = [i for i, message in enumerate(chat) if message["role"] == "user"]
+        yield from ([*system, *chat[first:]] for first in turns if first > len(system))
+        if not turns or not isinstance(chat[turns[-1]]["content"], str):
+            return
+        last, *answer = chat[turns[-1] :]
+        words = self.tokenizer(last["content"], add_special_tokens=False)["input_ids"]
+        excess = len(self.tokenize([*system, last, *answer])) - self.max_prompt_tokens
+        for start in range(max(1, excess), len(words)):  # the first of them fits, or nearly: words may merge
+            yield [*system, {**last, "content": self.tokenizer.decode(words[start:])}, *answer]
 
     def text(self, index: int, row: Mapping[str, Any]) -> str | Messages:
         try:
@@ -240,11 +240,6 @@ class PromptDataset:
         except ConfigError as error:
             raise ConfigError(f"prompt {index} of the data set: {error}") from None
         return text
-
-    def truncate(self, ids: list[int]) -> list[int]:
-        """The last `max_prompt_tokens` tokens; a BOS token at the beginning stays there."""
-        kept = 1 if ids[0] == self.tokenizer.bos_token_id else 0
-        return ids[:kept] + ids[kept + max(0, len(ids) - self.max_prompt_tokens) :]
 
     def tokenize(self, text: str | Messages) -> list[int]:
         """A text's tokens as the tokenizer has them; of chat messages, those of the chat template up to the answer."""

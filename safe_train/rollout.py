@@ -84,7 +84,7 @@ def sample(
 
     `caches` keeps the KV caches from call to call, by their number of rows.
     """
-    eos_ids = end_tokens(policy, tokenizer, prompts)
+    eos_ids = end_tokens(policy, tokenizer)
     settings = GenerationConfig(
         do_sample=True,
         temperature=args.temperature,
@@ -177,20 +177,20 @@ def generate(
     return output[:, width:].tolist(), torch.stack(recorder.columns, dim=1).tolist()
 
 
-def end_tokens(policy: Policy, tokenizer: Any, prompts: Sequence[Prompt]) -> list[int]:
-    """The model's end tokens and the tokenizer's; for chat prompts also the one that ends a turn of the template.
+def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
+    """The model's end tokens, the tokenizer's, and the one that ends a turn of the chat template.
 
-    A base model's are those that end a text: without the template's, it would write the user's next turn as well.
+    A base model's own are those that end a text: without the template's, it would write the user's next turn as well.
     """
     eos = policy.model.generation_config.eos_token_id
-    ends = eos if isinstance(eos, list) else [eos]
-    is_chat = any(not isinstance(prompt.text, str) for prompt in prompts)
-    ends = [*ends, tokenizer.eos_token_id, *(turn_end(tokenizer) if is_chat else [])]
+    ends = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *turn_end(tokenizer)]
     return [token for token in dict.fromkeys(ends) if token is not None]
 
 
 def turn_end(tokenizer: Any) -> list[int]:
-    """The token that the chat template writes behind an answer, if it is one of the tokenizer's added tokens."""
+    """The token that the chat template, if there is one, writes behind an answer, if it is an added token."""
+    if not tokenizer.chat_template:
+        return []
     turns = [{"role": "user", "content": ANSWER}, {"role": "assistant", "content": ANSWER}]
     behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(ANSWER)[2]
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"]

@@ -72,7 +72,7 @@ def test_impossible_settings_are_named(override, message):
 
 
 def test_lora_settings_without_lora_are_refused():
-    with pytest.raises(ConfigError, match="lora_last_layers must be left alone with lora_r 0, which trains all"):
+    with pytest.raises(ConfigError, match="lora_last_layers must be null with lora_r 0, which trains all"):
         SafeConfig(lora_r=0, lora_last_layers=8)
 
 

@@ -109,7 +109,40 @@ def test_prompt_stream_is_a_pure_function_of_its_position():
 
 
 def test_long_prompts_lose_their_beginning():
-    assert dataset([{"prompt": "the cat sat on a mat"}], 2)[0].ids == tiny.tokenizer()("a mat")["input_ids"]
+    """In what the rewards are given, too."""
+    cut, whole = dataset([{"prompt": "the cat sat on <eos> tree"}, {"prompt": "<eos> tree"}], 2).at(0, 2)
+    cut, whole = sorted((cut, whole), key=lambda prompt: not prompt.is_cut)
+    assert cut.text == whole.text == "<eos> tree" and cut.ids == whole.ids and cut.is_cut and not whole.is_cut
+
+
+def chat(*turns):
+    """The system's message, and turns of user and assistant."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return [{"role": "system", "content": "very good"}, *messages]
+
+
+LONG = chat("the cat", "a dog", "the tree is bad", "it")
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"), [(17, LONG), (16, chat("the tree is bad", "it")), (11, chat("the tree is bad", "it")),
+                        (10, chat("tree is bad", "it")), (8, chat("bad", "it"))]
+)  # fmt: skip
+def test_long_chats_lose_their_first_turns_and_then_the_beginning_of_the_users_last(limit, left):
+    """The template says of each turn who speaks, and once more who is to answer; the system's message stays."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<eos> {{ m['content'] }} {% endfor %}<eos>"
+    found, whole = (PromptDataset([{"prompt": x}], tokenizer, n)[0] for x, n in ((LONG, limit), (left, 99)))
+    assert found.text == left and found.ids == whole.ids and found.is_cut == (limit < 17)
+
+
+@pytest.mark.parametrize("content", ["the tree is bad", [{"type": "text", "text": "the tree is bad"}]])
+def test_where_nothing_else_fits_the_tokens_lose_their_beginning(content):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<eos> {{ m['content'] }} {% endfor %}<eos>"
+    messages = [*chat(), {"role": "user", "content": content}]
+    (prompt,) = PromptDataset([{"prompt": messages}], tokenizer, 4).at(0, 1)
+    assert prompt.text == messages and len(prompt.ids) == 4 and prompt.ids[-1] == 1 and prompt.is_cut
 
 
 def with_bos():

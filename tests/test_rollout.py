@@ -244,25 +244,24 @@ def test_the_tokenizers_end_token_ends_a_completion_too():
     args, tokenizer = SafeConfig(max_new_tokens=6), tiny.tokenizer()
     tokenizer.eos_token = "dog"
     policy = make_policy(tiny.model(), args)
-    assert end_tokens(policy, tokenizer, []) == [1, tokenizer.eos_token_id]
-    assert end_tokens(policy, tiny.tokenizer(), []) == [1]
+    assert end_tokens(policy, tokenizer) == [1, tokenizer.eos_token_id]
+    assert end_tokens(policy, tiny.tokenizer()) == [1]
     rollout = sample(policy, tokenizer, PromptDataset(tiny.PROMPTS, tokenizer, 16).at(0, 40), args)
     assert {tokens[-1] for tokens, ended in zip(rollout.completions, rollout.ended, strict=True) if ended} == {1, 5}
     assert not any({1, 5} & set(tokens[:-1]) for tokens in rollout.completions)
     tokenizer.eos_token = policy.model.generation_config.eos_token_id = None
-    assert end_tokens(policy, tokenizer, []) == []
+    assert end_tokens(policy, tokenizer) == []
 
 
 @pytest.mark.parametrize(("behind", "ends"), [("<turn> and", [1, len(tiny.WORDS)]), (" and", [1]), ("", [1])])
-def test_the_end_of_a_turn_ends_a_completion_of_a_chat(behind, ends):
+def test_the_end_of_a_turn_ends_a_completion(behind, ends):
     """A base model's own end tokens end texts, not turns."""
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
-    tokenizer.chat_template = "{% for m in messages %}" + "{{ m['content'] }}" + behind + "{% endfor %}"
     policy = make_policy(tiny.model(), SafeConfig(max_new_tokens=6))
-    text, chat = (Prompt(x, [2], {}) for x in ("the", [{"role": "user", "content": "the"}]))
-    assert end_tokens(policy, tokenizer, [text, text]) == [1]
-    assert end_tokens(policy, tokenizer, [text, chat]) == ends
+    assert end_tokens(policy, tokenizer) == [1]
+    tokenizer.chat_template = "{% for m in messages %}" + "{{ m['content'] }}" + behind + "{% endfor %}"
+    assert end_tokens(policy, tokenizer) == ends
 
 
 def test_a_tokenizer_without_padding_samples_the_same():

@@ -462,6 +462,13 @@ def test_callbacks_and_a_model_without_its_tokenizer(tmp_path):
 def test_learning_rates_rise_and_fall(kind, factors, tmp_path):
     args = SafeConfig(total_steps=6, warmup_steps=2, lr_scheduler_type=kind)
     assert [schedule(args, step) for step in range(6)] == pytest.approx(factors, abs=1e-3)
-    trainer = tiny.trainer(tmp_path, total_steps=2, warmup_steps=2, lr_scheduler_type=kind)
-    assert [row["learning_rate"] for row in trainer.train()] == [5e-3, 1e-2]
-    assert trainer.critic_optimizer.param_groups[0]["lr"] == trainer.args.critic_learning_rate
+    used = []
+    trainer = tiny.trainer(tmp_path, total_steps=6, warmup_steps=2, lr_scheduler_type=kind)
+    trainer.callbacks = [
+        lambda trainer, row: used.append(
+            [x.param_groups[0]["lr"] for x in (trainer.engine.optimizer, trainer.critic_optimizer)]
+        )
+    ]
+    assert [row["learning_rate"] for row in trainer.train()] == [policy for policy, _ in used]
+    rates = trainer.args.learning_rate, trainer.args.critic_learning_rate
+    assert used == [pytest.approx([rate * factor for rate in rates], rel=5e-3) for factor in factors]
