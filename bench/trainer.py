@@ -322,7 +322,9 @@ def results(layout: Layout) -> dict[str, Tensor]:
 
 
 def generation(policy: Policy, inputs: Inputs, workload: Workload) -> Callable[[], Any]:
-    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=None, batch_decode=lambda rows, **_: [""] * len(rows))
+    tokenizer: Any = SimpleNamespace(
+        pad_token_id=0, eos_token_id=None, chat_template=None, batch_decode=lambda rows, **_: [""] * len(rows)
+    )
     prompts = [Prompt("", ids, {}) for ids in inputs.prompts]
     args = SafeConfig(max_new_tokens=workload.T // 2)
     sampler = make_sampler(policy, tokenizer, args)

@@ -132,10 +132,10 @@ def test_empty_shapes(values, shape):
     assert all(x.shape == (*shape, 0) for x in found.values())
 
 
-@pytest.mark.parametrize("name", ["v1", "v2", "rewards"])
-def test_float64_is_refused(values, name):
+def test_float64_is_refused(values):
+    """Of what a value is computed from; beside a float32 `v1` the others are rounded (test_contract.py)."""
     case = values_case(mask=None)
-    case[name] = case[name].double()
+    case["v1"] = case["v1"].double()
     with pytest.raises(ValueError, match="float32; float64 inputs need backend 'torch'"):
         scan(values, case)
 
