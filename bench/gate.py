@@ -57,7 +57,9 @@ class Gate:
 
     def __init__(self, workload: Workload, case: Case) -> None:
         self.workload, self.case, self.leaves = workload, case, workload.leaves(workload.passes[-1])
+        self.unfused = plain(workload.entrance)
         first = next(case[name] for name in PER_TOKEN if case.get(name) is not None)
+        self.count = len(first)
         rows = min(len(first), 2 if workload.T else ROWS)
         self.rows = torch.linspace(0, len(first) - 1, rows).long().to(first.device)
         self.part = {name: x[self.rows] if name in PER_TOKEN and x is not None else x for name, x in case.items()}
@@ -87,13 +89,36 @@ class Gate:
                 return Verdict(gate, errors)
         return Verdict("red", errors)
 
+    def judge_all_rows(self, run: Callable[[Case], Results], rows_at_once: int) -> Verdict:
+        """Every row, and the sums over all of them, against float64 that is made so many rows at a time."""
+        outputs = self.workload.outputs
+        found = self._evaluate(run, self.case, outputs, self.upstream, self.leaves)
+        worst: dict[str, Tensor] = {}
+        sums: dict[str, list[Tensor]] = {}
+        for rows in torch.arange(self.count, device=self.rows.device).split(rows_at_once):
+            case = {name: x[rows] if name in PER_TOKEN and x is not None else x for name, x in self.case.items()}
+            upstream = {name: x[rows] if x.dim() else x for name, x in self.upstream.items()}
+            exact, plain = (
+                self._evaluate(self.unfused, case, outputs, upstream, self.leaves, dtype)
+                for dtype in (torch.float64, None)
+            )
+            for name, x in exact.items():
+                if name in SUMS:
+                    before = sums.get(name, [torch.zeros_like(x), torch.zeros_like(x)])
+                    sums[name] = [total + part.double() for total, part in zip(before, (x, plain[name]), strict=True)]
+                else:
+                    seen = _distances(found[name][rows], plain[name], x)
+                    worst[name] = torch.maximum(worst[name], seen) if name in worst else seen
+        worst |= {name: _distances(found[name], plain, exact) for name, (exact, plain) in sums.items()}
+        errors = {name: self._allowed("green", name, *seen.tolist()) for name, seen in worst.items()}
+        return Verdict("green" if all(error.excess <= 1 for error in errors.values()) else "red", errors)
+
     def expected(self, asked: tuple[str, ...]) -> dict[str, Results]:
         """Results of the rows: "exact" in float64, and by gate what plain PyTorch makes of them."""
         if asked not in self._expected:
             workload, upstream = self.workload, self._of_rows(self.upstream)
-            unfused = plain(workload.entrance)
             kinds: dict[str, tuple[Callable[[Case], Results], torch.dtype | None]]
-            kinds = {"exact": (unfused, torch.float64), "green": (unfused, None)}
+            kinds = {"exact": (self.unfused, torch.float64), "green": (self.unfused, None)}
             if workload.entrance in ("hidden", "loss") and workload.dtype in ("bfloat16", "float16"):
                 rounded = rounded_logits if workload.entrance == "hidden" else with_policy_loss(rounded_logits)
                 kinds["rounds"] = (rounded, None)
@@ -127,13 +152,20 @@ class Gate:
         return found
 
     def _error(self, gate: str, name: str, actual: Tensor, exact: Tensor, plain: Tensor) -> Error:
-        exact = exact.double()
-        error = (actual.double() - exact).abs().max().item()
-        plain_error = (plain.double() - exact).abs().max().item()
+        return self._allowed(gate, name, *_distances(actual, plain, exact).tolist())
+
+    def _allowed(self, gate: str, name: str, error: float, plain_error: float, size: float) -> Error:
+        """`size` is the largest entry."""
         is_gradient = name.startswith("d ")
-        scale = exact.abs().max().item() if is_gradient else max(1.0, math.log(max(self.workload.V, 1)))
+        scale = size if is_gradient else max(1.0, math.log(max(self.workload.V, 1)))
         dtype = getattr(torch, self.workload.dtype) if is_gradient or gate == "rounds" else torch.float32
         return Error.of(error, plain_error, dtype, scale)
+
+
+def _distances(actual: Tensor, plain: Tensor, exact: Tensor) -> Tensor:
+    """[3]: the largest error, that of plain PyTorch, and the largest entry. A NaN stays one."""
+    exact = exact.double()
+    return torch.stack([(x - exact).abs().max() for x in (actual.double(), plain.double())] + [exact.abs().max()])
 
 
 def backward(

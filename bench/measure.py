@@ -10,22 +10,19 @@ import os
 import platform
 import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from machine import gpu_state
 from model import Roofs
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from workloads import Workload
 
-from safe_train import run_folder
+from safe_train import hardware
 
-ROOT = Path(__file__).resolve().parents[1]
 FEWEST = 3  # repeats
 LONGEST = 2.5  # seconds of a call that is worth repeating
 
@@ -157,34 +154,9 @@ def machine(device: str) -> dict[str, str]:
         versions["triton"] = importlib.import_module("triton").__version__
     if device == "cuda":
         processor = torch.cuda.get_device_name()
-        versions |= {"cuda": str(torch.version.cuda), "driver": _driver()}
+        versions |= {"cuda": str(torch.version.cuda), "driver": gpu_state().get("driver_version", "unknown")}
     else:
-        processor = run_folder.processor()
+        processor = hardware.processor()
         versions["threads"] = str(torch.get_num_threads())
     name = re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
     return {"name": name, "processor": processor, "system": platform.platform(), **versions}
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def commit(given: str | None) -> tuple[str, bool | None]:
-    """The commit of this tree, and whether files that matter differ from it; `given` serves a tree without git."""
-    if given is not None:
-        return given, None
-    try:
-        head = _git("rev-parse", "--short=10", "HEAD")
-        changed = [line for line in _git("status", "--porcelain").splitlines() if "bench/results/" not in line]
-    except (OSError, subprocess.CalledProcessError):
-        sys.exit("This tree is not a git repository: name its commit with --commit, so that rows can be traced.")
-    return head, bool(changed)
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

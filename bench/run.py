@@ -30,6 +30,7 @@ import measure  # noqa: E402
 from compare import Revision, ratios  # noqa: E402
 from integrations import integration_workloads  # noqa: E402
 from integrations import offered as offered_in_trainers  # noqa: E402
+from machine import RESULTS, commit  # noqa: E402
 from model import Roofs  # noqa: E402
 from peers import interpret_trl  # noqa: E402
 from rows import Row, Run, append, record, table  # noqa: E402
@@ -44,7 +45,6 @@ SUITES: dict[str, Callable[[str, bool], list[Workload]]] = {
     "integrations": integration_workloads,
 }
 MEASURED_BY = {"trainer": measured_step, "integrations": partial(measured, offer=offered_in_trainers)}
-RESULTS = ROOT / "bench" / "results"
 SECONDS, QUICK_SECONDS = 0.8, 0.3  # of repeats for each pass of each provider
 
 
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
         interpret_trl()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
-    run = Run(stamp, measure.machine(device), *measure.commit(args.commit), device)
+    run = Run(stamp, measure.machine(device), *commit(args.commit), device)
     path = args.results / f"{run.machine['name']}.jsonl"
     workloads = [(suite, w) for suite, w in chosen(args, device) if re.search(args.only, str(w))]
     roofs = {} if args.gate_only else measure.timed_roofs([w for _, w in workloads], device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from gate import Gate, backward
 from model import Roofs, cost
 from peers import NO_KL, Case, Provider, providers
 from rows import ALL_PASSES, Row
-from tqdm import tqdm
 from workloads import Workload, make_case
 
 OURS = "safe-kernels"  # how the names of this project's providers begin
@@ -27,6 +26,19 @@ class Settings:
     roofs: dict[str, Roofs]  # by dtype; empty: the gate alone
     interpreter: bool = False
     quick: bool = False
+    only_passes: tuple[str, ...] = ()  # () is all
+
+    def passes(self, workload: Workload) -> list[str]:
+        return [part for part in workload.passes if part in self.only_passes or not self.only_passes]
+
+
+def progress(items: Sequence[Any], title: str) -> Iterable[Any]:
+    """The items, behind a progress bar where tqdm is installed and a person watches."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return items
+    return tqdm(items, desc=title, leave=False, disable=None)
 
 
 def measured(
@@ -44,7 +56,7 @@ def measured(
         gate.expected(workload.outputs)
     except Exception as error:  # weights that are not here, or too little memory: neither ends the run
         return [Row(ALL_PASSES, "all", None, "no inputs", first_line(error))]
-    rows = rows_of(tqdm(offered, desc=f"{title} {workload.entrance}", leave=False, disable=None), gate, settings)
+    rows = rows_of(progress(offered, f"{title} {workload.entrance}"), gate, settings)
     torch.compiler.reset()
     clean(settings.device)
     return rows
@@ -60,7 +72,8 @@ def rows_of(offered: Iterable[Provider], gate: Gate, settings: Settings) -> list
         else:
             rows.append(row)
         clean(settings.device)
-    return [row for part in gate.workload.passes if right for row in timed_rows(part, right, gate, settings)] + rows
+    passes = settings.passes(gate.workload) if right else []
+    return [row for part in passes for row in timed_rows(part, right, gate, settings)] + rows
 
 
 def gated(provider: Provider, gate: Gate, settings: Settings) -> Row:

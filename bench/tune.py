@@ -24,17 +24,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # for a checkout that is not installed
 
 import measure  # noqa: E402
 from gate import Gate  # noqa: E402
+from machine import RESULTS  # noqa: E402
+from machine import commit as commit_of  # noqa: E402
 from peers import Provider, ours  # noqa: E402
 from rows import Row, Run, append, record  # noqa: E402
-from run import RESULTS  # noqa: E402
-from suite import Settings, first_line, rows_of  # noqa: E402
+from suite import Settings, first_line, progress, rows_of  # noqa: E402
 from workloads import Workload, gae, make_case, of  # noqa: E402
 
 SECONDS = 0.2  # of repeats for each pass of each candidate
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def tune(wanted: Sequence[Knob], device: str, minutes: float, commit: str | None, results: Path) -> int:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    run = Run(stamp, measure.machine(device), *measure.commit(commit), device)
+    run = Run(stamp, measure.machine(device), *commit_of(commit), device)
     path = results / f"{run.machine['name']}.jsonl"
     roofs = measure.timed_roofs([w for knob in wanted for w in knob.workloads], device)
     settings, end, lines = Settings(device, SECONDS, roofs), time.time() + 60 * minutes, []
@@ -145,13 +145,9 @@ def tune(wanted: Sequence[Knob], device: str, minutes: float, commit: str | None
             append(path, [record(run, "tune", workload, row) for workload, row, _ in found])
             ranking, before = ranked(found), knob.current()
             print(f"\n{knob}, shipped: {before}\n{listing(found, ranking)}", flush=True)
-            if not ranking:
-                lines.append(f"# {knob}: no candidate ran")
-                continue
-            (best, seconds), shipped = ranking[0], dict(ranking).get(before)
-            winners.enter_context(knob.set(best))
-            was = "not measured" if shipped is None else f"{1e3 * shipped:.2f} ms"
-            lines.append(f"{knob} = {best}  # {1e3 * seconds:.2f} ms; shipped: {was}")
+            lines.append(line(knob, ranking, before))
+            if ranking:
+                winners.enter_context(knob.set(ranking[0][0]))
     print(f"\nFor launch.py, measured on {run.machine['processor']} at commit {run.commit}; rows in {path}:")
     print("\n".join(lines))
     return 0
@@ -165,7 +161,7 @@ def search(knob: Knob, settings: Settings, deadline: float) -> Found:
     choices = list(dict.fromkeys((knob.current(), *knob.choices)))
     gates: dict[Workload, Gate] = {}
     found: Found = []
-    for i, choice in enumerate(tqdm(choices, desc=str(knob), leave=False, disable=None)):
+    for i, choice in enumerate(progress(choices, str(knob))):
         if time.time() > deadline:
             print(f"{knob}: out of time, {len(choices) - i} candidates not tried: {choices[i:]}")
             break
@@ -192,6 +188,15 @@ def ranked(found: Found) -> list[tuple[Any, float]]:
         if len(seconds) == most and all(s is not None for s in seconds):
             totals[choice] = sum(s for s in seconds if s is not None)
     return sorted(totals.items(), key=lambda item: item[1])
+
+
+def line(knob: Knob, ranking: list[tuple[Any, float]], before: Any) -> str:
+    """For launch.py: the best choice, its time, and that of the choice before."""
+    if not ranking:
+        return f"# {knob}: no candidate ran"
+    (best, seconds), shipped = ranking[0], dict(ranking).get(before)
+    was = "not measured" if shipped is None else f"{1e3 * shipped:.2f} ms"
+    return f"{knob} = {best}  # {1e3 * seconds:.2f} ms; shipped: {was}"
 
 
 def listing(found: Found, ranking: list[tuple[Any, float]]) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import re
 import shutil
 import subprocess
 from importlib import metadata
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from safe_train import parallel
 from safe_train.config import ConfigError, SafeConfig, read_yaml
+from safe_train.hardware import processor
 from safe_train.report import read_rows, write_report
 from safe_train.rollout import Rollout
 
@@ -138,14 +137,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {"python": platform.python_version(), "device": str(device), "device_name": name, "packages": versions,
             "commit": commit()}  # fmt: skip
-
-
-def processor() -> str:
-    """The CPU's name, and how many cores there are."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    name = re.sub(r"\((R|TM)\)", "", names[0]) if names else platform.processor() or platform.machine()
-    return f"{name} {os.cpu_count()} cores"
 
 
 def commit() -> str | None:

@@ -1,0 +1,259 @@
+"""The first minutes on a GPU: is it right, how fast is it, and what to do next. One command, most important first.
+
+    python bench/gpu.py                             # eight minutes on a CUDA GPU; files and summary.md go to runs/gpu
+    python bench/gpu.py --parts launches step       # some of the parts; they share the minutes
+    python bench/gpu.py --rehearse                  # every part on a CPU, tiny: shows that it runs, measures nothing
+    python bench/gpu.py --rehearse --full           # also with the versions of a GPU machine, which pip fetches
+
+Each part runs in a process of its own, under a time limit of its own, and appends to its own file line by line: a
+crash, a hang or a cut costs what was running, not what came before or after. An item of a part that kills its process
+is left out when the part goes on in a new one. bench/results/README.md says what to do with the outcome.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gpu_page
+import machine
+
+HERE = Path(__file__).resolve().parent
+GRACE = 2.0  # seconds before a part's limit at which it ends by itself
+LOST = 75  # exit code: the device no longer answers, go on in a new process
+RESTART = 15.0  # seconds that must be left to start a part again
+TAIL = 60  # lines of output that are kept
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process and one file. `seconds` is its share of eight minutes; what a part leaves unused, later ones get."""
+
+    name: str
+    seconds: float
+    command: tuple[str, ...]  # `--file`, `--seconds` and `--skip` are added
+
+    def path(self, out: Path) -> Path:
+        return out / f"{self.name}.jsonl"
+
+
+SHARES = {"smoke": 30, "correctness": 120, "rows": 180, "roof": 30, "launches": 60, "step": 60}  # 480 s in all
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    options = ["--rehearse"] * args.rehearse
+    parts = [part(name, SHARES[name], options) for name in SHARES if name in args.parts]
+    installs = []
+    if args.install:
+        installs.append(part("install", 40, ["--wheels", str(args.install)]))
+    if args.full:
+        args.minutes += 60
+        installs.append(part("beside", 900, []))
+        parts.append(part("versions", 2700, []))
+    commit = machine.commit(args.commit)
+    with tempfile.TemporaryDirectory(prefix="safe-kernels-site-") as site:
+        run = Run([*installs, *parts], args.out, args.minutes * 60, commit, args.rehearse, Path(site))
+        try:
+            with stop_signals():
+                run.start()
+        except KeyboardInterrupt:
+            print(f"cut; what there is: {args.out / 'summary.md'}", file=sys.stderr)
+            return 130
+        print(run.page())
+        return 1 if run.failed() else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--minutes", type=float, default=8, help="for all parts together; default 8")
+    found.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the files; default runs/gpu")
+    found.add_argument("--parts", nargs="+", choices=list(SHARES), default=list(SHARES), help="default: all")
+    found.add_argument("--commit", help="for a copy of the tree without git: the commit that it is")
+    found.add_argument(
+        "--install", type=Path, metavar="DIR", help="first install the wheels of this folder, for this run"
+    )
+    found.add_argument("--rehearse", action="store_true", help="on a CPU, tiny, in Triton's interpreter")
+    found.add_argument("--full", action="store_true", help="with --rehearse: Triton 3.6 and transformers 5.17 as well")
+    return found
+
+
+def part(name: str, seconds: float, options: Sequence[str]) -> Part:
+    return Part(name, seconds, (sys.executable, str(HERE / "gpu_parts.py"), name, *options))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[None]:
+    """SIGTERM ends the run like Ctrl-C does: the part in hand is ended, and the page is written."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclass
+class Run:
+    parts: list[Part]
+    out: Path
+    seconds: float
+    commit: tuple[str, bool | None]
+    rehearsal: bool
+    site: Path  # packages that the parts import before all others
+
+    def start(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        for each in self.parts:
+            each.path(self.out).unlink(missing_ok=True)
+        end = time.monotonic() + self.seconds
+        for i, each in enumerate(self.parts):
+            left = end - time.monotonic()
+            limit = left * each.seconds / sum(later.seconds for later in self.parts[i:])
+            self.run_part(each, max(limit, 1.0))
+
+    def run_part(self, part: Part, limit: float) -> None:
+        path, started = part.path(self.out), time.monotonic()
+        append(path, self.head(part, limit))
+        self.page()
+        status, output = "cut", ""
+        try:
+            status, output = self.attempts(part, started + limit)
+        finally:
+            seconds = round(time.monotonic() - started, 2)
+            ended = {"record": "end", "status": status, "seconds": seconds, "gpu": machine.gpu_state()}
+            append(path, ended | {"output": output if status != "done" else ""})
+            self.page()
+
+    def attempts(self, part: Part, end: float) -> tuple[str, str]:
+        """Status and last output. An item that killed the process is skipped in the next one."""
+        while True:
+            code, output = self.attempt(part, end)
+            path = part.path(self.out)
+            fatal = unfinished(path)
+            if code is None:
+                return "over its limit", output
+            if fatal is None and code != LOST:
+                return ("failed" if code else "done"), output
+            if fatal is not None:
+                reason = "hung" if code == -signal.SIGALRM else "crashed"
+                append(path, {"record": "item", "item": fatal, "status": reason, "reason": last_line(output)})
+            if end - time.monotonic() < RESTART:
+                return "failed", output
+
+    def attempt(self, part: Part, end: float) -> tuple[int | None, str]:
+        """Exit code, None at the limit, and the end of what the process printed, here as well."""
+        path = part.path(self.out)
+        seconds = max(0.0, end - time.monotonic() - GRACE)
+        added = [
+            "--file",
+            str(path),
+            "--seconds",
+            f"{seconds:.1f}",
+            "--commit",
+            self.commit[0],
+            "--site",
+            str(self.site),
+        ]
+        added += ["--skip", json.dumps(started_items(path))]
+        paths = [str(self.site), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        process = subprocess.Popen(
+            [*part.command, *added],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+            preexec_fn=os.setpgrp,  # ended with all that it started
+        )
+        lines: collections.deque[str] = collections.deque(maxlen=TAIL)
+        reader = threading.Thread(target=echo, args=(process.stdout, lines), daemon=True)
+        reader.start()
+        try:
+            code: int | None = process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            reader.join(5)
+        return code, "".join(lines)
+
+    def head(self, part: Part, limit: float) -> Record:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return {"record": "start", "part": part.name, "time": stamp, "limit_s": round(limit, 1),
+                "rehearsal": self.rehearsal, "commit": self.commit[0], "dirty": self.commit[1],
+                "machine": machine.versions(), "gpu": machine.gpu_state()}  # fmt: skip
+
+    def page(self) -> str:
+        """Writes summary.md from the files, and returns it."""
+        names = [part.name for part in self.parts]
+        others = [
+            path.stem for path in sorted(self.out.glob("*.jsonl")) if path.stem in SHARES and path.stem not in names
+        ]
+        text = gpu_page.page({name: read(self.out / f"{name}.jsonl") for name in [*names, *others]})
+        unfinished_page = self.out / ".summary.md"
+        unfinished_page.write_text(text)
+        unfinished_page.replace(self.out / "summary.md")
+        return text
+
+    def failed(self) -> bool:
+        return any(gpu_page.problems(read(part.path(self.out))) for part in self.parts)
+
+
+def echo(stream: Any, lines: collections.deque[str]) -> None:
+    for text in stream:
+        lines.append(text)
+        print(text, end="", flush=True)
+
+
+def append(path: Path, record: Record) -> None:
+    with path.open("a+b") as file:
+        cut_short = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write(b"\n" * bool(cut_short) + json.dumps(record).encode() + b"\n")
+
+
+def read(path: Path) -> list[Record]:
+    """Its records; a last line that was cut short is left out."""
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(text))
+    return found
+
+
+def started_items(path: Path) -> list[str]:
+    return list(dict.fromkeys(r["item"] for r in read(path) if r["record"] == "item"))
+
+
+def unfinished(path: Path) -> str | None:
+    """The item that was running when its process ended."""
+    state = {r["item"]: r["status"] for r in read(path) if r["record"] == "item"}
+    return next((name for name, status in state.items() if status == "started"), None)
+
+
+def last_line(output: str) -> str:
+    lines = [text.strip() for text in output.splitlines() if text.strip()]
+    return lines[-1][:300] if lines else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
