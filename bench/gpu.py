@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ SHARES = {"smoke": 30, "correctness": 120, "rows": 180, "roof": 30, "launches": 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    if args.full and not args.rehearse:
+        sys.exit("--full goes with --rehearse: it installs other versions than a GPU machine has")
     options = ["--rehearse"] * args.rehearse
     parts = [part(name, SHARES[name], options) for name in SHARES if name in args.parts]
     installs = []
@@ -63,8 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         installs.append(part("install", 40, ["--wheels", str(args.install)]))
     if args.full:
         args.minutes += 60
-        installs.append(part("beside", 900, []))
-        parts.append(part("versions", 2700, []))
+        installs.append(part("beside", 900, options))
+        parts.append(part("versions", 2700, options))
     commit = machine.commit(args.commit)
     with tempfile.TemporaryDirectory(prefix="safe-kernels-site-") as site:
         run = Run([*installs, *parts], args.out, args.minutes * 60, commit, args.rehearse, Path(site))
@@ -118,6 +120,7 @@ class Run:
     commit: tuple[str, bool | None]
     rehearsal: bool
     site: Path  # packages that the parts import before all others
+    gpu: dict[str, str] = field(default_factory=machine.gpu_state)
 
     def start(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -138,8 +141,8 @@ class Run:
             status, output = self.attempts(part, started + limit)
         finally:
             seconds = round(time.monotonic() - started, 2)
-            ended = {"record": "end", "status": status, "seconds": seconds, "gpu": machine.gpu_state()}
-            append(path, ended | {"output": output if status != "done" else ""})
+            output = "" if status == "done" else output
+            append(path, {"record": "end", "status": status, "seconds": seconds, "output": output})
             self.page()
 
     def attempts(self, part: Part, end: float) -> tuple[str, str]:
@@ -162,20 +165,12 @@ class Run:
         """Exit code, None at the limit, and the end of what the process printed, here as well."""
         path = part.path(self.out)
         seconds = max(0.0, end - time.monotonic() - GRACE)
-        added = [
-            "--file",
-            str(path),
-            "--seconds",
-            f"{seconds:.1f}",
-            "--commit",
-            self.commit[0],
-            "--site",
-            str(self.site),
-        ]
-        added += ["--skip", json.dumps(started_items(path))]
+        added = {"file": str(path), "seconds": f"{seconds:.1f}", "commit": self.commit[0], "site": str(self.site)}
+        added["skip"] = json.dumps(started_items(path))
+        options = [f"--{name}={value}" for name, value in added.items()]
         paths = [str(self.site), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         process = subprocess.Popen(
-            [*part.command, *added],
+            [*part.command, *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -201,7 +196,7 @@ class Run:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return {"record": "start", "part": part.name, "time": stamp, "limit_s": round(limit, 1),
                 "rehearsal": self.rehearsal, "commit": self.commit[0], "dirty": self.commit[1],
-                "machine": machine.versions(), "gpu": machine.gpu_state()}  # fmt: skip
+                "gpu": self.gpu}  # fmt: skip
 
     def page(self) -> str:
         """Writes summary.md from the files, and returns it."""

@@ -9,6 +9,7 @@ Record = dict[str, Any]
 Parts = dict[str, list[Record]]
 OURS = "safe-kernels"
 MEMORY = {("hidden", True): 400e6, ("loss", True): 1.2e9}  # bytes with a frozen head, beyond inputs and gradients
+PACKAGES = ("install", "beside", "versions")  # parts that --parts cannot name
 NEAR_THE_ROOF = 0.9  # share of a plain copy's or product's rate
 GOOD = ("done", "green", "passed", "skipped", "ok", "lacks", "not installed", "left out")
 
@@ -35,9 +36,10 @@ def head(parts: Parts) -> list[str]:
     first, gpu = starts[0], starts[0]["gpu"]
     commits = dict.fromkeys(f"{r['commit']}{' with changes' if r['dirty'] else ''}" for r in starts)
     device = ", ".join([gpu["name"], f"driver {gpu['driver_version']}", gpu["memory.total"]]) if gpu else "no GPU"
-    packages = ", ".join(f"{name} {first['machine'][name]}" for name in first["machine"] if name != "system")
+    found = (of_kind(parts, "versions", "versions") or [{}])[-1]
+    packages = ", ".join(f"{name} {version}" for name, version in found.items() if name != "system")
     rehearsal = ["**A rehearsal on a CPU: nothing here is a measurement.**", ""] if first["rehearsal"] else []
-    return [*rehearsal, f"{device}; commit {', '.join(commits)}; {first['time']}.", f"{packages}."]
+    return [*rehearsal, f"{device}; commit {', '.join(commits)}; {first['time']}.", f"{packages}." * bool(packages)]
 
 
 def part_line(name: str, records: list[Record]) -> str:
@@ -173,7 +175,8 @@ def following(parts: Parts) -> list[str]:
     found = []
     if any(problems(records) for records in parts.values()):
         found.append("Fix what is wrong or broken before anything else; the part's file has errors and output.")
-    left = [name for name, records in parts.items() if "left out" in items(records).values() or not records]
+    named = {name: records for name, records in parts.items() if name not in PACKAGES}
+    left = [name for name, records in named.items() if "left out" in items(records).values() or not records]
     if left:
         found.append(f"Not all was run: `python bench/gpu.py --parts {' '.join(left)}` takes it up.")
     low = [name for name, share in roof_shares(parts).items() if share < NEAR_THE_ROOF]

@@ -33,7 +33,7 @@ import torch  # noqa: E402
 import tune  # noqa: E402
 from gpu import LOST, SHARES, append  # noqa: E402
 from gpu_work import Place, Record  # noqa: E402
-from machine import versions  # noqa: E402
+from machine import gpu_state, versions  # noqa: E402
 from model import Roofs, cost, itemsize, products  # noqa: E402
 from peers import Case, Provider, providers  # noqa: E402
 from suite import clean, first_line  # noqa: E402
@@ -291,6 +291,7 @@ def main() -> int:
         candidates()
         return 0
     die_with_parent()
+    append(place.file, {"record": "versions", "versions": versions()})  # of what this process imports
     return run_items(PARTS[args.part](place), place, time.monotonic() + args.seconds, set(args.skip))
 
 
@@ -319,6 +320,9 @@ def run_items(items: list[Item], place: Place, end: float, skip: set[str]) -> in
         print(f"{item.name}: {status}, {seconds:.1f} s (predicted {item.seconds:.1f}) {reason}", flush=True)
         if not is_alive(place):
             return LOST
+    append(
+        place.file, {"record": "state", "gpu": gpu_state()}
+    )  # while the device is warm, and open: nvidia-smi is fast
     return 0
 
 

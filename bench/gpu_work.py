@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import subprocess
 import sys
 import tempfile
@@ -359,7 +360,8 @@ def pip(place: Place, *arguments: str) -> Iterator[Record]:
 
 def done(command: list[str]) -> list[Record]:
     """Runs it; raises with the end of what it printed."""
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    finished = subprocess.run(command, cwd=ROOT, env=compiling, capture_output=True, text=True)
     print(finished.stdout[-2000:], finished.stderr[-2000:], flush=True)
     if finished.returncode:
         lines = (finished.stdout + finished.stderr).strip().splitlines() or [""]

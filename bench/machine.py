@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -29,6 +30,7 @@ def commit(given: str | None) -> tuple[str, bool | None]:
     return head, bool(changed)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Of Python, the system, and those of PACKAGES that are installed."""
     found = {"python": platform.python_version(), "system": platform.platform()}

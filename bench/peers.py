@@ -225,6 +225,14 @@ def interpret_trl() -> None:
 
 
 @on_live_rows
+def quack(case: Case) -> Results:
+    """CuTe kernels for Hopper and newer; log-prob alone."""
+    from quack.cross_entropy import cross_entropy
+
+    return {"logprob": -cross_entropy(case["logits"], case["tokens"], reduction="none")}
+
+
+@on_live_rows
 def liger(case: Case) -> Results:
     """On sm_90 its CuTe kernels, elsewhere its chunked PyTorch."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
@@ -330,6 +338,7 @@ def _peers() -> list[Provider]:
     cut = "cut-cross-entropy"
     return [
         Provider("trl", "logits", STATS, trl_logits, "trl", needs_gpu=KERNELS, interpreted=True),
+        Provider("quack", "logits", ("logprob",), quack, "quack-kernels", needs_gpu="CuTe kernels, which need a GPU"),
         *stats,
         *losses,
         Provider("trl divergence", "hidden", ("kl",), trl_divergence, "trl"),

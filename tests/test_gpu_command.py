@@ -38,6 +38,7 @@ def test_the_rehearsal_runs_every_part(tmp_path):
         assert items and set(items.values()) == {"done"}, items
     checks = [r for part in ("smoke", "correctness") for r in records(tmp_path, part, "check")]
     assert len(checks) == 18 and all(r["status"] == "green" and r["errors"] for r in checks)
+    assert all(records(tmp_path, part, "versions")[0]["versions"]["torch"] in summary for part in gpu.SHARES)
     assert records(tmp_path, "correctness", "test") and records(tmp_path, "launches", "line")
     timed = {r["provider"] for r in records(tmp_path, "rows", "row") if r["seconds"]}
     assert {"pytorch", "safe-kernels triton", "safe-kernels triton, in place"} <= timed
@@ -205,7 +206,7 @@ sys.exit(gpu_parts.run_items(items, place, float("inf"), set()))
 
 
 START = {"record": "start", "limit_s": 30.0, "rehearsal": False, "commit": "abc", "dirty": False, "gpu": {},
-         "time": "now", "machine": {"python": "3.12"}}  # fmt: skip
+         "time": "now"}  # fmt: skip
 
 
 def row(provider, seconds, **changes):
