@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import ctypes
+import fcntl
 import json
 import os
 import signal
@@ -36,6 +38,7 @@ GRACE = 2.0  # seconds before a part's limit at which it ends by itself
 LOST = 75  # exit code: the device no longer answers, go on in a new process
 RESTART = 15.0  # seconds that must be left to start a part again
 TAIL = 60  # lines of output that are kept
+PR_SET_PDEATHSIG = 1
 Record = dict[str, Any]
 
 
@@ -56,6 +59,10 @@ SHARES = {"smoke": 30, "correctness": 120, "rows": 180, "roof": 30, "launches": 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    if args.minutes <= 0:
+        sys.exit(f"--minutes must be above 0, got {args.minutes:g}")
+    if args.install and not any(args.install.glob("*.whl")):
+        sys.exit(f"--install {args.install}: there is no wheel in it")
     if args.full and not args.rehearse:
         sys.exit("--full goes with --rehearse: it installs other versions than a GPU machine has")
     options = ["--rehearse"] * args.rehearse
@@ -124,13 +131,16 @@ class Run:
 
     def start(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        for each in self.parts:
-            each.path(self.out).unlink(missing_ok=True)
-        end = time.monotonic() + self.seconds
-        for i, each in enumerate(self.parts):
-            left = end - time.monotonic()
-            limit = left * each.seconds / sum(later.seconds for later in self.parts[i:])
-            self.run_part(each, max(limit, 1.0))
+        with alone_in(self.out):
+            for each in self.parts:
+                each.path(self.out).unlink(missing_ok=True)
+            end = time.monotonic() + self.seconds
+            for i, each in enumerate(self.parts):
+                left = end - time.monotonic()
+                limit = left * each.seconds / sum(later.seconds for later in self.parts[i:])
+                self.run_part(each, max(limit, 1.0))
+                if gpu_page.is_unusable(read(each.path(self.out))):
+                    break
 
     def run_part(self, part: Part, limit: float) -> None:
         path, started = part.path(self.out), time.monotonic()
@@ -164,8 +174,7 @@ class Run:
     def attempt(self, part: Part, end: float) -> tuple[int | None, str]:
         """Exit code, None at the limit, and the end of what the process printed, here as well."""
         path = part.path(self.out)
-        seconds = max(0.0, end - time.monotonic() - GRACE)
-        added = {"file": str(path), "seconds": f"{seconds:.1f}", "commit": self.commit[0], "site": str(self.site)}
+        added = {"file": str(path), "end": f"{end - GRACE:.1f}", "commit": self.commit[0], "site": str(self.site)}
         added["skip"] = json.dumps(started_items(path))
         options = [f"--{name}={value}" for name, value in added.items()]
         paths = [str(self.site), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -176,7 +185,7 @@ class Run:
             text=True,
             errors="replace",
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
-            preexec_fn=os.setpgrp,  # ended with all that it started
+            preexec_fn=own_group,
         )
         lines: collections.deque[str] = collections.deque(maxlen=TAIL)
         reader = threading.Thread(target=echo, args=(process.stdout, lines), daemon=True)
@@ -188,7 +197,8 @@ class Run:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for the driver may not end at all
+                process.wait(5)
             reader.join(5)
         return code, "".join(lines)
 
@@ -211,7 +221,28 @@ class Run:
         return text
 
     def failed(self) -> bool:
-        return any(gpu_page.problems(read(part.path(self.out))) for part in self.parts)
+        found = {part.name: read(part.path(self.out)) for part in self.parts}
+        return any(gpu_page.problems(records) or gpu_page.cuts(name, records) for name, records in found.items())
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Two runs in one folder would mix their records."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        sys.exit(f"another run writes into {folder}: wait for it, or choose another --out")
+    finally:
+        os.close(descriptor)
+
+
+def own_group() -> None:
+    """In a part's process, before anything else: it is ended with all that it starts, and, on Linux, with this one."""
+    os.setpgrp()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def echo(stream: Any, lines: collections.deque[str]) -> None:

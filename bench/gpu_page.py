@@ -10,8 +10,9 @@ Parts = dict[str, list[Record]]
 OURS = "safe-kernels"
 MEMORY = {("hidden", True): 400e6, ("loss", True): 1.2e9}  # bytes with a frozen head, beyond inputs and gradients
 PACKAGES = ("install", "beside", "versions")  # parts that --parts cannot name
+VERSIONS = "versions"  # the item that finds what a machine lacks
 NEAR_THE_ROOF = 0.9  # share of a plain copy's or product's rate
-GOOD = ("done", "green", "passed", "skipped", "ok", "lacks", "not installed", "left out")
+GOOD = ("done", "green", "passed", "skipped", "ok", "left out")
 
 
 def page(parts: Parts) -> str:
@@ -21,6 +22,7 @@ def page(parts: Parts) -> str:
     lines += ["", "| promise | held | what was found |", "|---|---|---|"]
     lines += [f"| {name} | {held} | {text} |" for name, held, text in promises(parts)]
     lines += ["", *listed("Wrong or broken", [text for records in parts.values() for text in problems(records)])]
+    lines += listed("Not finished", [text for name, records in parts.items() for text in cuts(name, records)])
     lines += listed("Slower than another", slower(parts))
     lines += listed("For launch.py", of_kind(parts, "line", "text"))
     lines += listed("A training step", [step_line(r) for r in records_of(parts, "step")])
@@ -30,16 +32,20 @@ def page(parts: Parts) -> str:
 
 
 def head(parts: Parts) -> list[str]:
-    starts = [r for records in parts.values() for r in records if r["record"] == "start"]
+    starts = records_of(parts, "start")
     if not starts:
         return ["Nothing has started."]
-    first, gpu = starts[0], starts[0]["gpu"]
+    gpu = starts[-1]["gpu"]
     commits = dict.fromkeys(f"{r['commit']}{' with changes' if r['dirty'] else ''}" for r in starts)
-    device = ", ".join([gpu["name"], f"driver {gpu['driver_version']}", gpu["memory.total"]]) if gpu else "no GPU"
+    device = (
+        ", ".join([gpu["name"], f"driver {gpu['driver_version']}", gpu["memory.total"]]) if gpu else "no nvidia-smi"
+    )
     found = (of_kind(parts, "versions", "versions") or [{}])[-1]
     packages = ", ".join(f"{name} {version}" for name, version in found.items() if name != "system")
-    rehearsal = ["**A rehearsal on a CPU: nothing here is a measurement.**", ""] if first["rehearsal"] else []
-    return [*rehearsal, f"{device}; commit {', '.join(commits)}; {first['time']}.", f"{packages}." * bool(packages)]
+    rehearsed = [r["part"] for r in starts if r["rehearsal"]]
+    which = "A rehearsal" if len(rehearsed) == len(starts) else f"{', '.join(rehearsed)}: a rehearsal"
+    warning = [f"**{which} on a CPU: nothing there is a measurement.**", ""] if rehearsed else []
+    return [*warning, f"{device}; commit {', '.join(commits)}; {starts[-1]['time']}.", f"{packages}." * bool(packages)]
 
 
 def part_line(name: str, records: list[Record]) -> str:
@@ -58,50 +64,86 @@ def items(records: list[Record]) -> dict[str, str]:
 
 
 def problems(records: list[Record]) -> list[str]:
-    """What is wrong, or did not come to its end, in a part."""
+    """What is wrong in a part: red or failed, crashed or hung."""
     found = []
     for r in records:
         if r["record"] in ("check", "test") and r["status"] not in GOOD:
             worst = max(r.get("errors", {}).items(), key=lambda e: e[1]["error"] / e[1]["allowed"], default=None)
             detail = f"{worst[0]} {worst[1]['error']:.3g}, allowed {worst[1]['allowed']:.3g}" if worst else r["reason"]
             found.append(f"{r['status']}: {r['name']}: {detail}")
-        elif r["record"] == "row" and r["provider"].startswith(OURS) and r["status"] not in GOOD:
+        elif r["record"] == "row" and is_wrong(r):
             found.append(f"{r['status']}: {r['provider']}, {title(r)}: {r['reason']}")
     latest = {r["item"]: r for r in records if r["record"] == "item"}
-    ended = any(r["record"] == "end" for r in records)
-    for name, r in latest.items():
-        if r["status"] == "started":
-            found.append(f"{name}: was running when the part was cut" if ended else f"{name}: running, or cut")
-        elif r["status"] not in GOOD:
-            found.append(f"{name}: {r['status']}: {r['reason']}")
+    found += [
+        f"{name}: {r['status']}: {r['reason']}" for name, r in latest.items() if r["status"] not in (*GOOD, "started")
+    ]
     for r in records:
-        if r["record"] == "end" and r["status"] != "done":
-            last = r["output"].strip().splitlines()[-1:]
-            found.append(f"the part was {r['status']}{': ' if last else ''}{''.join(last)[:200]}")
+        if r["record"] == "end" and r["status"] == "failed":
+            found.append(f"the part failed: {''.join(r['output'].strip().splitlines()[-1:])[:200]}")
     return [" ".join(text.split()) for text in found]
 
 
+def is_wrong(row: Record) -> bool:
+    """Of this project, or the inputs: a peer may be unable to run here, and a candidate of a sweep not to fit."""
+    return row["suite"] == "gpu" and row["provider"].startswith((OURS, "all")) and row["status"] != "ok"
+
+
+def cuts(name: str, records: list[Record]) -> list[str]:
+    """What did not come to its end."""
+    if not records:
+        return []
+    ends = [r for r in records if r["record"] == "end"]
+    running = [item for item, status in items(records).items() if status == "started"]
+    state = ends[-1]["status"] if ends else "running, or killed"
+    return [] if state in ("done", "failed") else [f"{name}: {state}{' in ' * bool(running)}{', '.join(running)}"]
+
+
+def is_unusable(records: list[Record]) -> bool:
+    """Nothing can run here: the check of versions failed."""
+    return items(records).get(VERSIONS) == "failed"
+
+
+def unfinished(parts: Parts, *names: str) -> bool:
+    """Whether something that these parts planned, or one of them, is not there."""
+    for name in names:
+        planned = [x for r in parts.get(name, []) if r["record"] == "planned" for x in r["items"]]
+        states = items(parts.get(name, []))
+        if not planned or any(states.get(x) != "done" for x in planned):
+            return True
+    return False
+
+
 def promises(parts: Parts) -> Iterator[tuple[str, str, str]]:
-    judged = [r for r in records_of(parts, "check")] + [r for r in records_of(parts, "test")]
-    bad = [r for r in judged if r["status"] not in GOOD]
-    yield "exact", verdict(judged, bad), f"{len(judged) - len(bad)} of {len(judged)} checks and tests"
-    compared, behind = comparisons(parts), slower(parts)
+    judged = [r for r in (*records_of(parts, "check"), *records_of(parts, "test")) if r["status"] != "skipped"]
+    bad = [r for r in judged if r["status"] not in GOOD] + [r for r in records_of(parts, "row") if is_wrong(r)]
+    good = sum(r["status"] in GOOD for r in judged)
     yield (
-        "faster than each other",
-        verdict(compared, behind),
-        f"{len(compared) - len(behind)} of {len(compared)} comparisons",
+        "exact",
+        verdict(judged, bad, unfinished(parts, "smoke", "correctness")),
+        f"{good} of {len(judged)} checks and tests",
     )
+    compared, behind = comparisons(parts), slower(parts)
+    absent = {
+        r["provider"] for r in records_of(parts, "row") if r["seconds"] is None and not r["provider"].startswith(OURS)
+    }
+    text = f"{len(compared) - len(behind)} of {len(compared)} comparisons"
+    text += f"; without a time: {', '.join(sorted(absent))}" * bool(absent)
+    yield "faster than each other", verdict(compared, behind, unfinished(parts, "rows")), text
     rates = roof_shares(parts)
     low = [name for name, share in rates.items() if share < NEAR_THE_ROOF]
-    yield "at the roof", verdict(rates, low), ", ".join(f"{name} {share:.0%}" for name, share in rates.items())
+    yield (
+        "at the roof",
+        verdict(rates, low, unfinished(parts, "roof")),
+        ", ".join(f"{name} {share:.0%}" for name, share in rates.items()),
+    )
     memory = [(r, extra_bytes(r), MEMORY[r["entrance"], r["kl"]]) for r in timed(parts) if counted(r)]
     over = [r for r, found, most in memory if found > most]
     texts = [f"{r['entrance']} {found / 1e6:.0f} MB of {most / 1e6:.0f}" for r, found, most in memory]
-    yield "memory", verdict(memory, over), ", ".join(texts)
+    yield "memory", verdict(memory, over, len(memory) < len(MEMORY)), ", ".join(dict.fromkeys(texts))
 
 
-def verdict(measured: Any, bad: Any) -> str:
-    return "not measured" if not measured else "no" if bad else "yes"
+def verdict(measured: Any, bad: Any, unfinished: bool) -> str:
+    return "no" if bad else "not measured" if not measured else "so far, not all ran" if unfinished else "yes"
 
 
 def records_of(parts: Parts, kind: str) -> list[Record]:
@@ -171,20 +213,30 @@ def step_line(r: Record) -> str:
 
 
 def following(parts: Parts) -> list[str]:
-    """In the order in which to do it."""
+    """Whole commands, in the order in which to run them."""
+    starts = records_of(parts, "start")
+    options = f"--out DIR --commit {starts[-1]['commit']}" if starts else "--out DIR"
+    wrong = [name for name, records in parts.items() if problems(records)]
+    if wrong:
+        return [
+            f"Fix what is wrong or broken before anything else: {', '.join(wrong)}. Each file has errors and output."
+        ]
     found = []
-    if any(problems(records) for records in parts.values()):
-        found.append("Fix what is wrong or broken before anything else; the part's file has errors and output.")
-    named = {name: records for name, records in parts.items() if name not in PACKAGES}
-    left = [name for name, records in named.items() if "left out" in items(records).values() or not records]
+    left = [name for name, records in parts.items() if name not in PACKAGES and is_left(records)]
     if left:
-        found.append(f"Not all was run: `python bench/gpu.py --parts {' '.join(left)}` takes it up.")
+        found.append(f"Not all was run: `python3 bench/gpu.py --parts {' '.join(left)} --minutes 4 {options}`")
     low = [name for name, share in roof_shares(parts).items() if share < NEAR_THE_ROOF]
     if low or slower(parts):
-        found.append("Search launch choices: `python bench/tune.py --minutes 9`; then copy its lines into launch.py.")
-    if records_of(parts, "row") and not any(r["rehearsal"] for r in records_of(parts, "start")):
+        tune = options.replace("--out", "--results")
+        found.append(f"Slow kernels: `python3 bench/tune.py --minutes 4 --only 'ROWS|GEMMS' {tune}`, then launch.py.")
+    if records_of(parts, "row") and not any(r["rehearsal"] for r in starts):
         found.append("Commit the files under bench/results/, and bring the README's table up to date.")
     return found
+
+
+def is_left(records: list[Record]) -> bool:
+    ends = [r for r in records if r["record"] == "end"]
+    return not ends or ends[-1]["status"] != "done" or "left out" in items(records).values()
 
 
 def listed(heading: str, texts: list[str], most: int = 8) -> list[str]:

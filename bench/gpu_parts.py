@@ -10,7 +10,6 @@ Items that are `extra` come last and use the other half: peers that are installe
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import json
 import os
@@ -32,6 +31,7 @@ import gpu_work as work  # noqa: E402
 import torch  # noqa: E402
 import tune  # noqa: E402
 from gpu import LOST, SHARES, append  # noqa: E402
+from gpu_page import VERSIONS  # noqa: E402
 from gpu_work import Place, Record  # noqa: E402
 from machine import gpu_state, versions  # noqa: E402
 from model import Roofs, cost, itemsize, products  # noqa: E402
@@ -65,7 +65,7 @@ def smoke(place: Place) -> list[Item]:
     """Each kernel once, small, against float64."""
     toy = Workload("hidden", "toy", 64, 128, 1000, kl=True, dtype="bfloat16")
     return [
-        Item("versions", 0.1, lambda: work.check_versions(place)),
+        Item(VERSIONS, 0.1, lambda: work.check_versions(place)),
         check(place, "statistics and gradient of logits", replace(toy, entrance="logits")),
         check(place, "tiles of hidden states", toy),
         check(place, "fused products", toy, batch_invariant=True),
@@ -276,7 +276,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "plan", "candidates"])
     parser.add_argument("--file", type=Path, default=Path())
-    parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--end", type=float, default=0.0, help="on the monotonic clock, which processes share")
     parser.add_argument("--commit", default="")
     parser.add_argument("--site", type=Path, default=Path())
     parser.add_argument("--wheels", type=Path, default=Path())
@@ -290,9 +290,10 @@ def main() -> int:
     if args.part == "candidates":
         candidates()
         return 0
-    die_with_parent()
+    items = PARTS[args.part](place)
     append(place.file, {"record": "versions", "versions": versions()})  # of what this process imports
-    return run_items(PARTS[args.part](place), place, time.monotonic() + args.seconds, set(args.skip))
+    append(place.file, {"record": "planned", "items": [item.name for item in items]})
+    return run_items(items, place, args.end, set(args.skip))
 
 
 def run_items(items: list[Item], place: Place, end: float, skip: set[str]) -> int:
@@ -318,11 +319,11 @@ def run_items(items: list[Item], place: Place, end: float, skip: set[str]) -> in
         seconds = round(time.monotonic() - started, 2)
         log(place, item, status, reason, seconds=seconds, predicted_s=round(item.seconds, 2))
         print(f"{item.name}: {status}, {seconds:.1f} s (predicted {item.seconds:.1f}) {reason}", flush=True)
+        if item.name == VERSIONS and status != "done":
+            return 1
         if not is_alive(place):
             return LOST
-    append(
-        place.file, {"record": "state", "gpu": gpu_state()}
-    )  # while the device is warm, and open: nvidia-smi is fast
+    append(place.file, {"record": "state", "gpu": gpu_state()})  # while the device is warm
     return 0
 
 
@@ -340,12 +341,6 @@ def is_alive(place: Place) -> bool:
         print(f"the device no longer answers: {first_line(error)}", flush=True)
         return False
     return True
-
-
-def die_with_parent() -> None:
-    """On Linux: a command that is killed leaves no process on the GPU."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def plan() -> str:

@@ -125,12 +125,14 @@ def check_versions(place: Place) -> Iterator[Record]:
     for name, least in (("torch", (2, 9)), ("triton", (3, 5))):
         if tuple(int(part) for part in found.get(name, "0.0").split(".")[:2]) < least:
             raise RuntimeError(f"{name} {found.get(name)} is too old: {'.'.join(map(str, least))} or newer is needed")
+    if not place.tiny and not torch.cuda.is_available():
+        raise RuntimeError("PyTorch finds no CUDA device: a CPU build of it, or no driver")
     lacks = {
-        "pytest": "no tests of the suite in part correctness",
+        **dict.fromkeys(("pytest", "hypothesis"), "no tests of the suite in part correctness"),
         "transformers": "no training step",
         "peft": "no training step",
         "flash-attn": "the step takes PyTorch's varlen attention",
-        **dict.fromkeys(("trl", "liger-kernel", "verl", "cut-cross-entropy"), "no row of it"),
+        **dict.fromkeys(("trl", "liger-kernel", "verl", "cut-cross-entropy", "quack-kernels"), "no row of it"),
     }
     for name, consequence in lacks.items():
         if name not in found:
@@ -159,8 +161,8 @@ def suite_tests(place: Place) -> Iterator[Record]:
     options = ["-q", "-o", "addopts=", "-p", "no:timeout", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
     code = pytest.main([*options, *chosen], plugins=[recorder])
     yield from ()
-    if recorder.count == 0:
-        raise RuntimeError(f"pytest ran no test: exit code {code}")
+    if recorder.count == 0 or code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"pytest ended with exit code {int(code)} after {recorder.count} tests")
 
 
 class Recorder:

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = (
-    *("torch", "triton", "numpy", "transformers", "peft", "accelerate", "pytest", "flash-attn"),
+    *("torch", "triton", "numpy", "transformers", "peft", "accelerate", "pytest", "hypothesis", "flash-attn"),
     *("trl", "liger-kernel", "verl", "cut-cross-entropy", "quack-kernels"),
 )
 GPU_STATE = ("name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")

@@ -48,8 +48,9 @@ def test_the_rehearsal_runs_every_part(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("part", gpu.SHARES)
+@pytest.mark.parametrize(
+    ("part", "number"), [*((name, signal.SIGKILL) for name in gpu.SHARES), ("roof", signal.SIGTERM)]
+)
 def test_a_command_that_is_killed_leaves_a_page_and_no_process(part, number, tmp_path):
     out = tmp_path / "out"
     parts = [name for name in gpu.SHARES if name in ("smoke", part)] if part == "correctness" else [part]
@@ -114,6 +115,9 @@ gpu_parts.PARTS["smoke"] = lambda place: items
 gpu_parts.SLACK = 1.0
 sys.exit(gpu_parts.main())
 """
+
+
+# The processes of parts
 
 
 def run(tmp_path, *scripts, seconds=120):
@@ -209,6 +213,9 @@ START = {"record": "start", "limit_s": 30.0, "rehearsal": False, "commit": "abc"
          "time": "now"}  # fmt: skip
 
 
+END = {"record": "end", "status": "done", "seconds": 3.0, "output": ""}
+
+
 def row(provider, seconds, **changes):
     found = {
         "record": "row", "suite": "gpu", "item": "one", "provider": provider, "seconds": seconds, "status": "ok",
@@ -228,24 +235,78 @@ def test_the_page_says_which_promise_held():
             {"record": "kernel", "name": name, "seconds": x, "bytes": 100, "flops": 0} for name, x in kernels.items()
         ],
     }
-    parts = {name: [START, *found] for name, found in parts.items()}
+    planned = {"record": "planned", "items": ["one"]}
+    done = {"record": "item", "item": "one", "status": "done"}
+    parts = {name: [START, planned, *found, done, END] for name, found in parts.items()}
+    parts["smoke"] = [START, planned, done, END]
+    parts["rows"].insert(2, row("safe-kernels triton", 1.0, entrance="loss", peak_bytes=1e9))
     text = gpu_page.page(parts)
     assert "| exact | yes | 1 of 1 checks and tests |" in text
     assert "| faster than each other | yes | 2 of 2 comparisons |" in text
     assert "| at the roof | no | statistics 50%, gradient 95% |" in text
-    assert "| memory | yes | hidden 300 MB of 400 |" in text
+    assert "| memory | yes | loss 1000 MB of 1200, hidden 300 MB of 400 |" in text
     assert "bench/tune.py" in text and "Wrong or broken" not in text
-    parts["correctness"][1] |= {"status": "red", "errors": errors}
+    parts["correctness"][2] |= {"status": "red", "errors": errors}
     parts["rows"] += [
         row("liger", 0.5, lacks=["kl"]),
         row("safe-kernels triton", None, status="failed", reason="spill"),
     ]
-    parts["rows"][1]["peak_bytes"] = 500e6
+    parts["rows"][3]["peak_bytes"] = 500e6
     text = gpu_page.page(parts)
     assert "| exact | no | 0 of 1 checks and tests |" in text and "red: logits: kl 2, allowed 1" in text
     assert "| faster than each other | no | 2 of 3 comparisons |" in text and "liger 500.00 ms (lacks kl)" in text
-    assert "| memory | no | hidden 500 MB of 400 |" in text and "failed: safe-kernels triton" in text
-    assert text.index("Fix what is wrong") < text.index("bench/tune.py")
+    assert (
+        "| memory | no | loss 1000 MB of 1200, hidden 500 MB of 400 |" in text and "failed: safe-kernels triton" in text
+    )
+    assert "Fix what is wrong" in text and "bench/tune.py" not in text  # first things first
+
+
+def test_a_promise_is_kept_only_when_all_was_run():
+    planned = {"record": "planned", "items": ["one", "two"]}
+    one, two = ({"record": "item", "item": name, "status": "done"} for name in ("one", "two"))
+    check = {"record": "check", "name": "logits", "status": "green", "errors": {}}
+    skipped = {"record": "test", "name": "test", "status": "skipped", "reason": "no tool"}
+    smoke = [START, {**planned, "items": ["one"]}, one, check, END]
+
+    def page(*states):
+        return gpu_page.page({"smoke": smoke, "correctness": [START, planned, *states, skipped, END]})
+
+    for states, held in (([one], "so far, not all ran"), ([one, two], "yes")):
+        assert f"| exact | {held} | 1 of 1 checks and tests |" in page(*states)
+    assert "| exact | so far, not all ran |" in page(one, two | {"status": "left out"})
+    cut = [START, planned, one, two | {"status": "started"}, END | {"status": "over its limit"}]
+    text = gpu_page.page({"smoke": smoke, "correctness": cut})
+    assert "- correctness: over its limit in two" in text and "--parts correctness --minutes 4" in text
+    no_inputs = row("all", None, status="no inputs", reason="out of memory")
+    assert gpu_page.problems([START, no_inputs, END]) == ["no inputs: all, hidden with KL 8 x 9 bfloat16, "
+                                                         "forward+backward, head frozen: out of memory"]  # fmt: skip
+
+
+def test_a_rehearsed_part_is_named_beside_measured_ones():
+    parts = {"smoke": [START | {"part": "smoke", "rehearsal": True}], "rows": [START | {"part": "rows"}]}
+    assert "**smoke: a rehearsal on a CPU" in gpu_page.page(parts)
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    with gpu.alone_in(tmp_path), pytest.raises(SystemExit, match="another run writes"), gpu.alone_in(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("arguments", [["--minutes", "-1"], ["--full"], ["--install", "."], ["--install", "nowhere"]])
+def test_arguments_that_cannot_be_meant(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=arguments[0]):
+        gpu.main(["--commit", "abc", *arguments])
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_device_nothing_is_tried(tmp_path):
+    """A CPU build, or a GPU without its driver: the run ends with the reason, not with its minutes."""
+    hidden = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(BENCH / "gpu.py"), "--commit", "abc", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=hidden, capture_output=True, text=True)
+    assert done.returncode == 1 and "PyTorch finds no CUDA device" in done.stdout
+    assert not records(tmp_path, "correctness") and not records(tmp_path, "smoke", "check")
 
 
 def test_the_page_of_nothing():
