@@ -78,6 +78,7 @@ class Layout:
         self.trained = [p for p in (*policy.parameters(), *self.critic.heads.parameters()) if p.requires_grad]
         self.micro: Any = SimpleNamespace(
             logprob_L=inputs.old_logprob_L,
+            sampler_logprob_L=inputs.old_logprob_L,
             advantage_L=inputs.advantage_L,
             returns_L=inputs.returns_L,
             values_KL=inputs.old_values_KL[: len(self.critic.heads)],

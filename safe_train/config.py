@@ -114,7 +114,7 @@ class SafeConfig:
     generation_batch_size: int | None = option(None, "hf: completions generated together (default: all of a rollout)")
     cache_implementation: str = option("auto", "hf: KV cache: dynamic | static (compiled on a GPU) | auto: by device")
     vllm_gpu_memory_utilization: float = option(0.3, "vllm: share of the GPU's memory for its weights and KV cache")
-    importance_cap: float | None = option(None, "weight tokens by p(trainer)/p(sampler), truncated here (default: off)")
+    importance_cap: float | None = option(None, "weight advantages by p(trainer)/p(sampler), at most this (default: off)")
 
     # Optimisation
     inner_epochs: int = option(2, "passes over each rollout")

@@ -22,8 +22,13 @@ def policy_loss(
 ) -> PolicyLoss:
     """PPO's clipped surrogate, entropy bonus, KL and one-sided KL penalty, summed over the tokens with their weights.
 
-    The controller's `kl_coef` multiplies the live KL, so what it decides has a gradient.
+    The controller's `kl_coef` multiplies the live KL, so what it decides has a gradient. `importance_cap` weights what
+    is estimated from the sampled token, the surrogate and k2 or k3. Entropy and exact KL are sums over the vocabulary.
     """
+
+    def corrected(x_L: Tensor) -> Tensor:
+        return importance_corrected(x_L, micro.logprob_L, micro.sampler_logprob_L, args)
+
     targets_L = micro.batch.targets_L
     kl_coef = 0.0 if args.kl_in_reward else control.kl_coef
     exact = args.kl_estimator == "exact"
@@ -31,7 +36,7 @@ def policy_loss(
         hidden_LH,
         tokens=targets_L,
         old_logprob=micro.logprob_L,
-        advantage=micro.advantage_L,
+        advantage=corrected(micro.advantage_L),  # a weight >= 0 passes through the minimum of both surrogates
         loss_weight=weight_L,
         ref_hidden=micro.ref_hidden_LH,
         clip_low=args.clip_low,
@@ -45,7 +50,7 @@ def policy_loss(
     if exact:
         return result
     estimate_L = SAMPLED_KL[args.kl_estimator](logprobs(hidden_LH, head, targets_L), micro.ref_logprob_L)
-    return result._replace(loss=result.loss + kl_coef * (weight_L * estimate_L).sum())
+    return result._replace(loss=result.loss + kl_coef * (corrected(weight_L) * estimate_L).sum())
 
 
 def statistics(hidden_LH: Tensor, head: dict[str, Any], targets_L: Tensor, ref_hidden_LH: Tensor) -> PolicyLoss:
@@ -76,16 +81,17 @@ def k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
 SAMPLED_KL = {"k2": k2, "k3": k3}
 
 
-def importance_corrected(weight_L: Tensor, logprob_L: Tensor, sampler_logprob_L: Tensor, args: SafeConfig) -> Tensor:
-    """Loss weights for tokens of the sampler, whose kernels and rounding are not quite the trainer's.
+def importance_corrected(x_L: Tensor, logprob_L: Tensor, sampler_logprob_L: Tensor, args: SafeConfig) -> Tensor:
+    """`x_L` of tokens that the sampler drew, whose kernels and rounding are not quite the trainer's.
 
-    As they are, or with `importance_cap` times min(p(trainer) / p(sampler), cap), where `logprob_L` is the trainer's
-    before the first update of the rollout; the cap bounds the variance, at the price of some bias.
+    As it is, or with `importance_cap` times min(p(trainer) / p(sampler), cap), where `logprob_L` is the trainer's
+    before the first update of the rollout: a mean under the sampler becomes one under the policy. The cap bounds the
+    variance, at the price of some bias.
     Source: https://fengyao.notion.site/off-policy-rl (truncated importance sampling for mismatched engines).
     """
     if args.importance_cap is None:
-        return weight_L
-    return weight_L * (logprob_L - sampler_logprob_L).exp().clamp(max=args.importance_cap)
+        return x_L
+    return x_L * (logprob_L - sampler_logprob_L).exp().clamp(max=args.importance_cap)
 
 
 def value_loss(values_KL: Tensor, micro: MicroBatch, weight_L: Tensor, args: SafeConfig) -> Tensor:

@@ -281,8 +281,7 @@ class SafeTrainer:
         """A micro-batch's share of the loss, and of the means, of a minibatch of so many response tokens."""
         weight_L = torch.full_like(micro.logprob_L, 1 / tokens)
         hidden_LH = self.engine.forward(micro.batch)
-        sampled_L = losses.importance_corrected(weight_L, micro.logprob_L, micro.sampler_logprob_L, self.args)
-        policy = losses.policy_loss(hidden_LH, self.policy.head(), micro, sampled_L, control, self.args)
+        policy = losses.policy_loss(hidden_LH, self.policy.head(), micro, weight_L, control, self.args)
         total, value_loss = policy.loss, torch.zeros_like(policy.loss)
         if self.critic is not None:
             values_KL = self.critic(value_states(hidden_LH, micro.batch, self.args))

@@ -30,6 +30,7 @@ def case(seed=0, tokens=7, width=8, vocabulary=19):
         batch=SimpleNamespace(targets_L=targets),
         ref_hidden_LH=ref_hidden,
         logprob_L=logprob,
+        sampler_logprob_L=logprob,
         ref_logprob_L=stats(ref_hidden, head, targets).logprob,
         advantage_L=torch.zeros(tokens),
     )
@@ -103,6 +104,59 @@ def test_sampled_estimators_have_the_exact_kls_gradient_in_expectation():
     (k2,) = torch.autograd.grad((lp.detach().exp() * losses.k2(lp, rp)).sum(), logits)
     torch.testing.assert_close(exact, k2)
     assert (losses.k3(lp, rp) >= 0).all()
+
+
+def test_importance_weights_make_the_policys_mean_of_what_is_sampled():
+    """Every token once, with the sampler's probability as its weight: the gradient is that of the mean under the
+    policy, for the surrogate, k2 and k3.
+    """
+    g = torch.Generator().manual_seed(4)
+    tokens, width = 13, 8
+    hidden = torch.randn(width, generator=g, dtype=torch.float64)
+    head = {"weight": torch.randn(tokens, width, generator=g, dtype=torch.float64)}
+    ref_hidden, advantage = hidden + 0.3 * torch.randn(width, generator=g), torch.randn(tokens, generator=g).double()
+    every = (head["weight"] @ hidden).log_softmax(-1)
+    sampler = (every + 0.8 * torch.randn(tokens, generator=g)).log_softmax(-1)
+    ref_logprob = (head["weight"] @ ref_hidden).log_softmax(-1)
+
+    def micro():
+        rows = (ref_hidden, every, sampler, ref_logprob, advantage, torch.arange(tokens))
+        names = ("ref_hidden_LH", "logprob_L", "sampler_logprob_L", "ref_logprob_L", "advantage_L", "targets_L")
+        fields = dict(zip(names, rows, strict=True))
+        fields["ref_hidden_LH"] = ref_hidden.expand(tokens, -1)
+        return SimpleNamespace(batch=SimpleNamespace(targets_L=fields.pop("targets_L")), **fields)
+
+    for settings in ({"kl_estimator": "k2"}, {"kl_estimator": "k3"}, {"entropy_coef": 0.1}):
+        leaf, args = hidden.clone().requires_grad_(), SafeConfig(**NO_TERMS | settings, importance_cap=1e6)
+        rows = leaf.expand(tokens, -1)
+        losses.policy_loss(rows, head, micro(), sampler.exp(), control(0.7), args).loss.backward()
+
+        exact = hidden.clone().requires_grad_()
+        logprob = (head["weight"] @ exact).log_softmax(-1)
+        entropy, kl = -(logprob.exp() * logprob).sum(), (logprob.exp() * (logprob - ref_logprob)).sum()
+        sampled = {"k2": losses.k2, "k3": losses.k3}.get(args.kl_estimator)
+        if sampled is not None:  # its mean under the policy that sampled, whose probabilities do not move
+            kl = (every.exp() * sampled(logprob, ref_logprob)).sum()
+        surrogate = (every.exp() * (logprob - every).exp() * advantage).sum()
+        (-surrogate - args.entropy_coef * entropy + 0.7 * kl).backward()
+        torch.testing.assert_close(leaf.grad, exact.grad)
+
+
+def test_the_importance_cap_leaves_penalty_and_entropy_alone():
+    """With the clip active for both signs of the advantage, the surrogate's gradient is scaled and nothing else is."""
+    advantage = torch.tensor([1.0, -1.0, 2.0, -2.0, 0.5, -0.5, 1.0])
+    old = case()[2].logprob_L
+    moved = {"logprob_L": old + torch.tensor([0.5, 0.5, -0.5, -0.5, 0.1, -0.1, 0.0])}
+    importance = torch.tensor([0.2, 0.9, 1.5, 1.5, 0.5, 1.0, 0.1])  # after the cap
+    sampler = {"sampler_logprob_L": moved["logprob_L"] - torch.tensor([0.2, 0.9, 7.0, 1.5, 0.5, 1.0, 0.1]).log()}
+    others = {"entropy_coef": 0.1, "kl_penalty_coef": 0.3, "threshold": 0.01, "kl_coef": 0.2}
+    none = {"advantage_L": torch.zeros(7)}
+    terms = gradient(moved | sampler | none, importance_cap=1.5, **others)[1]
+    torch.testing.assert_close(terms, gradient(moved | none, **others)[1])
+    ours = gradient(moved | sampler | {"advantage_L": advantage}, importance_cap=1.5, **others)[1]
+    surrogate = gradient(moved | {"advantage_L": advantage})[1] * importance[:, None]
+    torch.testing.assert_close(ours, terms + surrogate)
+    assert (surrogate.abs().sum(-1) == 0).sum() == 2  # one of each sign is clipped
 
 
 def value_case(values, old, returns):

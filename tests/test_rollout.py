@@ -212,8 +212,8 @@ def test_importance_weights_are_off_unless_asked_for():
     torch.testing.assert_close(capped, torch.tensor([0.5, 1.0]))
 
 
-def test_importance_weights_scale_the_policys_loss_and_not_the_critics(tmp_path):
-    trainer = tiny.trainer(tmp_path, importance_cap=2.0)
+def test_importance_weights_scale_the_surrogate_and_not_the_critics(tmp_path):
+    trainer = tiny.trainer(tmp_path, importance_cap=2.0, entropy_coef=0.0)
     rollout = trainer.sample(0)
     rewards = trainer.rewards(*rollout.for_rewards())["reward"]
     experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
