@@ -15,15 +15,16 @@ import yaml
 
 CONFIGS = Path(__file__).parent / "configs"
 
-# What each algorithm means for the two settings that are left on "auto".
-ALGORITHMS = {
-    "safe": {"critic": "soft_min", "controller": "safe"},
-    "ppo": {"critic": "single", "controller": "fixed"},
-    "ppo_two_heads": {"critic": "mean", "controller": "fixed"},
-    "grpo": {"critic": "none", "controller": "fixed"},
-    "safe_paper": {"critic": "soft_min", "controller": "safe_paper"},
-    "asymmetric_paper": {"critic": "soft_min", "controller": "asymmetric_paper"},
-    "ppo_paper": {"critic": "single", "controller": "ppo_paper"},
+# What each algorithm means for the settings that are left to it. In docs/study.md a beta of 0.01 let PPO run away, and
+# 0.1 held it; SAFE's controller adds to its own.
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "safe": {"critic": "soft_min", "controller": "safe", "beta": 0.01},
+    "ppo": {"critic": "single", "controller": "fixed", "beta": 0.1},
+    "ppo_two_heads": {"critic": "mean", "controller": "fixed", "beta": 0.1},
+    "grpo": {"critic": "none", "controller": "fixed", "beta": 0.1},
+    "safe_paper": {"critic": "soft_min", "controller": "safe_paper", "beta": 0.01},
+    "asymmetric_paper": {"critic": "soft_min", "controller": "asymmetric_paper", "beta": 0.01},
+    "ppo_paper": {"critic": "single", "controller": "ppo_paper", "beta": 0.01},
 }
 PAPER = ("safe_paper", "asymmetric_paper", "ppo_paper")  # as published: see paper.py
 
@@ -114,7 +115,9 @@ class SafeConfig:
     generation_batch_size: int | None = option(None, "hf: completions generated together (default: all of a rollout)")
     cache_implementation: str = option("auto", "hf: KV cache: dynamic | static (compiled on a GPU) | auto: by device")
     vllm_gpu_memory_utilization: float = option(0.3, "vllm: share of the GPU's memory for its weights and KV cache")
-    importance_cap: float | None = option(None, "weight advantages by p(trainer)/p(sampler), at most this (default: off)")
+    importance_cap: float | None = option(
+        None, "weight advantages by p(trainer)/p(sampler), at most this (default: off)"
+    )
 
     # Optimisation
     inner_epochs: int = option(2, "passes over each rollout")
@@ -133,7 +136,7 @@ class SafeConfig:
     clip_low: float = option(0.2, "PPO clip: ratio >= 1 - clip_low")
     clip_high: float = option(0.2, "PPO clip: ratio <= 1 + clip_high")
     entropy_coef: float = option(0.01, "entropy bonus")
-    beta: float = option(0.01, "constant part of the KL coefficient: the anchor to the reference")
+    beta: float = option(None, "constant part of the KL coefficient (default: 0.1 for ppo and grpo, 0.01 for safe)")
     kl_estimator: str = option("exact", "KL in the loss: exact (full vocabulary) | k2 | k3")
     kl_in_reward: bool = option(False, "charge KL in the reward (sequence-level gradient) instead of the loss")
     kl_penalty_coef: float = option(0.0, "per-token one-sided penalty relu(KL - threshold)^2")
@@ -183,11 +186,12 @@ class SafeConfig:
     shuffle_advantages: bool = option(False, "control experiment: rewards are permuted across completions")
 
     def __post_init__(self) -> None:
+        preset = ALGORITHMS.get(str(self.algorithm), ALGORITHMS["safe"])
+        self.beta = preset["beta"] if self.beta is None else self.beta
         for field in dataclasses.fields(self):
             setattr(self, field.name, coerce(field.name, getattr(self, field.name), HINTS[field.name]))
-        preset = ALGORITHMS.get(self.algorithm, {})
-        self.critic = preset.get("critic", self.critic) if self.critic == "auto" else self.critic
-        self.controller = preset.get("controller", self.controller) if self.controller == "auto" else self.controller
+        self.critic = preset["critic"] if self.critic == "auto" else self.critic
+        self.controller = preset["controller"] if self.controller == "auto" else self.controller
         check(self)
 
     @property
@@ -198,7 +202,7 @@ class SafeConfig:
     def load(cls, path: str | Path | None = None, overrides: Iterable[str] = ()) -> SafeConfig:
         """Settings from a YAML file (a path, or the name of a shipped one) and `key=value` pairs, which win.
 
-        Another algorithm than the file's brings its own critic and controller, if the file has those of its algorithm.
+        Another algorithm than the file's brings its own critic, controller and beta, if the file has those of its own.
         """
         values, given = read_yaml(path) if path else {}, {}
         for pair in overrides:
@@ -360,13 +364,13 @@ def check(c: SafeConfig) -> None:
 
 
 def check_paper(c: SafeConfig, require: Callable[[bool, str, str], None]) -> None:
-    for name, expected in ALGORITHMS[c.algorithm].items():
-        require(getattr(c, name) == expected, name, f"{expected} for {c.algorithm}")
+    preset = ALGORITHMS[c.algorithm]
+    for name in ("critic", "controller"):
+        require(getattr(c, name) == preset[name], name, f"{preset[name]} for {c.algorithm}")
     for field in dataclasses.fields(c):
         if field.name in NOT_IN_PAPER:
-            require(
-                getattr(c, field.name) == field.default, field.name, f"left alone for {c.algorithm}, which fixes it"
-            )
+            default = preset.get(field.name, field.default)
+            require(getattr(c, field.name) == default, field.name, f"left alone for {c.algorithm}, which fixes it")
     if c.algorithm == "ppo_paper":
         require(not c.normalize_rewards, "normalize_rewards", "false for ppo_paper")
         require(c.entropy_coef == 0, "entropy_coef", "0 for ppo_paper")

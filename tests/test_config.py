@@ -76,14 +76,26 @@ def test_lora_settings_without_lora_are_refused():
         SafeConfig(lora_r=0, lora_last_layers=8)
 
 
-def test_another_algorithm_than_the_files_brings_its_own_critic_and_controller(tmp_path):
+def test_another_algorithm_than_the_files_brings_its_own_critic_controller_and_beta(tmp_path):
     file = tmp_path / "config.yaml"
     SafeConfig(algorithm="safe").save(file)
     loaded = SafeConfig.load(file, ["algorithm=ppo"])
-    assert (loaded.critic, loaded.controller) == ("single", "fixed")
+    assert (loaded.critic, loaded.controller, loaded.beta) == ("single", "fixed", 0.1)
+    SafeConfig(algorithm="safe", beta=0.02).save(file)
+    assert SafeConfig.load(file, ["algorithm=ppo"]).beta == 0.02
     SafeConfig(algorithm="safe", critic="mean").save(file)
     assert SafeConfig.load(file, ["algorithm=ppo"]).critic == "mean"  # a choice, not the algorithm's own
     assert SafeConfig.load(file, ["algorithm=ppo", "controller=safe"]).controller == "safe"
+
+
+@pytest.mark.parametrize("algorithm, beta", [("safe", 0.01), ("ppo", 0.1), ("ppo_two_heads", 0.1), ("grpo", 0.1)])
+def test_without_the_controller_the_anchor_is_firmer(algorithm, beta, tmp_path):
+    settings = {"algorithm": algorithm, "completions_per_prompt": 2}
+    assert SafeConfig(**settings).beta == beta
+    assert SafeConfig(**settings, beta=None).beta == beta  # `beta: null` in YAML
+    assert SafeConfig(**settings, beta=0.3).beta == 0.3
+    SafeConfig(**settings, beta=0.01).save(tmp_path / "config.yaml")
+    assert SafeConfig.load(tmp_path / "config.yaml").beta == 0.01  # a run of before goes on as it was
 
 
 def test_missing_config_file_lists_the_shipped_ones():
