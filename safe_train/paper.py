@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import huber_loss
@@ -117,14 +118,15 @@ class PaperController:
         return self.args.pid_kp * error + self.args.pid_ki * self.integral + self.args.pid_kd * slope
 
     def phase(self) -> str:
+        """In the published arithmetic: correctly rounded means would take another phase where two of them tie."""
         if len(self.rewards) < WINDOW:
             return "warmup"
         recent = self.rewards[-WINDOW:]
         before = self.rewards[:WINDOW] if len(self.rewards) == HISTORY else recent
-        mean = statistics.fmean(recent)
-        if mean > statistics.fmean(before) + 0.01:
+        mean = sum(recent) / WINDOW
+        if mean > sum(before) / WINDOW + 0.01:
             return "climbing"
-        return "converged" if statistics.pstdev(recent) < 0.02 and mean > 0.7 else "plateau"
+        return "converged" if np.std(recent) < 0.02 and mean > 0.7 else "plateau"
 
     def state_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "args"}

@@ -92,6 +92,19 @@ def test_the_safe_controller_follows_its_formulas_for_thousands_of_calls(signals
     assert {c.kl_coef for c in found} == {0.0}
 
 
+def test_a_tie_of_two_means_is_decided_as_published():
+    """50 rewards, then 50 that are 0.01 higher: rounding alone says whether that is climbing. A correctly rounded mean
+    decides otherwise for 448 of the 1000.
+    """
+    found, expected = [], []
+    for i in range(1000):
+        before, recent = [i / 1000] * 50, [round(i / 1000 + 0.01, 3)] * 50
+        controller = PaperController(settings("safe_paper"), rewards=before + recent)
+        found.append(controller.phase() == "climbing")
+        expected.append(sum(recent) / len(recent) > sum(before) / len(before) + 0.01)
+    assert found == expected and {True, False} == set(found)
+
+
 def test_the_asymmetric_controller_looks_back_over_fifty_calls(signals):
     controller = PaperController(settings("asymmetric_paper"))
     found = np.array([controller.update(kl, 1.0, 0.0, 1.0).kl_penalty for kl, _, _ in signals])
