@@ -47,8 +47,8 @@ def is_on(name: str, x: Tensor, device: torch.device) -> None:
 def are_tokens(tokens: object, leading: torch.Size, device: torch.device, source: str) -> None:
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens is {type(tokens).__name__}; it must be a tensor of ids")
-    if tokens.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"tokens has dtype {tokens.dtype}; it must be torch.int64 or torch.int32")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise TypeError(f"tokens has dtype {tokens.dtype}; it must be torch.int64 or another integer dtype")
     has_shape("tokens", is_local("tokens", tokens), leading, f"the leading shape of {source}")
     is_on("tokens", tokens, device)
 
@@ -303,14 +303,9 @@ def _is_gathered(name: str, weight: object) -> None:
         )
 
 
-def is_of_leaf(x: Tensor) -> bool:
-    """Whether it is a leaf that requires a gradient, or a view of one."""
-    leaf = x if x._base is None else x._base
-    return leaf.is_leaf and leaf.requires_grad
-
-
 def may_be_overwritten(name: str, x: Tensor) -> None:
-    if is_of_leaf(x):
+    leaf = x if x._base is None else x._base
+    if leaf.is_leaf and leaf.requires_grad:
         raise ValueError(
             f"{name} is a leaf that requires a gradient, or a view of one: inplace_backward=True would write the "
             "gradient over it. It must be computed from others, as a model's are"
@@ -359,6 +354,7 @@ def debug_values(
         return
     if process_group is not None:
         vocabulary = vocab_parallel.agreed_vocabulary(process_group, tokens, vocabulary, mask, **tensors)
+    tokens = tokens.long()  # uint8 beside a vocabulary of 300 would compare with 44
     live = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     outside = live & ((tokens < 0) | (tokens >= vocabulary))
     if outside.any():

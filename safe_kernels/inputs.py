@@ -180,7 +180,11 @@ def flat(x: Any) -> Any:
 
 
 def local(tokens: Tensor, shard: Shard | None) -> Tensor:
-    return flat(tokens) if shard is None else shard.local(flat(tokens))
+    """int32 or int64, which kernels read."""
+    tokens_N = tokens.reshape(-1)
+    if tokens_N.dtype != torch.int32:
+        tokens_N = tokens_N.long()
+    return tokens_N if shard is None else shard.local(tokens_N)
 
 
 def _rows(x: Tensor) -> Tensor:

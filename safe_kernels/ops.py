@@ -58,7 +58,7 @@ def token_stats(
 
     Args:
         logits: [..., V], any floating dtype and strides.
-        tokens: [...] int64 or int32. An id outside 0..V-1 that is not masked has NaN log-probs.
+        tokens: [...] of any integer dtype. An id outside 0..V-1 that is not masked has NaN log-probs.
         ref_logits: [..., V]; never receives a gradient. A reference of -inf where the policy is not has kl = inf.
         temperature: > 0, a number or [...]; divides the logits of both.
         mask: [...] bool.

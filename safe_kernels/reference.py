@@ -200,7 +200,8 @@ def _log_softmax(logits, temperature, mask):
 
 def _at_token(logp, tokens):
     """log p of the token; NaN, and a NaN gradient, for an id outside the vocabulary."""
-    index = tokens.long().clamp(0, logp.shape[-1] - 1)
+    tokens = tokens.long()
+    index = tokens.clamp(0, logp.shape[-1] - 1)
     known = torch.where(index == tokens, 1.0, math.nan).to(logp)
     return logp.gather(-1, index[..., None]).squeeze(-1) * known
 

@@ -50,7 +50,8 @@ WRONG_LOGITS = [
         r"logits has shape \(3, 7, 0\); it must be \(\.\.\., V\) with V >= 1",
     ),
     ({"tokens": zeros[:2].long()}, ValueError, r"tokens has shape \(2, 7\); it must be \(3, 7\)"),
-    ({"tokens": zeros}, TypeError, "tokens has dtype torch.float32; it must be torch.int64"),
+    ({"tokens": zeros}, TypeError, "tokens has dtype torch.float32; it must be torch.int64 or another"),
+    ({"tokens": zeros > 1}, TypeError, "tokens has dtype torch.bool; it must be torch.int64"),
     ({"ref_logits": torch.ones(3, 7, 36)}, ValueError, r"ref_logits has shape \(3, 7, 36\); it must be \(3, 7, 37\)"),
     ({"temperature": 0.0}, ValueError, "temperature is 0.0; it must be > 0"),
     ({"temperature": -1}, ValueError, "temperature is -1; it must be > 0"),
@@ -429,11 +430,28 @@ def test_frozen_logits_are_not_kept(backend):
     found.value.sum().backward()
 
 
-def test_tokens_in_int32(any_backend):
-    case = logits_case()
-    wide = evaluate(token_stats, case, any_backend, ["logits"])
-    narrow = evaluate(token_stats, case | {"tokens": case["tokens"].int()}, any_backend, ["logits"])
+NARROW = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint16]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("op", [token_stats, linear_token_stats, linear_policy_loss, safe_terms, linear_safe_terms])
+def test_tokens_of_any_integer_dtype(op, dtype, any_backend, monkeypatch):
+    """In a vocabulary that some of them cannot count; with the checks of values, which compare ids with its size."""
+    monkeypatch.setenv("SAFE_KERNELS_DEBUG", "1")
+    make = {token_stats: logits_case, safe_terms: logits_case, linear_policy_loss: policy_case}.get(op, linear_case)
+    extra = SAFE if "safe" in op.__name__ else {}
+    case, wrt = make(vocabulary=300, **extra), ["logits" if op in (token_stats, safe_terms) else "hidden"]
+    case["tokens"] %= 128
+    wide = evaluate(op, case, any_backend, wrt)
+    narrow = evaluate(op, case | {"tokens": case["tokens"].to(dtype)}, any_backend, wrt)
     assert all(torch.equal(x, wide[name]) for name, x in narrow.items())
+
+
+def test_an_id_outside_a_vocabulary_is_found_in_any_dtype(any_backend):
+    case = logits_case(vocabulary=20)
+    case["tokens"][1, 1] = 200
+    found = token_stats(**case | {"tokens": case["tokens"].to(torch.uint8)}, backend=any_backend)
+    assert torch.equal(found.logprob.isnan(), case["tokens"] == 200)
 
 
 def test_float64_beside_a_float32_model_does_not_choose_the_backend(monkeypatch):

@@ -305,6 +305,29 @@ def test_selected_log_probs_of_the_old_signature_and_of_a_slice(fast):
         assert gradient.shape == whole.shape and not gradient[:, -1].any() and gradient[:, :-1].any()
 
 
+@pytest.mark.parametrize("rows, tokens", [((3, 7), 0), ((0, 7), 4), ((0,), 0), ((5,), 0)])
+def test_no_token_is_asked_for(rows, tokens, fast):
+    logits = logits_case(rows, dtype=torch.float16, reference=False)["logits"].requires_grad_()
+    found = patch.selective_log_softmax(logits, torch.zeros(*rows, tokens, dtype=torch.int32), row_mask=None)
+    assert (found.shape, found.dtype) == ((*rows, tokens), torch.float32)
+    found.sum().backward()
+    assert logits.grad.shape == logits.shape and not logits.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_ids_of_any_integer_dtype(dtype, fast):
+    logits, head = logits_case(reference=False), linear_case((12,), reference=None)
+    index = logits["tokens"][..., None].expand(-1, -1, 2)
+    for ids in (logits["tokens"], index):
+        wide, narrow = (patch.selective_log_softmax(logits["logits"], x) for x in (ids, ids.to(dtype)))
+        assert torch.equal(wide, narrow)
+    wide, narrow = (
+        patch.LinearLogprob.apply(head["hidden"], head["weight"], None, x, 1.0, 0, None, 1.0, ("entropy", "is_top1"))
+        for x in (head["tokens"], head["tokens"].to(dtype))
+    )
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(wide, narrow, strict=True))
+
+
 def test_tokens_that_are_impossible_or_asked_for_twice(fast):
     case = logits_case((2, 3), reference=False)
     case["logits"][0, :, :5] = -torch.inf

@@ -139,6 +139,8 @@ def selective_log_softmax(
     """
     if index.dim() < logits.dim():
         return ops.token_stats(logits, index, temperature=temperature, mask=_live(row_mask)).logprob
+    if index.shape[-1] == 0:
+        return logits.gather(-1, index.long()).to(compute_dtype(logits))
     logprob = SelectedLogprobs.apply(logits, index.long(), temperature, _live(row_mask))
     return logprob if row_mask is None else logprob.masked_fill(row_mask == 0, 0)
 

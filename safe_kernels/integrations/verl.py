@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from safe_kernels import checks, linear_token_stats, token_stats
+from safe_kernels import linear_token_stats, token_stats
 from safe_kernels.integrations.patch import Patch, Replacement
 
 
@@ -27,7 +27,7 @@ def fused_linear_for_ppo(
 
     0 where an id is -100, as verl has it of Liger.
     """
-    live = input_ids != -100
+    live = input_ids.long() != -100  # uint8 would compare with 156
     stats = linear_token_stats(hidden_states, vocab_weights, input_ids, temperature=temperature, mask=live)
     return stats.logprob, stats.entropy
 
@@ -53,8 +53,14 @@ def _linear_cross_entropy(original: Any) -> Callable[..., tuple[Tensor, Tensor]]
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    inplace_backward = inplace_backward and logits.requires_grad and not checks.is_of_leaf(logits)
-    return token_stats(logits, labels, inplace_backward=inplace_backward).logprob
+    """[...] of logits [..., V]; as verl flattens both, labels may have any shape of as many ids, such as [1, N].
+
+    `inplace_backward` permits what this does not do, to write the gradient over the logits: in the backward nothing
+    tells whether another consumer, whose turn is yet to come, will read them.
+    """
+    leading = logits.shape[:-1]
+    labels = labels.reshape(leading) if labels.numel() == leading.numel() else labels
+    return token_stats(logits, labels).logprob
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
