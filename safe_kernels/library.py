@@ -277,7 +277,23 @@ def _logits_backward_op(inputs: LogitsInputs, backend: str, stats: Tensor, *slop
 
 @_register("token_stats_backward_", _LOGITS_BACKWARD, "()", mutates="logits")
 def _logits_backward_inplace_op(inputs: LogitsInputs, backend: str, stats: Tensor, *slopes: Tensor | None) -> None:
+    if inputs.ref_logits is not None and slopes[2] is not None and _overlap(inputs.logits, inputs.ref_logits):
+        inputs = inputs._replace(ref_logits=inputs.ref_logits.clone())
     _backend(backend).logits_gradient(inputs, stats, slopes, inputs.logits)
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether a write to some element of x may change another one of y. The very same tensor is read where written."""
+    if x.numel() == 0 or (x.data_ptr() == y.data_ptr() and x.stride() == y.stride() and x.dtype == y.dtype):
+        return False
+    (start, end), (other_start, other_end) = _reach(x), _reach(y)
+    return start < other_end and other_start < end
+
+
+def _reach(x: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte, and of the one past the last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 @_register("linear_token_stats_backward", _LINEAR_BACKWARD, "(Tensor, Tensor, Tensor)")

@@ -63,7 +63,7 @@ def token_stats(
         temperature: > 0, a number or [...]; divides the logits of both.
         mask: [...] bool.
         inplace_backward: write the gradient over `logits`, which must not be a leaf. A second backward, or another
-            operation that needs the logits afterwards, raises.
+            operation that needs the logits afterwards, raises. The KL's backward copies a reference that overlaps them.
         process_group: the ranks that share the vocabulary; None is this one alone. See the top of this module.
 
     Returns:

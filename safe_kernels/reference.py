@@ -175,8 +175,9 @@ def _compute(x: Tensor) -> Tensor:
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight.T in float32, or float64. A GPU multiplies 16-bit factors as it does in any trainer."""
-    if hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype in (torch.float16, torch.bfloat16):
+    """hidden @ weight.T in float32, or float64. NVIDIA's GPUs multiply 16-bit factors as they do in any trainer."""
+    low_precision = hidden.dtype == weight.dtype and hidden.dtype in (torch.float16, torch.bfloat16)
+    if low_precision and hidden.is_cuda and torch.version.hip is None:
         return _TensorCoreProduct.apply(hidden, weight)
     hidden = _compute(hidden)
     return hidden @ weight.to(hidden.dtype).T

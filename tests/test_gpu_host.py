@@ -3,19 +3,35 @@
 Each call must exist for CUDA tensors of these dtypes; and what it allocates is counted.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from memory import FakeAllocations
 from torch._subclasses import FakeTensorMode
 from triton.runtime.interpreter import InterpretedFunction
 
-from safe_kernels import triton_backend
+from safe_kernels import reference, triton_backend
 from safe_kernels.inputs import LinearInputs, LogitsInputs, Terms
 from safe_kernels.objective import Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # only its alignment
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTH = 2048
+
+
+@pytest.fixture
+def rocm(monkeypatch):
+    """Its tensors are CUDA's by name, and its build has no product into another dtype."""
+    mm = torch.mm
+
+    def without_out_dtype(*factors, **options):
+        assert "out_dtype" not in options
+        return mm(*factors, **options)
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch, "mm", without_out_dtype)
+    monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +53,11 @@ def item(x, key):
         x = x.unsqueeze(axis) if part is None else torch.ops.aten.slice(x, axis, part.start, part.stop)
         axis += 1
     return x
+
+
+def contiguous(x):
+    """Likewise without the C++ of CUDA."""
+    return x if x.is_contiguous() else torch.ops.aten.clone(x, memory_format=torch.contiguous_format)
 
 
 def linear_inputs(count, vocabulary, dtype, reference="shared", *, masked=False, **options):
@@ -115,9 +136,33 @@ def test_values():
     assert [x.shape for x in found] == [(16, 1500)] * 3
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reference", ["none", "own"])
+def test_hidden_states_on_rocm(dtype, reference, rocm):
+    test_hidden_states(dtype, reference, masked=True, batch_invariant=False)
+
+
+def test_the_reference_on_rocm(rocm):
+    rows, weight = torch.empty(3, 8, device="cpu"), torch.empty(5, 8, dtype=torch.bfloat16, device="cpu")
+    hidden = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, float=lambda: rows)
+    assert reference._product(hidden, weight).dtype == torch.float32
+
+
+def test_no_gpu_gets_float32_copies_of_16_bit_factors(monkeypatch):
+    """XPU's tensors are not even fake in a build for CPUs: only what chooses the product is asked."""
+    asked, xpu = [], {"dtype": torch.bfloat16, "is_cuda": False, "device": SimpleNamespace(type="xpu")}
+    monkeypatch.setattr(triton_backend.linear, "product_of_rows", lambda *matrices: asked.append(matrices))
+    x, y, out = (SimpleNamespace(**xpu) for _ in range(3))  # a copy would be an AttributeError
+    triton_backend.linear.blas_product(x, y, out)
+    assert asked == [(x, y, out)]
+
+
 @pytest.mark.parametrize(("closed_form", "limit"), [(False, 400e6), (True, 1.2e9)])
-def test_memory_with_a_frozen_head(closed_form, limit):
+@pytest.mark.parametrize("build", ["cuda", "rocm"])
+def test_memory_with_a_frozen_head(closed_form, limit, build, request):
     """As `test_gpu.py` measures it on a GPU: 8192 tokens with KL, whose logits alone would take 2.5 GB."""
+    if build == "rocm":
+        request.getfixturevalue("rocm")
     inputs, needed = linear_inputs(8192, 151_936, torch.bfloat16), (True, False, False)
     with FakeAllocations() as seen:
         if closed_form:

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from cases import evaluate, hold, hold_to_reference, linear_case, some_mask, temperatures
+from cases import evaluate, hold, hold_to_reference, linear_case, policy_case, some_mask, temperatures
 from memory import Allocations
 
 from safe_kernels import linear_policy_loss, linear_token_stats, token_stats
 from safe_kernels.torch_backend import linear
+from safe_kernels.triton_backend import linear as triton_linear
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -32,6 +33,15 @@ def test_holds_to_reference(backend, dtype, reference, masked, head):
         case["mask"] = some_mask()
     wrt = ["hidden", "weight", *(["bias"] if "bias" in head else [])]
     hold_to_reference(linear_token_stats, case, backend, wrt)
+
+
+@pytest.mark.parametrize("op", [linear_token_stats, linear_policy_loss])
+def test_gpus_without_a_product_into_float32_hold_to_reference(op, monkeypatch):
+    """As on ROCm and XPU, where our own product takes the place of the library's in every direction."""
+    monkeypatch.setattr(triton_linear, "blas_product", triton_linear.product_of_rows)
+    make = policy_case if op is linear_policy_loss else linear_case
+    case = make(dtype=torch.float16, reference="own", bias=True, mask=some_mask())
+    hold_to_reference(op, case, "triton", ["hidden", "weight", "bias"])
 
 
 def test_temperature_per_token(backend):

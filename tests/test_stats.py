@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from cases import evaluate, hold_to_reference, logits_case, some_mask, temperatures
+from memory import Allocations
 
 from safe_kernels import token_stats
 
@@ -267,6 +268,33 @@ class TestInplaceBackward:
         assert not logits.is_contiguous()
         found = evaluate_kept(token_stats, case | {"logits": logits, "inplace_backward": True}, backend, logits)
         assert torch.equal(found, plain) and torch.equal(logits.detach(), plain)
+
+    @pytest.mark.parametrize("shift", [37, -37, 1, -1, 0])
+    def test_a_reference_that_shares_memory(self, backend, shift):
+        """Views of one tensor, a row or an element apart: what is written must not be read as the reference."""
+        case, memory = logits_case(reference=False), logits_case((3, 9), reference=False)["logits"].flatten()
+        first = {"logits": 37, "ref_logits": 37 + shift}
+        found = []
+        for inplace in (False, True):
+            shared = memory.clone().requires_grad_() * 1
+            views = {name: shared[start:][: 21 * 37].view(3, 7, 37) for name, start in first.items()}
+            views["ref_logits"] = views["ref_logits"].detach()
+            stats = token_stats(**case | views, inplace_backward=inplace, backend=backend)
+            upstream = torch.arange(21.0).view(3, 7)
+            loss = (stats.kl * upstream + stats.logprob - stats.entropy).sum()
+            found.append(torch.autograd.grad(loss, views["logits"])[0])
+        assert torch.equal(*found) and found[0].any()
+        assert found[1].data_ptr() == views["logits"].data_ptr()
+
+    def test_halves_of_a_batch_are_not_copied(self):
+        case = logits_case((64,), vocabulary=512, reference=False)
+        policy, reference = torch.cat([case["logits"], case["logits"] * 0.9]).requires_grad_().mul(1).chunk(2)
+        loss = token_stats(
+            policy, case["tokens"], ref_logits=reference, inplace_backward=True, backend="torch"
+        ).kl.sum()
+        with Allocations() as allocations:
+            torch.autograd.grad(loss, policy)
+        assert allocations.largest < policy.nbytes
 
     def test_second_backward_raises(self, backend):
         logits = logits_case()["logits"].requires_grad_() * 1

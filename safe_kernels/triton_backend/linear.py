@@ -174,12 +174,15 @@ def product_for(inputs: LinearInputs) -> Callable[..., None]:
 
 
 def blas_product(x: Tensor, y: Tensor, out: Tensor) -> None:
+    """On NVIDIA's GPUs alone PyTorch sums 16-bit factors into a float32 result; elsewhere our own product does."""
     if x.dtype == torch.float32:
         torch.mm(x, y, out=out)
-    elif x.is_cuda:
+    elif x.is_cuda and torch.version.hip is None:
         torch.mm(x, y, out_dtype=torch.float32, out=out)
-    else:
+    elif x.device.type == "cpu":  # the interpreter, whose products of bfloat16 are wrong
         torch.mm(x.float(), y.float(), out=out)
+    else:
+        product_of_rows(x, y, out)
 
 
 class GradientSums:
