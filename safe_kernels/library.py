@@ -120,10 +120,15 @@ def linear_policy_loss(
     inputs = LinearInputs.of(hidden, weight, tokens, **head, shard=_shard(process_group, len(weight), tokens))
     coefficients = (clip_low, clip_high, entropy_coef, kl_coef, kl_penalty_coef, kl_threshold)
     objective = Objective.of(inputs, old_logprob, advantage, loss_weight, *coefficients)
-    needed = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs[:3])
+    needed = (torch.is_grad_enabled() and x is not None and _may_require_grad(x) for x in inputs[:3])
     loss, clip_fraction, *results, _, _, _ = _loss_op(*_LOSS.flatten(inputs, objective, *needed, backend))
     results = _shaped(results, tokens.shape, inputs.ref_hidden_NH is not None)
     return PolicyLoss._make([loss, *results, clip_fraction])
+
+
+def _may_require_grad(x: Tensor) -> bool:
+    """Inside vmap a tensor does not say."""
+    return x.requires_grad or (torch._C._are_functorch_transforms_active() and torch._C._functorch.is_batchedtensor(x))
 
 
 def soft_min(v1: Tensor, v2: Tensor, alpha: float, *, backend: str) -> Tensor:
@@ -362,6 +367,17 @@ def _linear_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     return _with_value_gradients(found, _LINEAR, inputs.mask_N, terms, grads)
 
 
+def _refuse_second_derivative(op: Any) -> None:
+    """In the words of ours; without, PyTorch names an op that no caller knows."""
+
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(
+            f"{op._name.removesuffix('_backward').replace('::', '.')} has no second derivative: use backend='reference'"
+        )
+
+    op.register_autograd(backward)
+
+
 def _first_derivative_only(what: str) -> None:
     """With create_graph=True, a gradient that nothing connects to the inputs would pass for a constant."""
     if torch.is_grad_enabled():
@@ -395,6 +411,8 @@ def _with_value_gradients(
     return tuple(found)
 
 
+_refuse_second_derivative(_logits_backward_op)
+_refuse_second_derivative(_linear_backward_op)
 _logits_op.register_autograd(_logits_backward, setup_context=_statistics_context(_LOGITS, 1))
 _linear_op.register_autograd(_linear_backward, setup_context=_statistics_context(_LINEAR, 3))
 

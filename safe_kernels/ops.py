@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checks, library, reference
+from . import checks, derivatives, library, reference
 from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
 
 if TYPE_CHECKING:
@@ -445,6 +445,9 @@ def linear_policy_loss(
 def _call(function: str, backend: str | None, like: Tensor, *arguments: Any, **options: Any) -> Any:
     """By the backend asked for, or the best one for a first argument like this."""
     name = chosen_backend(backend, like, *arguments, *options.values())
+    if function != "soft_min" and (name != "reference" or options.get("process_group") is not None):
+        every = (like, *arguments, *options.values())
+        derivatives.refuse_transforms(name, every, has_gradient=function != "soft_min_gae")
     if name != "reference":
         return getattr(library, function)(like, *arguments, **options, backend=name)
     with torch.autocast(like.device.type, enabled=False):  # it would round logits on their way to the exponent

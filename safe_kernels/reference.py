@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import vocab_parallel
 from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
@@ -223,12 +224,15 @@ def _with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, 
 
 def _sequences(x, mask, cu_seqlens) -> list[list[tuple[int, ...]]]:
     """Indices of the live tokens of each sequence, in time order."""
-    live = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+
+    def live(t: tuple[int, ...]) -> bool:
+        return mask is None or bool(mask[t])
+
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        return [[(t,) for t in range(a, b) if live[t]] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [[(t,) for t in range(a, b) if live((t,))] for a, b in zip(bounds, bounds[1:], strict=False)]
     rows = [tuple(row) for row in torch.ones(x.shape[:-1]).nonzero().tolist()]
-    return [[(*row, t) for t in range(x.shape[-1]) if live[(*row, t)]] for row in rows]
+    return [[(*row, t) for t in range(x.shape[-1]) if live((*row, t))] for row in rows]
 
 
 class _TensorCoreProduct(torch.autograd.Function):
@@ -265,6 +269,7 @@ class _Whole(torch.autograd.Function):
         return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         return gradient[..., ctx.own], None
 
@@ -278,6 +283,7 @@ class _Shared(torch.autograd.Function):
         return hidden.view_as(hidden)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         rows = gradient.reshape(-1, gradient.shape[-1])
         return vocab_parallel.summed(rows, ctx.group).view(gradient.shape), None
