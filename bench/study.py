@@ -48,7 +48,7 @@ from study_report import Row, best, read_rows, write_report  # noqa: E402
 
 from safe_train.config import SafeConfig, parse  # noqa: E402
 from safe_train.report import read_metrics  # noqa: E402
-from safe_train.run_folder import append, commit  # noqa: E402
+from safe_train.run_folder import append, commit, strict_json  # noqa: E402
 
 STAGES = ("sweep", "main", "published", "ablation", "sensitivity")
 CURVES = ("reward", "reward_std", "kl", "kl_threshold", "kl_coef", "entropy", "value_loss", "time/step_s")
@@ -242,7 +242,7 @@ def work(folder: Path) -> int:
         **json.loads((folder / "environment.json").read_text()),
     }
     unfinished = folder / "row.unfinished"
-    unfinished.write_text(json.dumps(row))
+    unfinished.write_text(strict_json(row))
     unfinished.replace(folder / ROW)
     return 0
 

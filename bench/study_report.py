@@ -13,6 +13,7 @@ from study_arms import CHANGES, MAIN, PUBLISHED, REPLAYED, Settings, base_of
 
 from safe_train.config import SafeConfig
 from safe_train.controller import Controller, Moments
+from safe_train.report import numbers
 from safe_train.report import read_rows as read_json_lines
 
 Row = dict[str, Any]
@@ -27,7 +28,8 @@ PAPER = {"safe_paper": 0.725, "ppo_paper": 0.689}  # training-average rewards it
 
 
 def read_rows(path: Path) -> list[Row]:
-    return read_json_lines(path) if path.is_file() else []
+    rows = read_json_lines(path) if path.is_file() else []
+    return [row | {name: numbers(row[name]) for name in ("before", "after", "curves") if name in row} for row in rows]
 
 
 def current(rows: Sequence[Row]) -> list[Row]:

@@ -137,6 +137,7 @@ def command_eval(arguments: argparse.Namespace) -> None:
     from safe_train.checkpoint import Checkpoints
     from safe_train.evaluation import comparison
     from safe_train.paper import make_trainer
+    from safe_train.run_folder import strict_json
 
     config = arguments.run / "config.yaml"
     if not config.is_file():
@@ -154,7 +155,7 @@ def command_eval(arguments: argparse.Namespace) -> None:
         return
     print(comparison(before, after))
     result = {"step": trainer.step, "before": before.numbers(), "after": after.numbers()}
-    (arguments.run / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    (arguments.run / "evaluation.json").write_text(strict_json(result, indent=2) + "\n")
 
 
 def command_report(arguments: argparse.Namespace) -> None:

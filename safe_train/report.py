@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,21 @@ Rows = list[dict[str, Any]]
 
 
 def read_metrics(run: Path) -> Rows:
+    """The metrics of each step; null in the file is a number that was not finite."""
     path = run / "metrics.jsonl"
     rows = read_rows(path) if path.is_file() else []
     if not rows:
         raise ConfigError(f"{run} has no metrics yet (no rows in {path})")
-    return rows
+    return [numbers(row) for row in rows]
+
+
+def numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with NaN for null, also in lists."""
+
+    def number(value: Any) -> Any:
+        return [number(each) for each in value] if isinstance(value, list) else math.nan if value is None else value
+
+    return {name: number(value) for name, value in row.items()}
 
 
 def read_rows(path: Path) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -110,7 +111,7 @@ def remove_run(folder: Path) -> None:
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     try:
         with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(strict_json(row) + "\n" for row in rows)
     except OSError as error:
         raise OSError(
             f"cannot write {path}: {error}. The run stops; when there is room, continue from its last checkpoint with "
@@ -118,12 +119,25 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
         ) from error
 
 
+def strict_json(value: Any, **options: Any) -> str:
+    """JSON without NaN and Infinity, which it has no words for: they are null."""
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def keep_rows(path: Path, last_step: int) -> None:
     """Keeps the rows up to `last_step`; a row that a crash cut short is dropped, too. A kill leaves the old file."""
     if not path.exists():
         return
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= last_step))
+    unfinished.write_text("".join(strict_json(row) + "\n" for row in read_rows(path) if row["step"] <= last_step))
     unfinished.replace(path)
 
 

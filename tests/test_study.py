@@ -177,3 +177,14 @@ def test_a_study_from_the_sweep_to_the_tables_and_once_more(tmp_path, capsys):
     capsys.readouterr()
     assert study.main(command) == 0 and "main: 0 runs to make" in capsys.readouterr().out
     assert results.read_text().count("\n") == 6
+
+
+def test_a_number_that_is_null_in_the_rows_is_one_that_was_not_finite(tmp_path):
+    from safe_train.run_folder import append
+
+    lines = [row(kl=(0.1,) * 19 + (math.nan,), after={"kl": math.inf}, before={"kl": 0.0})]
+    append(tmp_path / "study.jsonl", lines)
+    assert "NaN" not in (tmp_path / "study.jsonl").read_text()
+    (found,) = report.read_rows(tmp_path / "study.jsonl")
+    assert math.isnan(found["curves"]["kl"][-1]) and math.isnan(found["after"]["kl"]) and found["error"] is None
+    assert report.known_values([found], ("KL", lambda r: r["after"]["kl"], ".3f")) == []
