@@ -13,7 +13,9 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,6 +55,7 @@ class Checkpoints:
     def __init__(self, output_dir: str | Path, keep: int):
         self.folder, self.keep = Path(output_dir) / "checkpoints", keep
         self.wound_back_to = self.folder / "wound_back_to.json"
+        self.step = 0  # of the run's state on disk; at 0 there is nothing to keep
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -73,7 +76,25 @@ class Checkpoints:
         # All processes take part in gathering what is sharded; one of them writes.
         states = {name: optimizer.state_dict() for name, optimizer in optimizers(trainer).items()}
         self.write(final, trainer, policy_weights(trainer.engine), states)
+        self.step = trainer.step
         return final
+
+    @contextmanager
+    def keeping(self, trainer: SafeTrainer) -> Iterator[None]:
+        """Around functions of the user's: when one fails, the last finished step is saved before the run stops."""
+        states = torch_generators(), python_generators()
+        # All processes take part in saving.
+        failures = Exception if parallel.size() == 1 else parallel.StoppedTogether
+        try:
+            yield
+        except failures:
+            if trainer.step not in (0, self.step):
+                restore_generators(*states)
+                self.save(trainer)
+            if trainer.step and parallel.is_main():
+                message = f"stopped after step {trainer.step}, with a checkpoint: mend the cause, then use --resume"
+                print(message, file=sys.stderr, flush=True)
+            raise
 
     @parallel.main_only
     def write(self, final: Path, trainer: SafeTrainer, policy: dict[str, Tensor], optimizers: dict[str, Any]) -> None:
@@ -111,6 +132,7 @@ class Checkpoints:
                 restore(trainer, path, read(path, trainer.policy))
             except Damaged as error:
                 raise ConfigError(f"{error}; --resume takes the newest checkpoint that can be read") from error
+            self.step = trainer.step
             self.wind_back(path)
             return
         damaged: list[str] = []
@@ -121,6 +143,7 @@ class Checkpoints:
                 damaged.append(str(error))
                 continue
             restore(trainer, candidate, contents)
+            self.step = trainer.step
             say(*damaged, f"continuing from {candidate}")
             return
         if damaged:

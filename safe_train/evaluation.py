@@ -13,7 +13,7 @@ from safe_train.config import SafeConfig
 from safe_train.data import PromptDataset
 from safe_train.experience import Experience, gathered, joined
 from safe_train.models import Policy
-from safe_train.randomness import own_random_numbers, seeded
+from safe_train.randomness import guest, own_random_numbers, seeded
 from safe_train.rewards import Rewards
 from safe_train.rollout import Rollout, Sampler
 
@@ -39,8 +39,9 @@ def evaluate(
 ) -> Evaluation:
     """Samples `eval_completions` completions, prompts in turn, with fixed random numbers of its own.
 
-    Each process samples and judges equally many; `eval_completions` is rounded up to that.
+    Each process samples and judges equally many; `eval_completions` is rounded up to that. All of them have to call it.
     """
+    parallel.meet("evaluate()")
     each, size = (-(-total // parallel.size()) for total in (args.eval_completions, args.completions_per_step))
     first = parallel.rank() * each
     chosen = [prompts[i % len(prompts)] for i in range(first, first + each)]
@@ -49,7 +50,7 @@ def evaluate(
             rollouts = [sampler(chosen[i : i + size]) for i in range(0, each, size)]
         scored = [Experience(policy, None, gathered(rollout), args, device) for rollout in rollouts]
         own = joined(rollouts)
-        with own_random_numbers(EVALUATION_SEED, 1):
+        with parallel.together("the rewards of evaluate()"), guest(EVALUATION_SEED, 1):
             own_reward_B = rewards(*own.for_rewards())["reward"]
     rollout, reward_B = gathered(own), parallel.gather(own_reward_B)
 

@@ -46,7 +46,8 @@ class Experience:
     def compute_advantages(self, reward_B: Tensor, kl_charge: float) -> None:
         """Fills in advantages and returns from the completions' rewards and a charge per nat of sampled KL."""
         if self.critic is None:
-            reward_B = losses.group_advantages(reward_B, self.args.completions_per_prompt)
+            groups_B = losses.group_advantages(reward_B, self.args.completions_per_prompt)
+            reward_B = groups_B.float().to(self.device)
         for micro in self:
             if not micro.indices:
                 continue

@@ -132,8 +132,12 @@ def per_token(values_B: Tensor, response_cu_seqlens: Tensor) -> Tensor:
 
 
 def group_advantages(reward_B: Tensor, group_size: int) -> Tensor:
-    """GRPO: rewards standardised within the completions of a prompt; 0 where they are all equal."""
+    """GRPO: rewards standardised within the completions of a prompt; 0 where they are all equal.
+
+    The first of a group is subtracted before the mean is taken, which would be rounded: equal rewards give exactly 0.
+    """
     groups = reward_B.view(-1, group_size)
+    groups = groups - groups[:, :1]
     centred = groups - groups.mean(1, keepdim=True)
     return (centred / (groups.std(1, keepdim=True) + 1e-4)).view(-1)
 

@@ -76,13 +76,21 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[start:end]
 
 
+class Apart(RuntimeError):
+    """The processes are no longer in step: none of them can ask the others anything."""
+
+
+class StoppedTogether(RuntimeError):
+    """One process failed, and all of them are at the same place."""
+
+
 @contextmanager
 def exchange() -> Iterator[None]:
     """Says what it means when an exchange fails."""
     try:
         yield
     except RuntimeError as error:
-        raise RuntimeError(
+        raise Apart(
             f"process {rank()} lost the others: one of them stopped, and its own output says why, or did not answer "
             f"within ddp_timeout seconds ({error})"
         ) from error
@@ -172,6 +180,38 @@ def main_only(function: Callable[P, None]) -> Callable[P, None]:
             raise RuntimeError(f"process 0 stopped with {message}")
 
     return run
+
+
+@contextmanager
+def together(place: str) -> Iterator[None]:
+    """An exception inside on one process stops all of them at the end, where each has to come."""
+    if size() == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Apart:
+        raise
+    except Exception as caught:
+        error = caught
+    messages = meet(place, f"{type(error).__name__}: {error}" if error else None)
+    failed = [f"process {i} stopped in {place} with {message}" for i, message in enumerate(messages) if message]
+    if failed:
+        raise StoppedTogether("; ".join(failed)) from error
+
+
+def meet(place: str, message: str | None = None) -> list[str | None]:
+    """The messages of all processes, which have to be at the same place: one alone would wait for the others."""
+    try:
+        found = gather_objects((place, message))
+    except Apart as error:
+        raise Apart(f"{place} takes all processes, so each of them has to come here, too: {error}") from error
+    places = [each for each, _ in found]
+    if len(set(places)) > 1:
+        where = "; ".join(f"process {number} is in {each}" for number, each in enumerate(places))
+        raise Apart(f"{where}. Each takes all processes: call it on every process, not under `if is_main_process`")
+    return [each for _, each in found]
 
 
 def check_same(values: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from safe_train import parallel
 
+DEVICES = ("cuda", "xpu")  # kinds of which a process can use several
+
 
 def python_generators() -> dict[str, Any]:
     """The states of Python's and NumPy's generators, which rewards may use."""
@@ -28,6 +30,24 @@ def torch_generators() -> dict[str, Tensor]:
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
+
+
+def device_generators() -> dict[str, Any]:
+    """The states of PyTorch's generators on all devices of each kind that this process has used."""
+    states: dict[str, Any] = {
+        name: getattr(torch, name).get_rng_state_all() for name in DEVICES if getattr(torch, name).is_initialized()
+    }
+    return states | ({"mps": torch.mps.get_rng_state()} if torch.backends.mps.is_available() else {})
+
+
+def restore_devices(states: dict[str, Any]) -> None:
+    for name in DEVICES:
+        if name in states:
+            getattr(torch, name).set_rng_state_all(states[name])
+        else:  # not used before: it starts, when it is, from the seed that the CPU's generator had
+            getattr(torch, name).manual_seed_all(torch.initial_seed())
+    if "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
 
 
 def restore_generators(states: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -59,10 +79,27 @@ def seed_of(*numbers: int) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and PyTorch's random numbers from `seed`; afterwards those from before go on."""
-    shared = torch_generators(), python_generators()
+    """Python's, NumPy's and PyTorch's random numbers from `seed`; afterwards those from before go on, on any device."""
+    states, devices, numbers = torch_generators(), device_generators(), python_generators()
     set_seed(seed)
     try:
         yield
     finally:
-        restore_generators(*shared)
+        restore_generators(states, numbers)
+        restore_devices(devices)
+
+
+@contextmanager
+def guest(*numbers: int) -> Iterator[None]:
+    """For functions of the user's, a reward or a callback, that are called inside of a run.
+
+    They get random numbers that `numbers` and this process's rank decide. Afterwards the run's own go on, and the
+    default dtype and whether PyTorch records gradients are what they were.
+    """
+    dtype, has_gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    with seeded(seed_of(*numbers, parallel.rank())):
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(has_gradients)

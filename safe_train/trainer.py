@@ -29,13 +29,15 @@ from safe_train.experience import Experience, gathered, value_states
 from safe_train.metrics import step_metrics
 from safe_train.models import Policy, load_model, make_policy, use_tensor_cores
 from safe_train.preview import Preview
-from safe_train.randomness import own_random_numbers, seed_of, seeded
+from safe_train.randomness import guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards import RewardFunction, Rewards, load_reward
 from safe_train.rollout import Rollout, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
 from safe_train.signals import Stopped, StopSignals
 
 Rows = Sequence[Mapping[str, Any]]
+
+REWARDS, CALLBACKS = 0, 1  # whose random numbers
 
 
 class SafeTrainer:
@@ -50,7 +52,8 @@ class SafeTrainer:
             Default: those `args` names.
         processing_class: the tokenizer; loaded with the model when that is a name.
         peft_config: replaces the LoRA settings of `args`.
-        callbacks: each is called after every step as `callback(trainer, metrics)`, on every process.
+        callbacks: each is called after every step, behind its checkpoint, as `callback(trainer, metrics)`, on every
+            process. Its random numbers are its own: the seed and the step decide them.
 
     Started by `accelerate launch` or torchrun, each process samples, judges and trains on its share, and the weights,
     the controller and the metrics are the same on all of them; see `parallel`, `engine`, and for weights in parts
@@ -98,7 +101,8 @@ class SafeTrainer:
         if processing_class is None:
             raise ConfigError("a model object needs its tokenizer: pass processing_class=")
         self.tokenizer = processing_class
-        self.rewards = Rewards([load_reward(f, self.device, args) for f in functions], args.reward_weights)
+        with guest(args.seed):  # a file that seeds when it is imported
+            self.rewards = Rewards([load_reward(f, self.device, args) for f in functions], args.reward_weights)
         self.prompts = self.prompt_dataset(train_dataset, "dataset")
         self.eval_prompts: PromptDataset | None = None
         if args.eval_every or eval_dataset is not None:  # else read when first asked for: a run may never need them
@@ -142,16 +146,19 @@ class SafeTrainer:
             resume_from_checkpoint: True for the newest complete checkpoint of the run folder, or a checkpoint's path.
         """
         args, checkpoints = self.args, Checkpoints(self.args.output_dir, self.args.keep_checkpoints)
+        parallel.meet("train()")
         if resume_from_checkpoint:
             checkpoints.load(self, None if resume_from_checkpoint is True else Path(resume_from_checkpoint))
         elif self.step == 0:
             refuse_existing(Path(args.output_dir))
+        parallel.check_same({"step": self.step})
         folder = RunFolder(args, self.accelerator, resume_at=self.step)
         history = []
         with StopSignals() as signals:
             for step in self.steps():
                 with self.timed("step"):
-                    rollout, rewards = self.collect(step)
+                    with checkpoints.keeping(self):
+                        rollout, rewards = self.collect(step)
                     with self.timed("score"):
                         experience = Experience(self.policy, self.critic, rollout, args, self.device)
                     control = self.update_controller(experience, rewards["reward"])
@@ -161,17 +168,20 @@ class SafeTrainer:
                 metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
                 del experience  # or the next one is made beside it
                 self.step = step + 1
-                if args.eval_every and self.step % args.eval_every == 0:
-                    metrics |= {f"eval/{name}": value for name, value in self.evaluate().numbers().items()}
-                if self.step % args.samples_every == 0:
-                    folder.log_samples(self.step, rollout, rewards["reward"])
-                folder.log(self.step, metrics)
+                try:
+                    if args.eval_every and self.step % args.eval_every == 0:
+                        with checkpoints.keeping(self):
+                            metrics |= {f"eval/{name}": value for name, value in self.evaluate().numbers().items()}
+                finally:  # the step is done even when its evaluation fails
+                    if self.step % args.samples_every == 0:
+                        folder.log_samples(self.step, rollout, rewards["reward"])
+                    folder.log(self.step, metrics)
                 history.append(metrics)
                 stop = signals.agreed()
                 if self.step % args.save_every == 0 or self.step == args.total_steps or stop:
                     checkpoints.save(self)
-                for callback in self.callbacks:
-                    callback(self, metrics)
+                with checkpoints.keeping(self):
+                    self.call_back(metrics)
                 if stop and self.step < args.total_steps:
                     raise Stopped.after(self.step, stop, args.output_dir)
         folder.finish()
@@ -182,8 +192,18 @@ class SafeTrainer:
         total, hidden = self.args.total_steps, not parallel.is_main()
         yield from tqdm(range(self.step, total), initial=self.step, total=total, unit="step", disable=hidden)
 
+    def call_back(self, metrics: dict[str, Any]) -> None:
+        """All callbacks; each gets metrics of its own."""
+        place = f"the callbacks of step {self.step}"
+        with parallel.together(place), guest(self.args.seed, self.step, CALLBACKS):
+            for callback in self.callbacks:
+                callback(self, dict(metrics))
+
     def evaluate(self) -> Evaluation:
-        """Samples on the held-out prompts, always with the same random numbers, and leaves training's alone."""
+        """Samples on the held-out prompts, always with the same random numbers, and leaves training's alone.
+
+        With several processes, all of them have to call it.
+        """
         if self.eval_prompts is None:
             if self.args.eval_dataset is None:
                 raise ConfigError("an evaluation needs held-out prompts: set eval_dataset")
@@ -195,7 +215,8 @@ class SafeTrainer:
         with own_random_numbers(self.args.seed, step):
             with self.timed("rollout"):
                 own = self.sample(step)
-            with self.timed("reward"):
+        with self.timed("reward"), parallel.together(f"the rewards of step {step + 1}"):
+            with guest(self.args.seed, step, REWARDS):
                 rewards = self.rewards(*own.for_rewards())
         scores = parallel.gather(torch.stack(list(rewards.values())))
         return gathered(own), dict(zip(rewards, scores, strict=True))
@@ -229,13 +250,17 @@ class SafeTrainer:
         experience.compute_advantages(reward_B, kl_charge=control.kl_coef if self.args.kl_in_reward else 0.0)
 
     def training_rewards(self, reward_B: Tensor, rollout: Rollout) -> Tensor:
-        """Rewards as the advantages see them: normalised, charged for not ending, permuted in the control run."""
+        """Rewards as the advantages see them: normalised, charged for not ending, permuted in the control run.
+
+        In float64, on the CPU, where the differences within a group are still to be taken.
+        """
+        reward_B = reward_B.double()
         if self.args.normalize_rewards:
             reward_B = (reward_B - self.reward_moments.mean) / (self.reward_moments.std or 1.0)
-        reward_B = reward_B - self.args.missing_eos_penalty * (~torch.tensor(rollout.ended)).float()
+        reward_B = reward_B - self.args.missing_eos_penalty * (~torch.tensor(rollout.ended)).double()
         if self.args.shuffle_advantages:
             reward_B = reward_B[torch.randperm(len(reward_B))]
-        return reward_B.to(self.device)
+        return reward_B if self.critic is None else reward_B.float().to(self.device)
 
     def update(self, experience: Experience, control: Control) -> dict[str, float]:
         """Inner epochs over the rollout, one optimizer step a minibatch. Returns means over those steps."""

@@ -404,6 +404,79 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     assert (tmp_path / "checkpoints" / "step-2" / "state.json").exists()
 
 
+def evaluates(folder, who: str) -> list:
+    """An evaluation by one process alone, or by all of them, in a callback or behind the run."""
+    trainer = tiny.trainer(folder, total_steps=2, ddp_timeout=20.0)
+    if who == "behind the run, the first alone":
+        trainer.train()
+        return trainer.evaluate().numbers() if parallel.is_main() else []
+    chosen = parallel.is_main() if who == "in a callback, the first alone" else True
+    trainer.callbacks = [lambda trainer, row: trainer.evaluate()] if chosen else []
+    if who == "before the run, the first alone":
+        trainer.callbacks = []
+        if parallel.is_main():
+            trainer.evaluate()
+    return [without_clock(row) for row in trainer.train()]
+
+
+@pytest.mark.parametrize(
+    ("who", "other"),
+    [
+        ("in a callback, the first alone", "process 1 is in the callbacks of step 1"),
+        ("before the run, the first alone", r"process 1 is in train()"),
+        ("behind the run, the first alone", "evaluate() takes all processes, so each of them has to come here, too"),
+    ],
+)
+def test_an_evaluation_by_one_process_alone_says_what_to_do(who, other, tmp_path):
+    started = time.monotonic()
+    first, second = processes.run(evaluates, 2, tmp_path, who, seconds=60)
+    assert first.exit_code == 1 and other in first.error, first.error
+    if "behind" not in who:
+        assert "process 0 is in evaluate()" in second.error and "call it on every process" in second.error
+    assert time.monotonic() - started < 50
+
+
+def test_an_evaluation_by_all_processes_in_a_callback_changes_nothing(tmp_path):
+    first, second = processes.run(evaluates, 2, tmp_path / "all", "in a callback, all")
+    quiet, _ = processes.run(to_its_end, 2, tmp_path / "quiet")
+    assert first.result == second.result == quiet.result, first.error + quiet.error
+
+
+def to_its_end(folder, total_steps: int = 2) -> list:
+    return [without_clock(row) for row in tiny.trainer(folder, total_steps=total_steps).train()]
+
+
+def fails_on_one(folder, what: str) -> tuple[list[str], list[dict]]:
+    """The reward or the callback of process 1 fails in step 2, or behind it; then the run goes on from there."""
+    settings = {"total_steps": 4, "save_every": 9}
+    trainer = tiny.trainer(folder, **settings)
+    rewards = trainer.rewards
+
+    def failing(*arguments):
+        if trainer.step == (1 if what == "reward" else 2) and parallel.rank() == 1:
+            raise ValueError("no more")
+        return rewards(*arguments)
+
+    if what == "reward":
+        trainer.rewards = failing
+    else:
+        trainer.callbacks = [failing]
+        rewards = print
+    with pytest.raises((ValueError, RuntimeError), match="no more"):
+        trainer.train()
+    return [path.name for path in (folder / "checkpoints").iterdir()], [
+        without_clock(row) for row in tiny.trainer(folder, **settings).train(resume_from_checkpoint=True)
+    ]
+
+
+@pytest.mark.parametrize(("what", "saved"), [("reward", 1), ("callback", 2)])
+def test_a_guest_that_fails_on_one_process_stops_all_with_the_last_finished_step(what, saved, tmp_path):
+    first, second = processes.run(fails_on_one, 2, tmp_path / "cut", what)
+    assert first.error == second.error == ""
+    whole, _ = processes.run(to_its_end, 2, tmp_path / "whole", 4)
+    assert first.result == second.result == ([f"step-{saved}"], whole.result[saved:])
+
+
 def has_no_room(folder) -> None:
     trainer = tiny.trainer(folder, total_steps=2, save_every=1)
 

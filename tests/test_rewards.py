@@ -1,6 +1,7 @@
 """Rewards: summed, checked and named; from functions, files, models and servers."""
 
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -82,6 +83,71 @@ def test_a_reward_may_return_an_array_or_a_tensor_of_one_axis(values):
     assert Rewards([lambda **kwargs: values])(["a", "b"], ["c", "d"], {})["reward"].tolist() == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("value", [1e39, -3.5e38, 2**200, float("inf"), np.float64(1e300)])
+def test_a_number_that_float32_does_not_hold_is_refused_with_its_row(value):
+    def judge(completions, **columns):
+        return [0.0, value]
+
+    with pytest.raises(ValueError, match=r"reward 'judge' returned .* for the completion 'd' \(row 1\); .* float32"):
+        Rewards([judge])(["a", "b"], ["c", "d"], {})
+
+
+def test_a_weighted_sum_that_float32_does_not_hold_is_refused():
+    def large(completions, **columns):
+        return [0.0, 3e38]
+
+    scores = Rewards([large], [-1.0])(["a", "b"], ["c", "d"], {})
+    assert scores["reward"].tolist() == [0.0, -3e38]
+    for weight in (2.0, 1e30):
+        with pytest.raises(ValueError, match=r"weighted sum .* for the completion 'd' \(row 1\).*'large': 3e\+38"):
+            Rewards([large], [weight])(["a", "b"], ["c", "d"], {})
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_a_weight_that_is_not_a_number_is_refused_before_the_run(weight, tmp_path):
+    with pytest.raises(ConfigError, match="reward_weights must be finite numbers"):
+        tiny.trainer(tmp_path, reward_weights=[weight])
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_keep_differences_that_float32_would_lose():
+    values = [1e8, 1e8 + 1, 0.1]
+    assert Rewards([lambda **columns: values])(["a"] * 3, ["b"] * 3, {})["reward"].tolist() == values
+
+
+def test_what_a_reward_does_to_its_arguments_stays_with_it():
+    messages, facts = [{"role": "user", "content": "the cat"}], {"words": ["a"], "array": np.zeros(2)}
+    prompts, completions = [messages, messages], [[{"role": "assistant", "content": "sat"}] for _ in range(2)]
+    columns, seen = {"facts": [facts, facts], "lock": [threading.Lock()] * 2}, []
+
+    def meddler(prompts, completions, facts, lock):
+        for prompt, completion, fact in zip(prompts, completions, facts, strict=True):
+            seen.append((len(prompt), completion[0]["content"], len(fact["words"]), fact["array"].sum()))
+            prompt.extend(completion)
+            completion[0]["content"] = "changed"
+            fact["words"].append("b")
+            fact["array"] += 1
+        prompts.clear()
+        return [0.0] * len(completions)
+
+    def second(**columns):
+        return meddler(**columns)
+
+    Rewards([meddler, second])(prompts, completions, columns)
+    assert seen == [(1, "sat", 1, 0.0)] * 4 and len(prompts) == 2
+    assert messages == [{"role": "user", "content": "the cat"}] and facts["words"] == ["a"]
+    assert [c[0]["content"] for c in completions] == ["sat", "sat"] and not facts["array"].any()
+
+
+def test_a_reward_that_exits_does_not_end_the_run_as_if_it_were_done():
+    with pytest.raises(RuntimeError, match="reward 'leaves' raised SystemExit: 0"):
+
+        def leaves(**columns):
+            raise SystemExit(0)
+
+        Rewards([leaves])(["a"], ["b"], {})
+
+
 def test_two_rewards_of_one_name_are_refused():
     with pytest.raises(ConfigError, match="share a name"):
         Rewards([constant(1), constant(2)])
@@ -91,6 +157,52 @@ def test_reward_from_a_file(tmp_path):
     source = tmp_path / "mine.py"
     source.write_text("def length(completions, **columns):\n    return [float(len(c)) for c in completions]\n")
     assert load_reward(f"{source}:length")(completions=["abc"]) == [3.0]
+
+
+STATEFUL = """
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import typing
+
+calls = []
+
+
+@dataclasses.dataclass
+class Point:
+    x: float
+    label: typing.ClassVar[str] = "point"
+
+
+def first(completions, **columns):
+    calls.append(1)
+    assert typing.get_type_hints(Point)["x"] is float
+    return [pickle.loads(pickle.dumps(Point(float(len(calls))))).x for _ in completions]
+
+
+def second(completions, **columns):
+    return [float(len(calls)) for _ in completions]
+"""
+
+
+@pytest.mark.parametrize("name", ["pickle", "random", "tiny", "__main__"])
+def test_a_reward_file_replaces_no_module_and_works_as_one(name, tmp_path):
+    before = sys.modules[name]
+    (tmp_path / f"{name}.py").write_text(STATEFUL)
+    first, second = (load_reward(f"{tmp_path}/{name}.py:{function}") for function in ("first", "second"))
+    assert sys.modules[name] is before
+    assert first(completions=["a"]) == second(completions=["a"]) == [1.0], "of one file there is one module"
+    (tmp_path / f"{name}.py").write_text(STATEFUL + "\ncalls.append(0)")
+    assert load_reward(f"{tmp_path}/{name}.py:second")(completions=["a"]) == [1.0], "a changed file is loaded anew"
+
+
+@pytest.mark.parametrize("code", ["1 / 0", "def f(:", "raise SystemExit(0)", "import no_such_module"])
+def test_a_reward_file_that_fails_is_an_error_before_the_run(code, tmp_path):
+    (tmp_path / "mine.py").write_text(code)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="cannot load the reward .*mine.py:f': [A-Z]"):
+            load_reward(f"{tmp_path}/mine.py:f")
 
 
 @pytest.mark.parametrize("name", ["{tmp}/none.py:f", "{tmp}/empty.py:f", "no_such_package:f", "{tmp}/no-model"])
