@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from safe_train.attention import boundaries, choose_attention, generation_attention, use_attention
 from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.data import TokenBatch
+from safe_train.determinism import switch_off_randomness
 
 SMOLLM2 = "smollm2-135m-instruct"
 LIGER = "liger_kernel.transformers.monkey_patch"
@@ -140,7 +141,7 @@ def make_policy(
         with warnings.catch_warnings():  # peft asks transformers under a name that it is about to drop
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             model = peft.get_peft_model(model, peft_config)
-    disable_dropout(model)
+    switch_off_randomness(model)
     policy = Policy(model)
     check_head(policy)
     if args.gradient_checkpointing:
@@ -215,16 +216,6 @@ def lora_config(model: Any, args: SafeConfig) -> Any:
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear.values()),
         task_type="CAUSAL_LM",
     )
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Dropout would make the update's policy differ from the one that was sampled and scored."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
 
 
 def check_head(policy: Policy) -> None:

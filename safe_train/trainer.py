@@ -23,6 +23,7 @@ from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, record
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
 from safe_train.data import MicroBatch, Prompt, PromptDataset, load_rows
+from safe_train.determinism import check_deterministic, check_torch_state
 from safe_train.engine import learning_rate, make_engine, place, schedule
 from safe_train.evaluation import Evaluation, evaluate
 from safe_train.experience import Experience, gathered, value_states
@@ -79,6 +80,7 @@ class SafeTrainer:
         peft_config: Any = None,
         callbacks: Sequence[Callable[[SafeTrainer, dict[str, Any]], None]] = (),
     ):
+        check_torch_state()
         args = args or SafeConfig()
         if args.algorithm not in self.algorithms:
             raise ConfigError(
@@ -116,6 +118,7 @@ class SafeTrainer:
         models = (self.policy, *self.policy.frozen_copies)
         parallel.broadcast(parameter for each in models for parameter in each.parameters())
         self.engine = make_engine(self.policy, self.device, args)
+        check_deterministic(self.policy, self.device)
         self.trainable = self.engine.parameters
         self.sampler = make_sampler(self.policy, self.tokenizer, args)
         self.critic: Critic | None = None
@@ -145,6 +148,7 @@ class SafeTrainer:
         Args:
             resume_from_checkpoint: True for the newest complete checkpoint of the run folder, or a checkpoint's path.
         """
+        check_torch_state()
         args, checkpoints = self.args, Checkpoints(self.args.output_dir, self.args.keep_checkpoints)
         parallel.meet("train()")
         if resume_from_checkpoint:
