@@ -26,16 +26,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor.experimental import implicit_replication
 
-from safe_train import parallel, sharding
+from safe_train import adapters, parallel, sharding
 from safe_train.config import ConfigError
 from safe_train.engine import Engine, options
 from safe_train.models import Policy, load_weights
 from safe_train.randomness import python_generators, restore_generators, torch_generators
+from safe_train.reference import Fingerprint, HandedOver, check_fingerprint
 
 if TYPE_CHECKING:
     from safe_train.trainer import SafeTrainer
 
-ADAPTER_SETTINGS = ("peft_type", "r", "lora_alpha", "target_modules", "layers_to_transform", "use_rslora", "use_dora")
+# What an adapter's config says beside what the adapter computes.
+NOT_COMPARED = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
@@ -49,6 +51,8 @@ class Contents(NamedTuple):
     critic: Mapping[str, Tensor]
     optimizers: dict[str, Any]
     random: dict[str, Tensor]
+    handed_over: Mapping[str, Tensor]  # the adapter that the reference is; empty for a reference without one
+    fingerprint: Fingerprint  # of the reference's other weights; empty in checkpoints of before
 
 
 class Checkpoints:
@@ -171,12 +175,18 @@ def say(*lines: str) -> None:
 
 
 def write_files(folder: Path, trainer: SafeTrainer, policy: dict[str, Tensor], optimizers: dict[str, Any]) -> None:
-    extra = {"save_embedding_layers": False} if trainer.policy.is_lora else {}
-    trainer.policy.model.save_pretrained(folder / "policy", state_dict=policy, **extra)
+    model, handed_over = trainer.policy.model, trainer.policy.handed_over
+    if trainer.policy.is_lora:
+        adapters.save(model, folder / "policy", policy, trainer.policy.resized_vocabulary)
+    else:
+        model.save_pretrained(folder / "policy", state_dict=policy)
     trainer.tokenizer.save_pretrained(folder / "policy")
     torch.save(optimizers, folder / "optimizers.pt")
     if trainer.critic is not None:
         save_file(trainer.critic.state_dict(), folder / "critic.safetensors")
+    if handed_over is not None:
+        save_file(handed_over.adapter, folder / "reference.safetensors")
+    (folder / "reference.json").write_text(json.dumps(trainer.reference_fingerprint))
     save_file(torch_generators(), folder / "random.safetensors")
     (folder / "state.json").write_text(json.dumps(state(trainer), indent=2))
     for path in (folder, *folder.rglob("*")):
@@ -190,27 +200,33 @@ def read(path: Path, policy: Policy) -> Contents:
     if (path / "policy" / "adapter_config.json").exists() != policy.is_lora:
         kind = "full weights" if policy.is_lora else "LoRA adapters"
         raise ConfigError(f"{path} does not fit this run's settings: it holds {kind}")
-    critic = path / "critic.safetensors"
+    critic, reference = path / "critic.safetensors", path / "reference.safetensors"
+    fingerprint = path / "reference.json"
     try:
-        adapters = json.loads((path / "policy" / "adapter_config.json").read_text()) if policy.is_lora else {}
+        settings = json.loads((path / "policy" / "adapter_config.json").read_text()) if policy.is_lora else {}
         contents = Contents(
             state=json.loads((path / "state.json").read_text()),
             policy=read_policy(policy, path / "policy"),
             critic=load_file(critic) if critic.exists() else {},
             optimizers=torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True),
             random=load_file(path / "random.safetensors"),
+            handed_over=load_file(reference) if reference.exists() else {},
+            fingerprint=json.loads(fingerprint.read_text()) if fingerprint.exists() else {},
         )
     except UNREADABLE as error:
         raise Damaged(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    check_adapters(policy, adapters, path)
+    check_adapters(policy, settings, path)
     return contents
 
 
 def check_adapters(policy: Policy, saved: Mapping[str, Any], path: Path) -> None:
     """Adapters of another scale would fit by their shapes."""
-    own = policy.model.peft_config["default"].to_dict() if policy.is_lora else {}
-    for name in ADAPTER_SETTINGS:
-        there, here = (sorted(x) if isinstance(x, (list, set)) else x for x in (saved.get(name), own.get(name)))
+    if not policy.is_lora:
+        return
+    own = policy.model.peft_config[adapters.active(policy.model)].to_dict()
+    own = json.loads(json.dumps(own, default=lambda x: list(x) if isinstance(x, set) else str(x)))
+    for name in sorted((saved.keys() & own.keys()) - NOT_COMPARED):
+        there, here = (sorted(x, key=str) if isinstance(x, list) else x for x in (saved[name], own[name]))
         if there != here:
             raise ConfigError(f"{path} does not fit this run's settings: its adapters have {name} {there}, not {here}")
 
@@ -225,7 +241,10 @@ def read_policy(policy: Policy, folder: Path) -> Mapping[str, Tensor]:
 
 def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     sharding.reshard(trainer.policy)
+    if contents.fingerprint:
+        check_fingerprint(contents.fingerprint, trainer.reference_fingerprint, path)
     try:
+        restore_reference(trainer, contents.handed_over)
         with trainer.engine.writable():
             load_policy(trainer.policy, contents.policy)
         if trainer.critic is not None:
@@ -245,19 +264,27 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     restore_generators(contents.random, values["random"])
 
 
+def restore_reference(trainer: SafeTrainer, adapter: Mapping[str, Tensor]) -> None:
+    """The adapter that was handed over when the run began, whatever was handed over now."""
+    policy = trainer.policy
+    if not policy.is_lora or trainer.args.reference == "base":
+        return
+    policy.handed_over = None
+    if adapter:
+        with trainer.engine.writable():
+            load_policy(policy, adapter)
+        policy.handed_over = HandedOver(policy.model, adapter)
+        trainer.engine.keep_reference()
+
+
 def load_policy(policy: Policy, weights: Mapping[str, Tensor]) -> None:
     """Adapters, or all weights when there are none."""
     if not policy.is_lora:
         own = policy.model.state_dict()
         policy.model.load_state_dict({name: sharding.shard_like(x, own.get(name, x)) for name, x in weights.items()})
         return
-    import peft
-
     with implicit_replication():  # whole adapters into sharded ones
-        adapters = {name: x.to(policy.model.device) for name, x in weights.items()}
-        result = peft.set_peft_model_state_dict(policy.model, adapters)
-    if result.unexpected_keys:
-        raise ValueError(f"adapters of another model or rank: {result.unexpected_keys[:3]} ...")
+        adapters.load(policy.model, weights)
 
 
 def state(trainer: SafeTrainer) -> dict[str, Any]:
@@ -274,8 +301,10 @@ def policy_weights(engine: Engine) -> dict[str, Tensor]:
     """The model's state, with what a checkpoint needs of it gathered; tied weights stay one."""
     policy = engine.policy
     tensors = policy.model.state_dict(keep_vars=True)
-    saved = {id(t): t for t in tensors.values() if t.requires_grad or not policy.is_lora}
-    gathered = {key: engine.whole(tensor) for key, tensor in saved.items()}
+    needed: Mapping[str, Tensor] = tensors
+    if policy.is_lora:
+        needed = adapters.adapter_state(policy.model, tensors, embeddings=policy.resized_vocabulary)
+    gathered = {id(tensor): engine.whole(tensor) for tensor in {id(x): x for x in needed.values()}.values()}
     return {name: gathered.get(id(tensor), tensor.detach()) for name, tensor in tensors.items()}
 
 

@@ -44,6 +44,7 @@ CHOICES = {
     "value_level": ("token", "sequence"),
     "kl_estimator": ("exact", "k2", "k3"),
     "lr_scheduler_type": ("constant", "linear", "cosine"),
+    "reference": ("initial", "base"),
     "generation": ("hf", "vllm"),
     "cache_implementation": ("auto", "dynamic", "static"),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -101,6 +102,10 @@ class SafeConfig:
     lora_r: int = option(16, "LoRA rank; 0 trains all parameters, with a frozen copy as the reference")
     lora_alpha: int | None = option(None, "LoRA scale numerator (default: lora_r)")
     lora_last_layers: int | None = option(None, "put LoRA on the last k layers only (default: all)")
+
+    reference: str = option(
+        "initial", "what KL is measured to: initial: the policy as handed over | base: the model without its adapter"
+    )
 
     # Rollout
     prompts_per_step: int = option(16, "distinct prompts a rollout")

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,10 +28,22 @@ class Engine:
         self.policy = policy
         self.optimizer = adamw(policy, device, args)
         self.parameters = self.optimizer.param_groups[0]["params"]
+        self.keep_reference()
+
+    def keep_reference(self) -> None:
+        """Takes the policy of now for the one that was handed over, if its values are what is kept of that."""
+        if self.policy.handed_over is not None:
+            self.policy.handed_over.keep(self.parameters, self.replacing)
+
+    @contextmanager
+    def replacing(self) -> Iterator[None]:
+        """Inside, the parts of the weights that a process stores may be replaced for a while: nothing is gathered."""
+        sharding.reshard(self.policy)
+        yield
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Hidden states [L, H] of the policy, of which a gradient will be taken."""
-        return self.policy(batch)
+        return self.policy.with_gradient(self.policy(batch))
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

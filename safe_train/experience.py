@@ -101,7 +101,7 @@ def score(
     """
     prompts, completions = [rollout.prompts[i].ids for i in group], [rollout.completions[i] for i in group]
     batch = TokenBatch.pack(prompts or [[0]], completions or [[]]).to(device)
-    hidden_LH, ref_hidden_LH = policy(batch), policy.reference(batch)
+    ref_hidden_LH, hidden_LH = policy.reference(batch), policy(batch)  # whose head stays gathered
     stats = losses.statistics(hidden_LH, policy.head(), batch.targets_L, ref_hidden_LH)
     states_LH = value_states(hidden_LH, batch, args)
     assert stats.ref_logprob is not None and stats.kl is not None

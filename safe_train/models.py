@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from safe_train import adapters
 from safe_train.attention import boundaries, choose_attention, generation_attention, use_attention
 from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.data import TokenBatch
 from safe_train.determinism import switch_off_randomness
+from safe_train.reference import Fingerprint, HandedOver, fingerprint
 
 SMOLLM2 = "smollm2-135m-instruct"
 LIGER = "liger_kernel.transformers.monkey_patch"
@@ -29,17 +30,30 @@ LIGER = "liger_kernel.transformers.monkey_patch"
 class Policy(nn.Module):
     """A causal language model whose forward stops at the hidden states; the head is applied inside the kernels.
 
-    The reference is the same model with its LoRA adapters disabled or, for full fine-tuning, a frozen copy.
+    The reference is the policy that was handed over: the same model with its adapter disabled, if that had no effect
+    yet, or with the handed-over values of what is trained put in place; for full fine-tuning a frozen copy. With
+    `reference` "base" it is the model without its adapter.
     """
 
     model: Any
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, reference: str = "initial"):
         super().__init__()
         self.model = model
-        self.is_lora = hasattr(model, "disable_adapter")
+        self.is_lora = adapters.has_adapter(model)
         # In a list, so that the frozen copy is neither trained nor saved with the policy.
         self.frozen_copies = [] if self.is_lora else [copy.deepcopy(model).eval().requires_grad_(False)]
+        is_kept = self.is_lora and reference == "initial" and not adapters.adds_nothing(model)
+        self.handed_over = HandedOver(model) if is_kept else None
+        self.resized_vocabulary = self.is_lora and adapters.vocabulary_is_resized(model)
+
+    def fingerprint(self) -> Fingerprint:
+        """Of the reference's weights without adapters."""
+        if self.frozen_copies:
+            return fingerprint(self.frozen_copies[0].named_parameters())
+        states = [adapters.adapter_state(self.model, name=name) for name in self.model.peft_config]
+        adapted = {id(tensor) for state in states for tensor in state.values()}
+        return fingerprint((name, p) for name, p in self.causal_lm.named_parameters() if id(p) not in adapted)
 
     @property
     def causal_lm(self) -> Any:
@@ -53,12 +67,27 @@ class Policy(nn.Module):
         """Hidden states [L, H] that predict the response tokens."""
         return response_states(self.causal_lm, batch)
 
-    @torch.no_grad()
+    def with_gradient(self, hidden_LH: Tensor) -> Tensor:
+        """The hidden states, once it is sure that a gradient will reach what is trained."""
+        if not hidden_LH.requires_grad and not any(getattr(x, "requires_grad", False) for x in self.head().values()):
+            raise ConfigError(
+                "no trained parameter receives a gradient: the loss does not depend on what requires_grad is set for "
+                f"in {type(self.model).__name__}; train LoRA on its linear layers (peft_config, lora_r), or lora_r 0"
+            )
+        return hidden_LH
+
     def reference(self, batch: TokenBatch) -> Tensor:
         """The reference's hidden states [L, H]."""
+        if self.handed_over is None:
+            return self.reference_states(batch)
+        with self.handed_over.in_place():
+            return self.reference_states(batch)
+
+    @torch.no_grad()
+    def reference_states(self, batch: TokenBatch) -> Tensor:
         if self.frozen_copies:
             return response_states(self.frozen_copies[0], batch)
-        with self.model.disable_adapter():
+        with contextlib.nullcontext() if self.handed_over else adapters.disabled(self.model):
             return response_states(self.causal_lm, batch)
 
     def head(self) -> dict[str, Any]:
@@ -68,6 +97,8 @@ class Policy(nn.Module):
         if self.frozen_copies:
             frozen = self.frozen_copies[0].get_output_embeddings()
             arguments |= {"ref_weight": frozen.weight, "ref_bias": frozen.bias}
+        if self.handed_over is not None:
+            arguments |= self.handed_over.head_arguments(arguments)
         return arguments
 
     @contextlib.contextmanager
@@ -126,29 +157,34 @@ def make_policy(
     """
     from transformers import GenerationConfig
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = adapters.unwrapped(model)
+    base = model.get_base_model() if adapters.has_adapter(model) else model
     prepare_backbone(base, args, device or base.device, dtype or base.dtype)
-    if peft_config is None and args.lora_r > 0 and not hasattr(model, "peft_config"):
+    if peft_config is None and args.lora_r > 0 and not adapters.has_adapter(model):
         peft_config = lora_config(model, args)
     eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     if eos is None:
         eos = model.config.eos_token_id
     # A checkpoint's own generation settings (top_k, repetition_penalty, ...) would sample from another policy.
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
+    for each in (model, base):  # a PeftModel has its own, and hands them to its base
+        each.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     if peft_config is not None:
-        import peft
-
-        with warnings.catch_warnings():  # peft asks transformers under a name that it is about to drop
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            model = peft.get_peft_model(model, peft_config)
+        model = adapters.add_adapter(model, peft_config)
+    if adapters.has_adapter(model):
+        adapters.check_adapter(model, args.reference)
+    elif args.reference == "base":
+        raise ConfigError("reference must be initial with lora_r 0, which leaves no base beside the policy")
     switch_off_randomness(model)
-    policy = Policy(model)
+    policy = Policy(model, args.reference)
     check_head(policy)
     if args.gradient_checkpointing:
         model = policy.causal_lm
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         model.disable_input_require_grads()  # a hook for reentrant checkpointing, which breaks the graph of decoding
+    elif any(getattr(module, "gradient_checkpointing", False) for module in policy.modules()):  # from another trainer
+        model = policy.causal_lm
+        (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
     return policy.train(args.gradient_checkpointing)
 
 

@@ -76,7 +76,7 @@ def shard(policy: Policy, device: torch.device, args: SafeConfig) -> None:
     for layer in layers(policy):
         fully_shard(layer, mesh=mesh, reshard_after_forward=plugin.reshard_after_forward, mp_policy=mixed)
     fully_shard(policy, mesh=mesh, reshard_after_forward=False, mp_policy=mixed)
-    register_fsdp_forward_method(policy, "reference")
+    register_fsdp_forward_method(policy, "reference_states")
     for part in parts(policy):
         # Sums, not means: the loss is normalised by the tokens of all processes already.
         part.set_gradient_divide_factor(1.0)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from safe_kernels import linear_token_stats
 from safe_train import losses, parallel, sharding
+from safe_train.adapters import untrained_experts, unwrapped
 from safe_train.checkpoint import Checkpoints
 from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, recorded, require_name
 from safe_train.controller import Control, Controller, Moments
@@ -45,14 +46,15 @@ class SafeTrainer:
     """Trains a causal language model with SAFE, PPO or GRPO.
 
     Args:
-        model: a causal language model of transformers, or the name of one. Default: `args.model`.
+        model: a causal language model of transformers, a `PeftModel` around one, or the name of one. What is handed
+            over is the reference, too. Default: `args.model`.
         reward_funcs: one or several rewards: callables `(prompts, completions, **columns) -> list[float]`, or names.
             Default: `args.reward`.
         args: the settings.
         train_dataset, eval_dataset: rows with a `prompt` field, text or chat messages, or the name of such a data set.
             Default: those `args` names.
         processing_class: the tokenizer; loaded with the model when that is a name.
-        peft_config: replaces the LoRA settings of `args`.
+        peft_config: replaces the LoRA settings of `args`; not for a `PeftModel`, whose active adapter is trained on.
         callbacks: each is called after every step, behind its checkpoint, as `callback(trainer, metrics)`, on every
             process. Its random numbers are its own: the seed and the step decide them.
 
@@ -102,6 +104,7 @@ class SafeTrainer:
             processing_class = processing_class or tokenizer
         if processing_class is None:
             raise ConfigError("a model object needs its tokenizer: pass processing_class=")
+        model = unwrapped(model)
         self.tokenizer = processing_class
         with guest(args.seed):  # a file that seeds when it is imported
             self.rewards = Rewards([load_reward(f, self.device, args) for f in functions], args.reward_weights)
@@ -117,6 +120,9 @@ class SafeTrainer:
         self.policy: Policy = make_policy(model, args, peft_config, device=self.device, dtype=dtype)
         models = (self.policy, *self.policy.frozen_copies)
         parallel.broadcast(parameter for each in models for parameter in each.parameters())
+        self.reference_fingerprint = self.policy.fingerprint()  # while the weights are whole
+        if parallel.is_main() and (left_out := untrained_experts(self.policy.causal_lm)):
+            print(left_out, flush=True)
         self.engine = make_engine(self.policy, self.device, args)
         check_deterministic(self.policy, self.device)
         self.trainable = self.engine.parameters

@@ -102,12 +102,13 @@ class Zero2Engine(Engine):
             model=policy, optimizer=self.optimizer, config=config(self.stage, device)
         )
         self.engine.set_gradient_accumulation_boundary(False)  # `clip` is the boundary
+        self.keep_reference()
 
     def place(self, device: torch.device) -> None:
         """Stage 2 finds the weights on the device."""
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        return self.engine(batch)
+        return self.policy.with_gradient(self.engine(batch))
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
@@ -200,6 +201,12 @@ class Zero3Engine(Zero2Engine):
         known = self.zero.persistent_parameters
         known += [head for head in heads if not any(head is each for each in known)]
         heads[0].all_gather(heads)
+
+    @contextmanager
+    def replacing(self) -> Iterator[None]:
+        self.zero.empty_partition_cache()
+        yield
+        self.keep_heads()
 
     @contextmanager
     def gathered(self) -> Iterator[None]:

@@ -10,7 +10,16 @@ import processes
 import pytest
 import tiny
 import torch
-from test_distributed import ACCELERATE, FULL, arrays, close, trainer_on, without_clock
+from test_distributed import (
+    ACCELERATE,
+    FULL,
+    HANDED_OVER,
+    arrays,
+    close,
+    resumed_with_another_adapter,
+    trainer_on,
+    without_clock,
+)
 
 from safe_train import parallel, zero
 from safe_train.config import ConfigError
@@ -25,6 +34,11 @@ CASES = {
     "full fine-tuning": {"algorithm": "ppo", **FULL},
     "tied head, checkpointing": {"gradient_checkpointing": True, "model": {"tie_word_embeddings": True}, **FULL},
     "biased head, LoRA on the last layer": {"model": {"bias": True}, "lora_last_layers": 1},
+    "a trained adapter": HANDED_OVER,
+    "trained tokens": {"adapter": {"trainable_token_indices": [3, 4]}, "learning_rate": 1e-3},
+    "trained biases, the head's too": {
+        "model": {"bias": True, "attention_bias": True}, "adapter": {"bias": "all"}, "learning_rate": 1e-3
+    },
 }  # fmt: skip
 STAGES = (2, 3)
 INSTALLED = importlib.util.find_spec("deepspeed") is not None
@@ -102,7 +116,7 @@ def refused(folder) -> str:
     return "refused"
 
 
-def everything(folder, foreign) -> dict:
+def everything(folder, foreign, adapter) -> dict:
     """All that needs DeepSpeed, in one start of the processes: results, or what was raised, by stage and name."""
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
     # Without the C++ extension that exchanges through shared memory on a CPU, and takes a minute to compile.
@@ -119,6 +133,7 @@ def everything(folder, foreign) -> dict:
     zero.config = for_tiny_models
     todo = {name: (steps, case) for name, case in CASES.items()} | {
         "resume": (stopped_and_resumed, {"foreign": foreign}),
+        "handed over": (resumed_with_another_adapter, {"environment": {}, "checkpoint": adapter}),
         "bfloat16": (in_two_dtypes, {}),
         "refused": (refused, {}),
     }
@@ -139,13 +154,16 @@ def alone(tmp_path_factory):
         patch.setattr("safe_train.run_folder.write_report", lambda *_: None)
         found = {name: steps(folder / name, **case) for name, case in CASES.items()}
         history = trainer_on(folder / "foreign", total_steps=4, window=2, lora_r=0).train()
-    return found | {"foreign": [without_clock(row) for row in history], "folder": folder}
+        adapted = trainer_on(folder / "adapter", total_steps=4, window=2, **HANDED_OVER).train()
+    rows = {"foreign": history, "handed over": adapted}
+    return found | {name: [without_clock(row) for row in run] for name, run in rows.items()} | {"folder": folder}
 
 
 @pytest.fixture(scope="module")
 def on_three(alone, tmp_path_factory):
-    folder, foreign = tmp_path_factory.mktemp("three"), alone["folder"] / "foreign" / "checkpoints" / "step-2"
-    outcomes = processes.run(everything, 3, folder, foreign, seconds=550)
+    folder = tmp_path_factory.mktemp("three")
+    of_one = [alone["folder"] / name / "checkpoints" / "step-2" for name in ("foreign", "adapter")]
+    outcomes = processes.run(everything, 3, folder, *of_one, seconds=550)
     assert all(outcome.exit_code == 0 for outcome in outcomes), "".join(outcome.error for outcome in outcomes)
     return [outcome.result for outcome in outcomes], folder
 
@@ -180,6 +198,13 @@ def test_a_checkpoint_of_zero_resumes_and_so_does_one_of_a_single_process(stage,
     rows = back.train(resume_from_checkpoint=on_three[1] / str(stage) / "resume" / "foreign" / "checkpoints" / "step-3")
     close([without_clock(row) for row in rows], first["foreign"][1:], "from ZeRO to one process")
     close(arrays(back.trainable), first["weights"], "weights")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_reference_of_a_resumed_run_is_the_adapter_it_began_with(stage, alone, on_three):
+    for found in results(on_three, stage, "handed over"):
+        close(found, alone["handed over"][2:], "from one process to ZeRO")
 
 
 @needs_deepspeed

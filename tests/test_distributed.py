@@ -50,12 +50,14 @@ def own(rollout: Rollout) -> Rollout:
     return Rollout(*([field[i] for i in indices] for field in vars(rollout).values()))
 
 
-def trainer_on(folder, kind="ragged", model=MappingProxyType({}), **settings):
+def trainer_on(folder, kind="ragged", model=MappingProxyType({}), adapter=None, **settings):
     fixed = rollouts(kind)
     values = {"total_steps": 2, "save_every": 1, "keep_checkpoints": 9} | settings
     policy = tiny.model(**{k: v for k, v in model.items() if k != "bias"})
     if "bias" in model:
         policy.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, len(tiny.WORDS)))
+    if adapter is not None:
+        policy = tiny.trained_adapter(policy, **adapter)
     trainer = tiny.trainer(folder, policy=policy, **values)
     trainer.sample = lambda step: own(fixed[step % len(fixed)])
     return trainer
@@ -96,6 +98,7 @@ def steps(folder, **case) -> dict:
 
 # At 1e-2, Adam's first step moves every weight so far that the mean ratio reaches 4, and rounding grows with it.
 FULL = {"lora_r": 0, "learning_rate": 1e-3}
+HANDED_OVER = {"adapter": {"use_dora": True, "modules_to_save": ["norm"]}, "learning_rate": 1e-3}
 CASES = {
     "safe": {},
     "safe, one rank got no response token": {"kind": "one rank got no response token"},
@@ -103,6 +106,12 @@ CASES = {
     "grpo": {"algorithm": "grpo"},
     "ppo, full fine-tuning": {"algorithm": "ppo", **FULL},
     "KL in the reward, preview": {"kl_in_reward": True, "max_preview_kl": 0.01},
+    "a trained adapter": HANDED_OVER,
+    "FSDP2, a trained adapter": {"environment": FSDP, **HANDED_OVER},
+    "FSDP2, trained biases, the head's too": {
+        "environment": FSDP, "model": {"bias": True, "attention_bias": True}, "adapter": {"bias": "all"},
+        "learning_rate": 1e-3
+    },
     "FSDP2, LoRA": {"environment": FSDP},
     "FSDP2, one rank got no response token": {"environment": FSDP, "kind": "one rank got no response token"},
     "FSDP2, full fine-tuning": {"environment": FSDP, "max_preview_kl": 0.01, **FULL},
@@ -225,6 +234,29 @@ def test_a_checkpoint_resumes_on_any_number_of_processes(environment, tmp_path):
     rows = back.train(resume_from_checkpoint=tmp_path / "two" / "foreign" / "checkpoints" / "step-3")
     close([without_clock(row) for row in rows], first["foreign"][1:], "from two processes to one")
     close(arrays(back.trainable), first["learned"], "weights")
+
+
+def resumed_with_another_adapter(folder, environment, checkpoint) -> list[dict]:
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in environment.items():
+            patch.setenv(variable, value)
+        trainer = trainer_on(folder, total_steps=4, window=2, **HANDED_OVER)
+        with torch.no_grad():
+            trainer.policy.handed_over.values[0].add_(1)  # as if another one had been handed over
+        return [without_clock(row) for row in trainer.train(resume_from_checkpoint=checkpoint)]
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP2"])
+def test_the_reference_of_a_resumed_run_is_the_adapter_it_began_with(environment, tmp_path):
+    history = [
+        without_clock(row) for row in trainer_on(tmp_path / "one", total_steps=4, window=2, **HANDED_OVER).train()
+    ]
+    checkpoint = tmp_path / "one" / "checkpoints" / "step-2"
+    outcomes = processes.run(resumed_with_another_adapter, 2, tmp_path / "two", environment, checkpoint)
+    assert all(outcome.exit_code == 0 for outcome in outcomes), outcomes[0].error
+    assert history[0]["kl"] < 1e-6 and history[2]["kl"] > 1e-3
+    for outcome in outcomes:
+        close(outcome.result, history[2:], "from one process to two")
 
 
 def in_two_dtypes(folder) -> list[dict]:

@@ -378,7 +378,8 @@ def test_everything_a_step_touches_is_on_the_accelerators_device(tmp_path, monke
     device = torch.device("meta")
     accelerator = SimpleNamespace(device=device, distributed_type=DistributedType.NO)
     monkeypatch.setattr("safe_train.parallel.Accelerator", lambda **kwargs: accelerator)
-    monkeypatch.setattr("safe_train.trainer.check_deterministic", lambda *_: None)  # which reads values
+    for needs_values in ("models.fingerprint", "trainer.check_deterministic"):
+        monkeypatch.setattr(f"safe_train.{needs_values}", lambda *_: {})
     trainer = tiny.trainer(tmp_path, lora_r=0)
     models = (trainer.policy, *trainer.policy.frozen_copies, trainer.critic)
     assert len(models) == 3 and all(p.device == device for model in models for p in model.parameters())

@@ -33,6 +33,20 @@ def model(seed: int = 0, **changes) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
 
 
+def trained_adapter(base=None, name: str = "default", **settings):
+    """A `PeftModel` as supervised fine-tuning leaves it: what is trained has an effect already."""
+    import peft
+
+    values = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"} | settings
+    adapted = peft.get_peft_model(model() if base is None else base, peft.LoraConfig(**values), adapter_name=name)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=draw))
+    return adapted
+
+
 def good_words(prompts, completions, **columns) -> list[float]:
     """The share of pleasant words: a reward that a tiny model can learn in a few steps."""
     return [sum(word in ("good", "happy") for word in text.split()) / 4 for text in completions]
