@@ -24,20 +24,28 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safe_train import parallel, sharding
+from safe_train.adapters import is_cut_up, is_wrapper
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data import Prompt
+from safe_train.data import Prompt, TokenBatch
+from safe_train.losses import logprobs
 from safe_train.models import Policy
 from safe_train.rollout import Rollout, end_tokens
+
+# Nats on average between two ways to compute the same log-probs. Rounding makes 0.04 of it in bfloat16 and 1e-5 in
+# float32; one matrix or norm of two layers that is left out makes 0.6 to 2.2.
+MAX_GAP = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.2}
 
 
 class VLLMSampler:
     """Samples from the policy as it is when called; see `safe_train.rollout.make_sampler`."""
 
     def __init__(self, policy: Policy, tokenizer: Any, args: SafeConfig):
+        check_merging(policy)
         self.policy, self.tokenizer, self.args = policy, tokenizer, args
+        self.weights_are_checked = False
         self.vllm = import_vllm()
         self.engine = start_engine(self.vllm, policy, args)
         self.sleep()
@@ -63,6 +71,9 @@ class VLLMSampler:
                     f"vLLM stopped a completion after {len(completion)} of {self.args.max_new_tokens} tokens without "
                     f"an end token {eos_ids} (finish reason {output.finish_reason!r}, last tokens {completion[-5:]})"
                 )
+        if not self.weights_are_checked:
+            check_weights(self.policy, rollout)
+            self.weights_are_checked = True
         return rollout
 
     def sampling_params(self, eos_ids: list[int], seed: int) -> Any:
@@ -149,38 +160,81 @@ def load(model: Any, policy: Policy) -> None:
 
 
 def merged_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """The policy's parameters under their checkpoint names, one at a time, with the LoRA adapters added in.
+    """The policy's parameters under their checkpoint names, one at a time, with all that is trained beside them.
 
     They are whole: the trainer samples with the policy gathered.
     The policy's own weights keep their bits and addresses: adding and subtracting an adapter would round them.
     """
     model = policy.causal_lm
-    adapted: dict[str, Any] = {}
-    if policy.is_lora:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    for name, layer in adapted.items():
-        with merged(layer) as base:
-            for part, parameter in base.named_parameters():
+    wrappers = {name: module for name, module in model.named_modules() if policy.is_lora and is_wrapper(module)}
+    inside = tuple(f"{name}." for name in wrappers)
+    for name, wrapper in wrappers.items():
+        if name.startswith(inside):  # a part of another wrapper
+            continue
+        with merged(wrapper) as module:
+            for part, parameter in module.named_parameters():
                 yield f"{name}.{part}", parameter.detach()
-    inside = tuple(f"{name}." for name in adapted)
     for name, parameter in model.named_parameters():
         if not name.startswith(inside):
             yield name, parameter.detach()
 
 
 @contextmanager
-def merged(layer: Any) -> Iterator[Any]:
-    """The layer under an adapter, with the adapter added to its weights."""
+def merged(wrapper: Any) -> Iterator[nn.Module]:
+    """The plain layer that does what the wrapped one does."""
+    if hasattr(wrapper, "modules_to_save"):
+        yield wrapper.modules_to_save[wrapper.active_adapters[0]]
+        return
+    layer = getattr(wrapper, "token_adapter", wrapper)
     base = layer.get_base_layer()
     saved = [(parameter, parameter.data) for parameter in base.parameters()]
     try:
         for parameter, data in saved:
             parameter.data = data.clone()
-        layer.merge()
+        merge(layer)
         yield base
     finally:
         for parameter, data in saved:
             parameter.data = data
         layer.merged_adapters.clear()
+
+
+def merge(layer: Any) -> None:
+    try:
+        layer.merge()
+    except (NotImplementedError, RuntimeError) as error:
+        raise ConfigError(
+            f"generation vllm needs adapters that can be merged into the weights, which peft cannot do here ({error}); "
+            "set generation to hf"
+        ) from error
+
+
+def check_merging(policy: Policy) -> None:
+    """Refuses adapters that the engine's model has no place for."""
+    model = policy.causal_lm
+    tied = model.config.get_text_config().tie_word_embeddings
+    if policy.is_lora and tied and is_wrapper(model.get_input_embeddings()):
+        raise ConfigError(
+            "generation vllm cannot take an adapter on embeddings that are tied to the head: vLLM would change the "
+            "head with them; leave the embeddings out of the adapter, or set generation to hf"
+        )
+    if not is_cut_up(model):
+        for _ in merged_weights(policy):  # raises where they cannot be merged
+            pass
+
+
+def check_weights(policy: Policy, rollout: Rollout) -> None:
+    """Compares the log-probs of the first completions as the engine saw them with the policy's own."""
+    rows = sorted(range(len(rollout.completions)), key=lambda i: len(rollout.prompts[i].ids))[:3]
+    batch = TokenBatch.pack([rollout.prompts[i].ids for i in rows], [rollout.completions[i] for i in rows])
+    batch = batch.to(policy.causal_lm.device)
+    hidden_LH = policy(batch)
+    own, limit = logprobs(hidden_LH, policy.head(), batch.targets_L).float().cpu(), MAX_GAP[hidden_LH.dtype]
+    seen = torch.tensor([x for i in rows for x in rollout.sampler_logprobs[i]])
+    gap = max(parallel.gather_objects((own - seen).abs().mean().item() if len(seen) else 0.0))
+    if not gap <= limit:
+        raise ConfigError(
+            f"the log-probs of vLLM's first completions differ from the policy's by {gap:.3g} nats on average, more "
+            f"than the {limit} that rounding explains: vLLM computes {type(policy.causal_lm).__name__} in another way, "
+            "or did not take all of its weights; set generation to hf"
+        )

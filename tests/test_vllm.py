@@ -222,6 +222,54 @@ def test_merging_keeps_the_bits_of_the_policy_when_it_is_cut_short():
     assert weights.keys() == merged.keys() and all(torch.equal(weights[name], merged[name]) for name in merged)
 
 
+ADAPTED = {
+    "DoRA": {"use_dora": True},
+    "rsLoRA": {"use_rslora": True, "lora_alpha": 3},
+    "biases": {"bias": "all"},
+    "a bias of LoRA's own": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "a norm in a layer": {"modules_to_save": ["post_attention_layernorm"]},
+    "a parameter": {"target_modules": [], "target_parameters": ["gate_proj.weight"]},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_the_engine_gets_all_that_is_trained(vllm, kind):
+    """A plain model that loads what is sent computes what the policy does, whose own bits stay as they are."""
+    plain = tiny.model(attention_bias=True)
+    policy = make_policy(tiny.trained_adapter(tiny.model(attention_bias=True), **ADAPTED[kind]), SafeConfig())
+    before = [parameter.clone() for parameter in policy.parameters()]
+    sent = {name: weight.clone() for name, weight in merged_weights(policy)}
+    assert sent.keys() == dict(plain.named_parameters()).keys()
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    plain.load_state_dict(sent)
+    ids = torch.tensor([[2, 3, 4, 5, 6]])
+    torch.testing.assert_close(plain(ids).logits, policy.model(ids).logits, atol=1e-4, rtol=0)
+
+
+def test_adapters_that_cannot_be_merged_are_refused(vllm):
+    args = SafeConfig(generation="vllm", max_new_tokens=6, max_prompt_tokens=16)
+    policy = make_policy(tiny.trained_adapter(tiny.model(attention_bias=True), lora_bias=True), args)
+    with pytest.raises(
+        ConfigError, match="needs adapters that can be merged into the weights, .*the base layer has no bias"
+    ):
+        make_sampler(policy, tiny.tokenizer(), args)
+
+
+@pytest.mark.parametrize("lost", ["lm_head.weight", "model.norm.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_an_engine_with_other_weights_is_found_at_the_first_rollout(vllm, lost):
+    """It says that it took them all."""
+    _, prompts, sampler = setting()
+    load = sampler.engine.model.load_weights
+
+    def loses(weights):
+        return load((name, torch.zeros_like(x) if name == lost else x) for name, x in weights)
+
+    sampler.engine.model.load_weights = loses
+    with pytest.raises(ConfigError, match="log-probs of vLLM's first completions differ from the policy's by"):
+        sampler(prompts)
+
+
 def test_a_run_and_its_evaluation_sample_by_vllm(vllm, tmp_path):
     trainer = tiny.trainer(tmp_path, generation="vllm", importance_cap=2.0, total_steps=2)
     history = trainer.train()
