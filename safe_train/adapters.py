@@ -136,16 +136,16 @@ def check_adapter(model: Any, reference: str) -> None:
     """Refuses an adapter whose checkpoint or reference would not be what it is in memory."""
     if isinstance(model.active_adapter, str):
         check_method(model.peft_config[model.active_adapter])
-    status = model.get_model_status()
-    if status.active_adapters == "irregular" or len(status.active_adapters) != 1 or status.enabled is not True:
+    wrappers: list[Any] = [module for module in model.modules() if is_wrapper(module)]
+    names = sorted({name for wrapper in wrappers for name in wrapper.active_adapters})
+    if len(names) != 1 or any(wrapper.disable_adapters for wrapper in wrappers):
         raise ConfigError(
-            f"exactly one adapter must be active, and in all layers, got {status.active_adapters} (enabled: "
-            f"{status.enabled}); see set_adapter, or merge the others into the weights"
+            f"exactly one adapter must be active, and be switched on in all layers, got {names}; see set_adapter, or "
+            "merge the others into the weights"
         )
-    if status.merged_adapters:
-        raise ConfigError(
-            f"the adapter {status.merged_adapters} is merged, so no gradient reaches it; call unmerge_adapter()"
-        )
+    merged = sorted({name for wrapper in wrappers for name in wrapper.merged_adapters})
+    if merged:
+        raise ConfigError(f"the adapter {merged} is merged, so no gradient reaches it; call unmerge_adapter()")
     name = active(model)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trained:

@@ -184,7 +184,7 @@ def test_weights_in_another_dtype_are_no_other_model(tmp_path):
 
 
 def test_one_of_several_adapters_is_trained_and_saved(tmp_path):
-    model = tiny.trained_adapter(base(), name="sft")
+    model = tiny.trained_adapter(base(), name="sft", modules_to_save=["norm"])
     model.add_adapter("rl", lora(target_modules=["o_proj", "q_proj"]))
     model.set_adapter("rl")
     sft = {name: p.clone() for name, p in model.named_parameters() if ".sft." in name}
@@ -273,6 +273,12 @@ def two_active():
     return model
 
 
+def switched_off():
+    model = tiny.trained_adapter(base())
+    model.base_model.disable_adapter_layers()
+    return model
+
+
 def merged():
     model = tiny.trained_adapter(base())
     model.merge_adapter()
@@ -317,7 +323,8 @@ REFUSED = {
     "aLoRA": (base, lambda: lora(alora_invocation_tokens=[2]), {}, "LoRA with alora_invocation_tokens is not"),
     "what peft refuses": (base, lambda: lora(target_modules=["none"]), {}, "peft cannot put this adapter on Llama"),
     "two adapters": (lambda: tiny.trained_adapter(base()), lora, {}, "has an adapter and a peft_config was given"),
-    "two active": (two_active, None, {}, r"exactly one adapter must be active, .* got \['sft', 'rl'\]"),
+    "two active": (two_active, None, {}, r"exactly one adapter must be active, .* got \['rl', 'sft'\]"),
+    "switched off": (switched_off, None, {}, "exactly one adapter must be active, and be switched on"),
     "merged": (merged, None, {}, r"\['default'\] is merged, so no gradient reaches it; call unmerge_adapter"),
     "frozen": (frozen, None, {}, "no trainable parameter: its adapter 'default' is frozen; .* is_trainable=True"),
     "thawed": (thawed, None, {}, "1 weights are trained that no checkpoint of the adapter 'default' holds, .*norm"),
