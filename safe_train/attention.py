@@ -1,4 +1,4 @@
-"""The attention of packed forwards: which implementation runs here, and PyTorch's own FlashAttention for transformers.
+"""The attention of forwards: which implementation runs here, and PyTorch's own FlashAttention for transformers.
 
 Shape legend: N tokens of all sequences laid end to end, A query heads, K key and value heads, D head width.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from safe_kernels.integrations.transformers import text_config
 from safe_train.config import ATTENTION, ConfigError
 from safe_train.data import TokenBatch
 
@@ -27,14 +29,17 @@ LAYERS_OF_FLASH = {"full_attention", "sliding_attention"}
 NO_SOFTCAP = "has no softcap of attention logits, which this model applies"
 
 
-def choose_attention(name: str, model: Any, device: torch.device, dtype: torch.dtype) -> str:
+def choose_attention(name: str, model: Any, device: torch.device, dtype: torch.dtype, takes_masks: bool = False) -> str:
     """The implementation `name`, or for "auto" the fastest that can run `model` in `dtype` on `device`.
+
+    `takes_masks` says that rows will be padded, for which `varlen` has no mask.
 
     Raises:
         ConfigError: the implementation asked for cannot run here; the message says why.
     """
     if name == "auto":
-        return next(each for each in ATTENTION if not obstacle(each, model, device, dtype))
+        known = [each for each in ATTENTION if not (takes_masks and each == VARLEN)]
+        return next(each for each in known if not obstacle(each, model, device, dtype))
     reason = obstacle(name, model, device, dtype)
     if reason:
         raise ConfigError(f"attn_implementation {name} {reason}; auto takes the fastest that can run")
@@ -58,7 +63,7 @@ def obstacle(name: str, model: Any, device: torch.device, dtype: torch.dtype) ->
         return f"needs a 16-bit dtype, the model runs in {dtype}"
     if not (model._supports_flash_attn and model._supports_attention_backend):
         return f"is not supported for {architecture} by transformers"
-    other_layers = set(getattr(model.config, "layer_types", None) or ()) - LAYERS_OF_FLASH
+    other_layers = set(getattr(text_config(model), "layer_types", None) or ()) - LAYERS_OF_FLASH
     if other_layers:
         return f"has no {', '.join(sorted(other_layers))}, which {architecture} uses"
     return varlen_obstacle(model, device) if name == VARLEN else package_obstacle(name)
@@ -71,7 +76,7 @@ def sdpa_obstacle(model: Any) -> str:
 
 
 def softcapped(model: Any) -> bool:
-    return getattr(model.config, "attn_logit_softcapping", None) is not None
+    return getattr(text_config(model), "attn_logit_softcapping", None) is not None
 
 
 def package_obstacle(name: str) -> str:
@@ -91,7 +96,7 @@ def varlen_obstacle(model: Any, device: torch.device) -> str:
         return NO_SOFTCAP
     if any(name.endswith("sinks") for name, _ in model.named_parameters()):
         return "has no attention sinks, which this model has"
-    config = model.config
+    config = text_config(model)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if width > 256 or width % 8 or getattr(config, "v_head_dim", width) != width:
         return f"needs keys and values of one width, a multiple of 8 up to 256, this model's heads have {width}"
@@ -109,7 +114,8 @@ def use_attention(model: Any, name: str) -> None:
 
         # Without a mask function of this name, transformers makes no mask: the boundaries say it all.
         AttentionInterface.register(VARLEN, varlen_attention)
-    model.set_attn_implementation(name)
+    if name != model.config._attn_implementation:  # transformers warns of each part that cannot be set
+        model.set_attn_implementation(name)
 
 
 def generation_attention(model: Any) -> str:
@@ -118,6 +124,19 @@ def generation_attention(model: Any) -> str:
     if packed in ("sdpa", "eager"):
         return packed
     return "eager" if sdpa_obstacle(model) else "sdpa"
+
+
+@contextmanager
+def as_published(model: Any) -> Iterator[None]:
+    """Inside, the model is in evaluation mode, with an attention that takes masks and caches and runs on any device."""
+    was_training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    use_attention(model, generation_attention(model))
+    try:
+        yield
+    finally:
+        use_attention(model, attention)
+        model.train(was_training)
 
 
 def boundaries(model: Any, batch: TokenBatch) -> dict[str, Any]:

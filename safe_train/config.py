@@ -49,6 +49,7 @@ CHOICES = {
     "cache_implementation": ("auto", "dynamic", "static"),
     "dtype": ("auto", "float32", "bfloat16"),
     "attn_implementation": ("auto", *ATTENTION),
+    "layout": ("auto", "packed", "rows"),
     "liger_kernel": ("auto", "true", "false"),
 }
 
@@ -94,6 +95,10 @@ class SafeConfig:
     )
     attn_implementation: str = option(
         "auto", "flash_attention_3 | flash_attention_2 | varlen (PyTorch's) | sdpa | flex_attention | eager | auto"
+    )
+    layout: str = option(
+        "auto",
+        "sequences of a forward: packed end to end | rows, padded | auto: packed where attention reads boundaries",
     )
     liger_kernel: str = option("auto", "true | false | auto: Liger's norms, RoPE and MLP, if installed and on a GPU")
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")

@@ -1,4 +1,4 @@
-"""Prompts in, packed token batches out. Labels are shifted and response tokens chosen here and nowhere else.
+"""Prompts in, token batches out. Labels are shifted and response tokens chosen here and nowhere else.
 
 Shape legend: N tokens of all sequences, L response tokens of all sequences, B sequences.
 """
@@ -63,6 +63,17 @@ class TokenBatch:
             max_seqlen=max(position_ids, default=-1) + 1,
         )
 
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same tokens [B, T] with one sequence a row, padded on the right; their mask; and `predict_L` in B x T."""
+        lengths_B = self.cu_seqlens.diff().long()
+        row_N = torch.arange(len(lengths_B), device=lengths_B.device)
+        row_N = row_N.repeat_interleave(lengths_B, output_size=len(self.input_ids_N))
+        ids_BT = self.input_ids_N.new_zeros(len(lengths_B), self.max_seqlen)
+        mask_BT = torch.zeros_like(ids_BT)
+        ids_BT[row_N, self.position_ids_N] = self.input_ids_N
+        mask_BT[row_N, self.position_ids_N] = 1
+        return ids_BT, mask_BT, (row_N * self.max_seqlen + self.position_ids_N)[self.predict_L]
+
     def to(self, device: torch.device) -> TokenBatch:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {name: x.to(device, non_blocking=True) for name, x in values.items() if isinstance(x, Tensor)}
@@ -111,6 +122,17 @@ def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
+def padded_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of the sequences, the longest first, in groups that hold at most `max_tokens` tokens when padded, or one
+    sequence."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > max_tokens:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
 def balanced(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
     """Indices of the sequences, cut over ranks and then over micro-batches, each time balanced by tokens.
 
@@ -125,6 +147,13 @@ def balanced(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[list[l
         if all(len(group) <= 1 or sum(lengths[i] for i in group) <= max_tokens for cut in cuts for group in cut):
             return cuts
         count += 1
+
+
+def balanced_rows(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
+    """The same for padded micro-batches, of sequences of like length; a rank may have more of them than another."""
+    shares = longest_first(range(len(lengths)), lengths, ranks)
+    cuts = [padded_microbatches([lengths[i] for i in share], max_tokens) for share in shares]
+    return [[[share[j] for j in group] for group in cut] for share, cut in zip(shares, cuts, strict=True)]
 
 
 def longest_first(indices: Iterable[int], lengths: Sequence[int], groups: int) -> list[list[int]]:

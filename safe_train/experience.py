@@ -1,4 +1,4 @@
-"""From a rollout to what an update needs: packed micro-batches with statistics, values, advantages and returns.
+"""From a rollout to what an update needs: micro-batches with statistics, values, advantages and returns.
 
 Shape legend: L response tokens of a micro-batch, K value heads, B completions of the rollout, H hidden width.
 """
@@ -15,7 +15,8 @@ from safe_kernels import ValueTargets, soft_min_gae
 from safe_train import losses, parallel
 from safe_train.config import SafeConfig
 from safe_train.critic import Critic
-from safe_train.data import MicroBatch, TokenBatch, balanced, microbatches
+from safe_train.data import MicroBatch, TokenBatch, balanced, balanced_rows, microbatches
+from safe_train.layout import ROWS
 from safe_train.models import Policy
 from safe_train.rollout import Rollout
 
@@ -32,8 +33,11 @@ class Experience:
         size = args.minibatch_size or count
         order = torch.randperm(count).tolist()
         self.minibatches = [
-            [score(policy, critic, rollout, group, args, device) for group in cut(rollout, order[i : i + size], args)]
-            for i in range(0, count, size)
+            [
+                score(policy, critic, rollout, group, args, device)
+                for group in cut(rollout, minibatch, args, policy.layout)
+            ]
+            for minibatch in (order[i : i + size] for i in range(0, count, size))
         ]
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -75,19 +79,22 @@ def joined(rollouts: Sequence[Rollout]) -> Rollout:
     return Rollout(*(sum((getattr(rollout, f.name) for rollout in rollouts), []) for f in fields(Rollout)))
 
 
-def cut(rollout: Rollout, indices: list[int], args: SafeConfig) -> list[list[int]]:
+def cut(rollout: Rollout, indices: list[int], args: SafeConfig, layout: str) -> list[list[int]]:
     """This process's share of a minibatch, in groups that fit one forward pass.
 
     All processes get equally many groups, some of them empty: with FSDP, each forward takes all of them.
     """
     lengths = [len(rollout.prompts[i].ids) + len(rollout.completions[i]) for i in indices]
-    if parallel.size() == 1:
-        groups = microbatches(lengths, args.max_tokens_per_microbatch)
+    most = args.max_tokens_per_microbatch
+    if layout == ROWS:
+        by_rank = balanced_rows(lengths, parallel.size(), most)
+    elif parallel.size() == 1:
+        by_rank = [microbatches(lengths, most)]
     else:
-        by_rank = balanced(lengths, parallel.size(), args.max_tokens_per_microbatch)
-        filled = [[group for group in groups if group] for groups in by_rank]
-        groups = filled[parallel.rank()]
-        groups += [[]] * (max(map(len, filled)) - len(groups))
+        by_rank = balanced(lengths, parallel.size(), most)
+    filled = [[group for group in groups if group] for groups in by_rank]
+    groups = filled[parallel.rank()]
+    groups += [[]] * (max(map(len, filled)) - len(groups))
     return [[indices[j] for j in group] for group in groups]
 
 

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from safe_kernels.integrations.transformers import head_module, output_head, silent_modules, text_config
 from safe_train import adapters
-from safe_train.attention import boundaries, choose_attention, generation_attention, use_attention
+from safe_train.attention import as_published, choose_attention, use_attention
+from safe_train.checks import check_head, check_positions
 from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.data import TokenBatch
 from safe_train.determinism import switch_off_randomness
+from safe_train.layout import ROWS, choose_layout, in_rows, response_states
 from safe_train.reference import Fingerprint, HandedOver, fingerprint
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -41,6 +44,8 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.is_lora = adapters.has_adapter(model)
+        self.layout = ROWS
+        self.logit_transform: dict[str, Any] = {}
         # In a list, so that the frozen copy is neither trained nor saved with the policy.
         self.frozen_copies = [] if self.is_lora else [copy.deepcopy(model).eval().requires_grad_(False)]
         is_kept = self.is_lora and reference == "initial" and not adapters.adds_nothing(model)
@@ -65,7 +70,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Hidden states [L, H] that predict the response tokens."""
-        return response_states(self.causal_lm, batch)
+        return response_states(self.causal_lm, batch, self.layout)
 
     def with_gradient(self, hidden_LH: Tensor) -> Tensor:
         """The hidden states, once it is sure that a gradient will reach what is trained."""
@@ -86,17 +91,15 @@ class Policy(nn.Module):
     @torch.no_grad()
     def reference_states(self, batch: TokenBatch) -> Tensor:
         if self.frozen_copies:
-            return response_states(self.frozen_copies[0], batch)
+            return response_states(self.frozen_copies[0], batch, self.layout)
         with contextlib.nullcontext() if self.handed_over else adapters.disabled(self.model):
-            return response_states(self.causal_lm, batch)
+            return response_states(self.causal_lm, batch, self.layout)
 
     def head(self) -> dict[str, Any]:
         """The output head as keyword arguments of the `safe_kernels.linear_*` functions."""
-        head = self.causal_lm.get_output_embeddings()
-        arguments = {"weight": head.weight, "bias": head.bias, **logit_transform(self.causal_lm.config)}
+        arguments = {**output_head(self.causal_lm), **self.logit_transform}
         if self.frozen_copies:
-            frozen = self.frozen_copies[0].get_output_embeddings()
-            arguments |= {"ref_weight": frozen.weight, "ref_bias": frozen.bias}
+            arguments |= {f"ref_{name}": x for name, x in output_head(self.frozen_copies[0]).items()}
         if self.handed_over is not None:
             arguments |= self.handed_over.head_arguments(arguments)
         return arguments
@@ -104,16 +107,12 @@ class Policy(nn.Module):
     @contextlib.contextmanager
     def sampling(self) -> Iterator[Any]:
         """The model in the state that generation wants."""
-        was_training, packed = self.model.training, self.causal_lm.config._attn_implementation
-        self.model.eval()
-        use_attention(self.causal_lm, generation_attention(self.causal_lm))
         hook = whole_rows(self.causal_lm.get_output_embeddings())
         try:
-            yield self.model
+            with as_published(self.causal_lm):
+                yield self.model
         finally:
             hook.remove()
-            use_attention(self.causal_lm, packed)
-            self.model.train(was_training)
 
 
 def whole_rows(head: nn.Module) -> RemovableHandle:
@@ -123,24 +122,6 @@ def whole_rows(head: nn.Module) -> RemovableHandle:
     copy the head once for each: in bfloat16 that takes longer than all the rest of a short rollout.
     """
     return head.register_forward_pre_hook(lambda _, inputs: tuple(x.contiguous() if x.is_cpu else x for x in inputs))
-
-
-def response_states(causal_lm: Any, batch: TokenBatch) -> Tensor:
-    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-    # With a cache, transformers would not notice that the sequences are packed, and mix them.
-    output = backbone(
-        input_ids=batch.input_ids_N[None],
-        position_ids=batch.position_ids_N[None],
-        use_cache=False,
-        **boundaries(causal_lm, batch),
-    )
-    return output.last_hidden_state[0, batch.predict_L]
-
-
-def logit_transform(config: Any) -> dict[str, Any]:
-    """What the architecture does to its logits: Gemma caps them, Cohere multiplies and Granite divides."""
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
 
 
 def make_policy(
@@ -164,7 +145,7 @@ def make_policy(
         peft_config = lora_config(model, args)
     eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     if eos is None:
-        eos = model.config.eos_token_id
+        eos = getattr(text_config(model), "eos_token_id", None)
     # A checkpoint's own generation settings (top_k, repetition_penalty, ...) would sample from another policy.
     for each in (model, base):  # a PeftModel has its own, and hands them to its base
         each.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
@@ -177,6 +158,7 @@ def make_policy(
     switch_off_randomness(model)
     policy = Policy(model, args.reference)
     check_head(policy)
+    policy.layout = choose_layout(args, policy.causal_lm)
     if args.gradient_checkpointing:
         model = policy.causal_lm
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -189,19 +171,15 @@ def make_policy(
 
 
 def prepare_backbone(model: Any, args: SafeConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Checks that the model can run packed, chooses its attention, and puts Liger's kernels into the layers."""
-    if getattr(model, "_is_stateful", False):
-        raise ConfigError(
-            f"{type(model).__name__} carries a state from token to token, which would run on across the packed "
-            "sequences; use a model of attention layers only"
-        )
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and args.max_prompt_tokens + args.max_new_tokens > longest:
-        raise ConfigError(
-            f"max_prompt_tokens + max_new_tokens must be at most {longest}, the positions that {type(model).__name__} "
-            f"has, got {args.max_prompt_tokens} + {args.max_new_tokens}; lower max_prompt_tokens"
-        )
-    use_attention(model, choose_attention(args.attn_implementation, model, device, dtype))
+    """Checks the model's positions, chooses its attention, and puts Liger's kernels into the layers.
+
+    What a model has beside its language model, such as a vision tower, is frozen: no text reaches it.
+    """
+    check_positions(model, args)
+    with as_published(model):
+        for tower in silent_modules(model).values():
+            tower.requires_grad_(False)
+    use_attention(model, choose_attention(args.attn_implementation, model, device, dtype, in_rows(args, model)))
     apply_liger(model, args.liger_kernel, device)
 
 
@@ -234,37 +212,58 @@ def liger_obstacle(model_type: str, device: torch.device) -> str:
 
 
 def lora_config(model: Any, args: SafeConfig) -> Any:
+    """LoRA on the linear layers of the language model, but not on its head."""
     import peft
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
 
-    head = model.get_output_embeddings()
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
+    with as_published(model):
+        silent = tuple(f"{name}." for name in silent_modules(model))
+    modules = dict(model.named_modules())
+    linear = {
+        name: m
+        for name, m in modules.items()
+        if (isinstance(m, Conv1D) or is_linear(m)) and m is not head_module(model) and not f"{name}.".startswith(silent)
+    }
+    names = {last(name) for name in linear} - read_without_a_call(model)
+    if not names:
+        raise ConfigError(f"{type(model).__name__} has no linear layer that LoRA could be put on; set lora_r to 0")
+    namesakes = [name for name in modules if last(name) in names and name not in linear]
     layers = None
     if args.lora_last_layers is not None:
-        depth = model.config.num_hidden_layers
+        depth = text_config(model).num_hidden_layers
         layers = list(range(max(0, depth - args.lora_last_layers), depth))
     return peft.LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha or args.lora_r,
         lora_dropout=0.0,
-        target_modules=sorted({name.rpartition(".")[2] for name in linear}),
+        target_modules=sorted(names),
+        exclude_modules=namesakes or None,
         layers_to_transform=layers,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear.values()),
         task_type="CAUSAL_LM",
     )
 
 
-def check_head(policy: Policy) -> None:
-    head = policy.causal_lm.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ConfigError(f"the output head must be a plain Linear layer (no LoRA on it), got {type(head).__name__}")
-    if not any(p.requires_grad for p in policy.parameters()):
-        raise ConfigError("the policy has no trainable parameter")
+def is_linear(module: nn.Module) -> bool:
+    """A mixture's router may be a Linear layer with a forward of its own, which returns more than a tensor."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    with torch.no_grad():
+        return isinstance(module(module.weight.new_zeros(1, module.in_features)), Tensor)
+
+
+def last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def read_without_a_call(model: nn.Module) -> set[str]:
+    """Layers of Mamba whose kernels read the weight, past an adapter that is put on the layer. peft refuses them."""
+    return {"out_proj"} if any(hasattr(m, "conv1d") and hasattr(m, "out_proj") for m in model.modules()) else set()
 
 
 def load_model(name: str, args: SafeConfig, device: torch.device) -> tuple[Any, Any]:
     """The causal language model, on the CPU, in the dtype for `device`; and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     require_name("model", name)
     source = smollm2_folder() if name == SMOLLM2 else name
@@ -273,10 +272,21 @@ def load_model(name: str, args: SafeConfig, device: torch.device) -> tuple[Any, 
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-        model = load_weights(AutoModelForCausalLM, source, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        kind = model_class(source, args.trust_remote_code)
+        model = load_weights(kind, source, dtype=dtype, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the model {name!r}: {error}") from error
     return model, tokenizer
+
+
+def model_class(source: str | Path, trust_remote_code: bool) -> Any:
+    """What loads the checkpoint: a language model, or a composite model of which it is a part."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    composite = type(config) in AutoModelForImageTextToText._model_mapping
+    alone = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if composite and not alone else AutoModelForCausalLM
 
 
 def load_weights(kind: Any, source: str | Path, **options: Any) -> Any:

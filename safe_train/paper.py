@@ -2,7 +2,7 @@
 
 Reward, value and advantage are one number a sequence, read after its last token; the value loss moves the policy; the
 KL penalty is a constant without gradient, worked out once an inner epoch from the sampled KL. `docs/algorithm.md` says
-what is wrong with that. Where the code scores padding, this scores nothing: packed sequences have none.
+what is wrong with that. Where the code scores padding, this scores nothing.
 
 Shape legend: L response tokens, B sequences, H hidden width, K value heads.
 """

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
-from safe_train.config import SafeConfig
-from safe_train.data import Messages, Prompt, through_first_eos
+from safe_train import losses, parallel
+from safe_train.config import ConfigError, SafeConfig
+from safe_train.data import Messages, Prompt, TokenBatch, through_first_eos
+from safe_train.layout import largest_gap, probes
 from safe_train.models import Policy
+from safe_train.randomness import seeded
 
 ANSWER = "answer"  # to be found again in a rendered chat
 
@@ -63,13 +67,71 @@ class Rollout:
 Sampler = Callable[[Sequence[Prompt]], Rollout]
 
 
-def make_sampler(policy: Policy, tokenizer: Any, args: SafeConfig) -> Sampler:
+class Mode(NamedTuple):
+    """How prompts of different lengths are sampled together."""
+
+    padded: bool  # on the left; else in groups of equal length
+    cached: bool  # with a KV cache, or a state; else each token costs a forward of all before it
+
+    def __str__(self) -> str:
+        return ("padded" if self.padded else "in groups of equal length") + ("" if self.cached else " without a cache")
+
+
+MODES = (Mode(True, True), Mode(False, True), Mode(False, False))  # the fastest first
+
+
+def make_sampler(policy: Policy, tokenizer: Any, args: SafeConfig, mode: Mode = MODES[0]) -> Sampler:
     """One completion for each prompt, from the policy as it is when called, by the engine that `generation` names."""
     if args.generation == "vllm":
         from safe_train.vllm import VLLMSampler
 
         return VLLMSampler(policy, tokenizer, args)
-    return functools.partial(sample, policy, tokenizer, args=args, caches={})
+    return functools.partial(sample, policy, tokenizer, args=args, caches={}, mode=mode)
+
+
+def choose_mode(policy: Policy, args: SafeConfig) -> Mode:
+    """The fastest mode in which the sampler's log-probs are those of the policy.
+
+    Raises:
+        ConfigError: there is none, as where a model's code for generation does something else than its forward.
+    """
+    found: list[str] = []
+    for mode in MODES:
+        try:
+            gap = sampler_gap(policy, args, mode)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 (some models cannot generate in a mode, each with an error of its own)
+            found.append(f"{mode}, it fails with {type(error).__name__}: {str(error):.200}")
+            continue
+        if gap <= largest_gap(policy.causal_lm):
+            if found and parallel.is_main():
+                print(f"sampling {mode}: " + "; ".join(found), flush=True)
+            return mode
+        found.append(f"{mode}, log-probs differ by {gap:.2g} nats on average from the policy's")
+    raise ConfigError(
+        f"{type(policy.causal_lm).__name__} cannot be sampled from: " + "; ".join(found) + f" (at most "
+        f"{largest_gap(policy.causal_lm)} is rounding); take another model, or generation vllm"
+    )
+
+
+@torch.no_grad()
+def sampler_gap(policy: Policy, args: SafeConfig, mode: Mode, prompts: Sequence[list[int]] | None = None) -> float:
+    """How far the sampler's log-probs of a few tokens are from the policy's: the mean of |difference|, in nats.
+
+    For prompts of two lengths, in `mode`. The random numbers of the run are left alone.
+    """
+    prompts = prompts or [ids[:length] for ids, length in zip(probes(policy.causal_lm), (7, 3, 3), strict=True)]
+    changes: dict[str, Any] = {"max_new_tokens": 3, "generation_batch_size": None, "cache_implementation": "dynamic"}
+    args = dataclasses.replace(args, top_k=0, **changes)  # the published algorithms cut the policy off at 50 tokens
+    given = settings(args, [], 0, mode)
+    given.output_scores = given.return_dict_in_generate = True
+    device = policy.causal_lm.device
+    with seeded(0):
+        tokens, logprobs = draw(policy, prompts, given, args, {}, mode)
+    batch = TokenBatch.pack(prompts, tokens).to(device)
+    sampled_L = torch.tensor(sum(logprobs, []), device=device)
+    return (losses.logprobs(policy(batch), policy.head(), batch.targets_L) - sampled_L).abs().mean().item()
 
 
 @torch.no_grad()
@@ -79,37 +141,58 @@ def sample(
     prompts: Sequence[Prompt],
     args: SafeConfig,
     caches: dict[int, StaticCache | None] | None = None,
+    mode: Mode = MODES[0],
 ) -> Rollout:
     """One completion for each prompt, sampled from the policy itself: temperature 1, nothing cut off.
 
     `caches` keeps the KV caches from call to call, by their number of rows.
     """
     eos_ids = end_tokens(policy, tokenizer)
-    settings = GenerationConfig(
+    given = settings(args, eos_ids, tokenizer.pad_token_id or 0, mode)
+    tokens, logprobs = draw(
+        policy, [prompt.ids for prompt in prompts], given, args, {} if caches is None else caches, mode
+    )
+    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids)
+
+
+def settings(args: SafeConfig, eos_ids: list[int], pad_id: int, mode: Mode) -> GenerationConfig:
+    return GenerationConfig(
         do_sample=True,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         eos_token_id=eos_ids or None,
-        pad_token_id=tokenizer.pad_token_id or 0,  # any id: masked before a prompt, cut off after a completion
+        pad_token_id=pad_id,  # any id: masked before a prompt, cut off after a completion
+        use_cache=mode.cached,
     )
+
+
+def draw(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    given: GenerationConfig,
+    args: SafeConfig,
+    caches: dict[int, StaticCache | None],
+    mode: Mode,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Sampled tokens and their log-probs, one row a prompt."""
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
-    groups = chunks([len(prompt.ids) for prompt in prompts], args.generation_batch_size or len(prompts))
-    caches, rows = {} if caches is None else caches, len(groups[0])
-    if rows not in caches:
-        caches[rows] = static_cache(policy, args)
-    cache = caches[rows]
+    size = args.generation_batch_size or len(prompts)
+    lengths = [len(ids) for ids in prompts]
     with policy.sampling() as model:
-        for chunk in groups:
+        for chunk in chunks(lengths, size) if mode.padded else equal_chunks(lengths, size):
+            if len(chunk) not in caches:
+                caches[len(chunk)] = static_cache(policy, args) if mode.cached else None
+            cache = caches[len(chunk)]
             if cache is not None:
                 cache.reset()
-            drawn = generate(model, [prompts[i].ids for i in chunk], settings, cache)
+            drawn = generate(model, [prompts[i] for i in chunk], given, cache)
             # The last chunk repeats a prompt to be as wide as the others; the first draw counts.
             for i, row, row_logprobs in reversed(list(zip(chunk, *drawn, strict=True))):
                 tokens[i], logprobs[i] = row, row_logprobs
-    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids)
+    return tokens, logprobs
 
 
 def chunks(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -124,6 +207,12 @@ def chunks(lengths: Sequence[int], size: int) -> list[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     order += order[-1:] * (count * width - len(order))
     return [order[start : start + width] for start in range(0, len(order), width)]
+
+
+def equal_chunks(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in chunks of at most `size`, each of prompts of one length, the longest first."""
+    groups = [[i for i, length in enumerate(lengths) if length == each] for each in sorted(set(lengths), reverse=True)]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
 def static_cache(policy: Policy, args: SafeConfig) -> StaticCache | None:
@@ -158,7 +247,10 @@ class SamplerLogprobs(LogitsProcessor):
 def generate(
     model: Any, prompts: list[list[int]], settings: GenerationConfig, cache: StaticCache | None
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Sampled tokens and their log-probs, one row a prompt."""
+    """Sampled tokens and their log-probs, one row a prompt.
+
+    With `output_scores` the log-probs are those that were drawn from, temperature and the like included.
+    """
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), settings.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
@@ -173,6 +265,10 @@ def generate(
         logits_processor=LogitsProcessorList([recorder]),
         past_key_values=cache,
     )
+    if settings.output_scores:
+        tokens_BT = output.sequences[:, width:]
+        scores_BTV = torch.stack(output.scores, dim=1)
+        return tokens_BT.tolist(), scores_BTV.log_softmax(-1).gather(-1, tokens_BT[..., None])[..., 0].tolist()
     recorder.record(output[:, -1])
     return output[:, width:].tolist(), torch.stack(recorder.columns, dim=1).tolist()
 

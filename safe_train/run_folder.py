@@ -31,19 +31,19 @@ class RunFolder:
     Only the first process writes.
     """
 
-    def __init__(self, args: SafeConfig, accelerator: Accelerator, resume_at: int = 0):
+    def __init__(self, args: SafeConfig, accelerator: Accelerator, resume_at: int = 0, layout: str | None = None):
         self.path, self.accelerator = Path(args.output_dir), accelerator
         self.metrics, self.samples = self.path / "metrics.jsonl", self.path / "samples.jsonl"
-        self.open(args, resume_at)
+        self.open(args, resume_at, layout)
 
     @parallel.main_only
-    def open(self, args: SafeConfig, resume_at: int) -> None:
+    def open(self, args: SafeConfig, resume_at: int, layout: str | None) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         if resume_at == 0:
             self.refuse_to_erase(args)
         for rows in (self.metrics, self.samples):
             keep_rows(rows, resume_at)
-        found = environment(self.accelerator.device)
+        found = {**environment(self.accelerator.device), "layout": layout}
         (self.path / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
         args.save(self.path / "config.yaml")
         if args.report_to:

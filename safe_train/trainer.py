@@ -20,6 +20,7 @@ from safe_kernels import linear_token_stats
 from safe_train import losses, parallel, sharding
 from safe_train.adapters import untrained_experts, unwrapped
 from safe_train.checkpoint import Checkpoints
+from safe_train.checks import check_vocabulary
 from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, recorded, require_name
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
@@ -33,7 +34,7 @@ from safe_train.models import Policy, load_model, make_policy, use_tensor_cores
 from safe_train.preview import Preview
 from safe_train.randomness import guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards import RewardFunction, Rewards, load_reward
-from safe_train.rollout import Rollout, make_sampler
+from safe_train.rollout import MODES, Mode, Rollout, choose_mode, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
 from safe_train.signals import Stopped, StopSignals
 
@@ -118,6 +119,9 @@ class SafeTrainer:
         use_tensor_cores(self.device, dtype)
         model = place(model, self.device)
         self.policy: Policy = make_policy(model, args, peft_config, device=self.device, dtype=dtype)
+        note = check_vocabulary(self.policy.causal_lm, self.tokenizer)
+        if note and parallel.is_main():
+            print(note, flush=True)
         models = (self.policy, *self.policy.frozen_copies)
         parallel.broadcast(parameter for each in models for parameter in each.parameters())
         self.reference_fingerprint = self.policy.fingerprint()  # while the weights are whole
@@ -126,7 +130,7 @@ class SafeTrainer:
         self.engine = make_engine(self.policy, self.device, args)
         check_deterministic(self.policy, self.device)
         self.trainable = self.engine.parameters
-        self.sampler = make_sampler(self.policy, self.tokenizer, args)
+        self.sampler = make_sampler(self.policy, self.tokenizer, args, self.sampling_mode())
         self.critic: Critic | None = None
         self.critic_optimizer: torch.optim.Optimizer | None = None
         if args.critic != "none":
@@ -139,6 +143,13 @@ class SafeTrainer:
         self.preview = None if limit is None else Preview(self.trainable, limit, args.preview_min_scale)
         self.step = self.bad_steps = 0
         self.times: dict[str, float] = {}
+
+    def sampling_mode(self) -> Mode:
+        """How transformers samples this model right; vLLM has its own way."""
+        if self.args.generation == "vllm":
+            return MODES[0]
+        with self.engine.gathered():
+            return choose_mode(self.policy, self.args)
 
     def prompt_dataset(self, rows: Rows | str | None, setting: str) -> PromptDataset:
         """The rows, or those that the setting names."""
@@ -162,7 +173,7 @@ class SafeTrainer:
         elif self.step == 0:
             refuse_existing(Path(args.output_dir))
         parallel.check_same({"step": self.step})
-        folder = RunFolder(args, self.accelerator, resume_at=self.step)
+        folder = RunFolder(args, self.accelerator, resume_at=self.step, layout=self.policy.layout)
         history = []
         with StopSignals() as signals:
             for step in self.steps():
@@ -176,6 +187,7 @@ class SafeTrainer:
                     with self.timed("update"):
                         update = self.update(experience, control)
                 metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
+                metrics["layout"] = self.policy.layout
                 del experience  # or the next one is made beside it
                 self.step = step + 1
                 try:

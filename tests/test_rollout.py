@@ -6,16 +6,27 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from architectures import tiny_kind
 from transformers import CompileConfig, Gemma2Config, Gemma2ForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from safe_train.config import SafeConfig
+from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import Prompt, PromptDataset, TokenBatch
 from safe_train.experience import Experience
 from safe_train.losses import importance_corrected, logprobs
 from safe_train.metrics import sampler_metrics
 from safe_train.models import make_policy
 from safe_train.rewards import Rewards
-from safe_train.rollout import Rollout, chunks, end_tokens, make_sampler, sample, static_cache
+from safe_train.rollout import (
+    Mode,
+    Rollout,
+    choose_mode,
+    chunks,
+    end_tokens,
+    equal_chunks,
+    make_sampler,
+    sample,
+    static_cache,
+)
 
 
 def rollout_of(model, rows=tiny.PROMPTS, copies=1, seed=0, **settings):
@@ -300,3 +311,49 @@ def test_rewards_see_the_columns_of_all_rows():
     prompts = [Prompt("the", [2], {"answer": "dog"}), Prompt("a", [3], {"answer": "cat", "level": 2})]
     rollout = Rollout(prompts, [[1], [1]], ["", ""], [True, True], [[0.0], [0.0]])
     assert rollout.for_rewards()[2] == {"answer": ["dog", "cat"], "level": [None, 2]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("llama", Mode(padded=True, cached=True)),
+        ("whisper", Mode(padded=False, cached=True)),
+        ("bart", Mode(padded=False, cached=True)),
+        ("rwkv", Mode(padded=False, cached=False)),
+    ],
+)
+def test_the_fastest_mode_that_samples_the_policy_is_chosen(kind, mode, capsys):
+    args = SafeConfig(max_prompt_tokens=16, max_new_tokens=6, lora_r=2)
+    policy = make_policy(tiny_kind(kind), args)
+    before = torch.get_rng_state()
+    assert choose_mode(policy, args) == mode
+    assert torch.equal(before, torch.get_rng_state())
+    assert ("log-probs differ by" in capsys.readouterr().out) == (kind != "llama")
+    tokenizer = tiny.tokenizer()
+    prompts = [prompt for prompt in PromptDataset(tiny.PROMPTS, tokenizer, 8).at(0, 5) for _ in range(2)]
+    rollout = make_sampler(policy, tokenizer, args, mode)(prompts)
+    assert rollout.prompts == prompts
+    recorded = torch.tensor(sum(rollout.sampler_logprobs, []))
+    torch.testing.assert_close(recorded, scored(policy, rollout), atol=1e-4, rtol=0)
+
+
+def test_groups_of_equal_length_hold_every_index():
+    assert equal_chunks([3, 1, 3, 3, 1], 2) == [[0, 2], [3], [1, 4]]
+    assert equal_chunks([2], 8) == [[0]]
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xmod"])
+def test_a_model_that_no_mode_samples_right_is_refused(kind):
+    """Their own forward counts positions otherwise than their code for generation."""
+    args = SafeConfig(max_prompt_tokens=16, max_new_tokens=6)
+    with pytest.raises(ConfigError, match="cannot be sampled from: padded, .*; in groups .* without a cache"):
+        choose_mode(make_policy(tiny_kind(kind), args), args)
+
+
+def test_a_sampler_with_another_temperature_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "safe_train.rollout.GenerationConfig", lambda **kw: GenerationConfig(**kw | {"temperature": 0.9})
+    )
+    with pytest.raises(ConfigError, match="LlamaForCausalLM cannot be sampled from: padded, log-probs differ by"):
+        tiny.trainer(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()

@@ -20,7 +20,7 @@ from safe_train.experience import Experience
 from safe_train.metrics import peak_memory_gb
 from safe_train.preview import Preview, step_scale
 from safe_train.randomness import python_generators
-from safe_train.rollout import Rollout
+from safe_train.rollout import MODES, Rollout
 
 ALGORITHMS = ("safe", "ppo", "ppo_two_heads", "grpo")
 
@@ -380,6 +380,8 @@ def test_everything_a_step_touches_is_on_the_accelerators_device(tmp_path, monke
     monkeypatch.setattr("safe_train.parallel.Accelerator", lambda **kwargs: accelerator)
     for needs_values in ("models.fingerprint", "trainer.check_deterministic"):
         monkeypatch.setattr(f"safe_train.{needs_values}", lambda *_: {})
+    monkeypatch.setattr("safe_train.models.check_head", lambda policy: None)  # there are no numbers on this device
+    monkeypatch.setattr("safe_train.trainer.choose_mode", lambda policy, args: MODES[0])
     trainer = tiny.trainer(tmp_path, lora_r=0)
     models = (trainer.policy, *trainer.policy.frozen_copies, trainer.critic)
     assert len(models) == 3 and all(p.device == device for model in models for p in model.parameters())

@@ -1,0 +1,219 @@
+"""Causal language models of transformers, as the kernels take them: the states their head receives, and the head.
+
+    hidden_BTH = head_inputs(model, input_ids=ids, attention_mask=mask)   # no logits are made
+    stats = linear_token_stats(hidden_BTH, tokens=labels, **output_head(model), **logit_transform(model))
+
+What a model does before its head (a norm, a projection, a scale) is in the states. What it does after it (a scale, a
+softcap) is measured on the model's own code, not guessed from its config.
+
+Shape legend: B sequences, T positions, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+TOLERANCE = 1e-3  # nats
+PROBE_TOKENS = 4
+LARGEST_LOGIT = 30.0  # of those that are put in place of the head's: above it a softcap shows
+
+
+def text_config(model: Any) -> Any:
+    """The settings of the language model: those of a composite model (text and vision) are a part of its config."""
+    config = model.config
+    # get_text_config(decoder=True) would copy the config of an encoder-decoder model, such as BART's.
+    return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
+
+
+def head_module(model: Any) -> nn.Linear:
+    """The layer that makes logits of hidden states.
+
+    Raises:
+        ValueError: the model has none, or one that is no plain linear layer.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        found = "none" if head is None else f"a {type(head).__name__}"
+        raise ValueError(
+            f"the output head must be a plain Linear layer (no LoRA on it), {type(model).__name__} has {found}"
+        )
+    return head
+
+
+def output_head(model: Any) -> dict[str, Any]:
+    """The head's weight [V, H] and bias [V] or None, as keyword arguments of the `safe_kernels.linear_*` functions."""
+    head = head_module(model)
+    return {"weight": head.weight, "bias": head.bias}
+
+
+def head_inputs(model: Any, **inputs: Any) -> Tensor:
+    """The hidden states [B, T, H] that the head receives when `model(**inputs)` runs. No logits are made.
+
+    Differentiable, as the model's own forward is.
+
+    Raises:
+        ValueError: the model does not call its head once on one state a token.
+    """
+    states: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        states.append(hidden)
+        return hidden.new_zeros(*hidden.shape[:-1], 1)  # where logits would be: the model may go on with them
+
+    with head_replaced(model, keep):
+        model(**inputs, **text_only(model, inputs["input_ids"]), use_cache=False)
+    check_states(model, states, inputs["input_ids"])
+    return states[0]
+
+
+def text_only(model: Any, input_ids: Tensor) -> dict[str, Tensor]:
+    """What a composite model asks for in training: that no token is of an image."""
+    if not model.training or text_config(model) is model.config:
+        return {}
+    names = inspect.signature(model.forward).parameters.keys() & {"token_type_ids", "mm_token_type_ids"}
+    return dict.fromkeys(names, torch.zeros_like(input_ids))
+
+
+@contextmanager
+def head_replaced(model: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, the head calls `forward`. Its module stays, and with it the hooks of FSDP and DeepSpeed."""
+    head = head_module(model)
+    own = head.__dict__.get("forward")  # accelerate puts one there
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own  # type: ignore[method-assign]
+
+
+def check_states(model: Any, states: list[Tensor], input_ids: Tensor) -> None:
+    if len(states) != 1 or states[0].shape[:-1] != input_ids.shape:
+        shapes = [tuple(x.shape) for x in states]
+        raise ValueError(
+            f"{type(model).__name__} must call its output head once, with one hidden state a token; for input_ids of "
+            f"shape {tuple(input_ids.shape)} it was called with {shapes or 'nothing'}"
+        )
+
+
+@torch.no_grad()
+def own_logits(model: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """The states that the head receives, and the model's own logits of them [B, T, V], their product in float32.
+
+    Bfloat16 rounds logits by 0.02 to 0.03, which would hide a scale that is wrong by 1 %.
+    """
+    states: list[Tensor] = []
+    head = head_module(model)
+
+    def in_float32(hidden: Tensor) -> Tensor:
+        states.append(hidden)
+        return linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+
+    with head_replaced(model, in_float32):
+        logits = model(**inputs, **text_only(model, inputs["input_ids"]), use_cache=False).logits
+    check_states(model, states, inputs["input_ids"])
+    return states[0], logits.float()
+
+
+@torch.no_grad()
+def logit_transform(model: Any) -> dict[str, Any]:
+    """What the model does to its logits after the head: `logit_scale` and `softcap` of the `linear_*` functions.
+
+    The model runs over a few tokens with known logits in place of its head's. The config's numbers are candidates only:
+    `logits_scaling` divides in Granite and multiplies in HyperCLOVA X. What gives the model's own result is taken.
+
+    Raises:
+        ValueError: no reading of the config gives the model's own log-probs within 1e-3 nats.
+    """
+    ids = torch.tensor([plain_ids(model, PROBE_TOKENS)], device=model.device)
+    rows = head_module(model).weight.shape[0]
+    known_V = torch.linspace(-LARGEST_LOGIT, LARGEST_LOGIT, rows, device=ids.device)
+    with head_replaced(model, lambda hidden: known_V.expand(*hidden.shape[:-1], rows)):
+        logits_V = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1].float()
+    if len(logits_V) != rows:
+        raise ValueError(
+            f"{type(model).__name__} makes {len(logits_V)} logits of a head of {rows} rows; it must be one a row"
+        )
+    own_V = logits_V.log_softmax(-1)
+
+    def error(reading: dict[str, Any]) -> float:
+        difference = (transformed(known_V, **reading).log_softmax(-1) - own_V).abs().max()
+        return difference.nan_to_num(torch.inf).item()
+
+    best = min(readings(text_config(model)), key=error)
+    if error(best) > TOLERANCE:
+        ends = [0, rows // 4, -1]
+        raise ValueError(
+            f"{type(model).__name__} does something to its logits that is no scale or softcap of its config: of "
+            f"{numbers(known_V[ends])} it makes {numbers(logits_V[ends])}, and the nearest reading of its config, "
+            f"{best}, {numbers(transformed(known_V, **best)[ends])}"
+        )
+    return best
+
+
+def numbers(values: Tensor) -> str:
+    return ", ".join(f"{x:.4g}" for x in values.tolist())
+
+
+def transformed(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    scaled = logit_scale * logits
+    return scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+
+
+def readings(config: Any) -> list[dict[str, Any]]:
+    """What the config's numbers may mean: each scale multiplies or divides or is not used, a softcap is on or off."""
+    about = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    about = {k: v for k, v in about.items() if v > 0 and re.search("logit|lm_head|output_mult", k) and "attn" not in k}
+    scales = [scale for k, v in about.items() if re.search("scal|mult", k) for scale in (v, 1 / v)]
+    caps = [v for k, v in about.items() if "cap" in k]
+    return [
+        {"logit_scale": float(scale), "softcap": cap}
+        for scale, cap in itertools.product(dict.fromkeys([1.0, *scales]), dict.fromkeys([None, *caps]))
+    ]
+
+
+def plain_ids(model: Any, count: int) -> list[int]:
+    """`count` tokens that the config gives no special meaning, or as many as there are."""
+    configs = (model.config, text_config(model))
+    special = [v for c in configs for k, v in c.to_dict().items() if re.search("token_ids?$|token_index$", k)]
+    special += [v for each in special if isinstance(each, list) for v in each]  # several end tokens
+    rows = min(head_module(model).weight.shape[0], model.get_input_embeddings().weight.shape[0])
+    return [token for token in range(min(rows, 1000)) if token not in special][-count:]
+
+
+@torch.no_grad()
+def silent_modules(model: Any) -> dict[str, nn.Module]:
+    """What a text does not pass through, by name: of a composite model the vision tower and its projector.
+
+    The model runs over a few tokens, and says what it calls. An expert that no token was sent to is not silent.
+    """
+    if not model.config.sub_configs:
+        return {}
+    called: set[nn.Module] = set()
+    hooks = [m.register_forward_hook(lambda module, *_: called.add(module)) for m in model.modules()]
+    try:
+        head_inputs(model, input_ids=torch.tensor([plain_ids(model, PROBE_TOKENS)], device=model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: module for name, module in outermost(model, called) if any(True for _ in module.parameters())}
+
+
+def outermost(module: nn.Module, called: set[nn.Module], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The largest parts of which nothing was called."""
+    for name, child in module.named_children():
+        if called.isdisjoint(child.modules()):
+            if not isinstance(module, nn.ModuleList):  # of experts
+                yield prefix + name, child
+        else:
+            yield from outermost(child, called, f"{prefix}{name}.")
