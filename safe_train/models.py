@@ -244,12 +244,16 @@ def lora_config(model: Any, args: SafeConfig) -> Any:
     )
 
 
+@torch.no_grad()
 def is_linear(module: nn.Module) -> bool:
-    """A mixture's router may be a Linear layer with a forward of its own, which returns more than a tensor."""
+    """Whether it maps rows to rows. A class of Linear may not: a mixture's router, a layer in groups (DeepSeek-V4)."""
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear)
-    with torch.no_grad():
-        return isinstance(module(module.weight.new_zeros(1, module.in_features)), Tensor)
+    try:
+        rows = module(module.weight.new_zeros(1, module.in_features))
+    except RuntimeError:  # of another shape
+        return False
+    return isinstance(rows, Tensor) and rows.shape == (1, module.out_features)
 
 
 def last(name: str) -> str:
