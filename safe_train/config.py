@@ -129,6 +129,11 @@ class SafeConfig:
         None, "weight advantages by p(trainer)/p(sampler), at most this (default: off)"
     )
 
+    max_sampler_gap: float | None = option(
+        None,
+        "largest mean |log p(trainer) - log p(sampler)| of a rollout (default: float32 0.01, bfloat16 0.15, vllm 0.3)",
+    )
+
     # Optimisation
     inner_epochs: int = option(2, "passes over each rollout")
     minibatch_size: int | None = option(None, "completions an optimizer step (default: the whole rollout)")
@@ -320,7 +325,7 @@ BOUNDS = (
         "positive",
         lambda x: x > 0,
         "alpha learning_rate critic_learning_rate huber_delta max_grad_norm critic_max_grad_norm value_clip "
-        "max_preview_kl reward_timeout ddp_timeout",
+        "max_preview_kl reward_timeout ddp_timeout max_sampler_gap",
     ),
     (
         "at least 0",

@@ -66,7 +66,7 @@ def check_packed(model: Any) -> None:
             "packed sequences; set layout to rows, or attn_implementation to one that reads boundaries: "
             + ", ".join(FLASH)
         )
-    gap, limit = layout_gap(model, PACKED), largest_gap(model)
+    gap, limit = layout_gap(model, PACKED), largest_gap(model.dtype)
     if not gap <= limit:
         raise ConfigError(
             f"layout packed: on {attention} attention the log-probs of {name} differ by {gap:.2g} nats on average from "
@@ -84,8 +84,9 @@ def windows(config: Any) -> str:
     return next((f"{name} {getattr(config, name)}" for name in WINDOWS if getattr(config, name, None)), "")
 
 
-def largest_gap(model: Any) -> float:
-    return LARGEST_GAP.get(model.dtype, LARGEST_GAP_OF_16_BITS)
+def largest_gap(dtype: torch.dtype) -> float:
+    """Of a forward in `dtype`."""
+    return LARGEST_GAP.get(dtype, LARGEST_GAP_OF_16_BITS)
 
 
 def response_states(model: Any, batch: TokenBatch, layout: str) -> Tensor:
@@ -113,7 +114,7 @@ def check_causal(model: Any) -> None:
     ids = hf.plain_ids(model, LONGEST)
     whole, prefix = (logprobs(model, [each], ROWS) for each in (ids, ids[:-2]))
     gap = (whole[: len(prefix)] - prefix).abs().mean().item()
-    if not gap <= largest_gap(model):
+    if not gap <= largest_gap(model.dtype):
         raise ConfigError(
             f"{type(model).__name__} is not causal: the log-probs of {len(prefix)} tokens change by {gap:.2g} nats on "
             "average when others follow them; a model of this kind may need is_decoder=True in its config"

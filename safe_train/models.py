@@ -24,6 +24,7 @@ from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.data import TokenBatch
 from safe_train.determinism import switch_off_randomness
 from safe_train.layout import ROWS, choose_layout, in_rows, response_states
+from safe_train.randomness import seeded
 from safe_train.reference import Fingerprint, HandedOver, fingerprint
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -44,7 +45,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.is_lora = adapters.has_adapter(model)
-        self.layout = ROWS
+        self.layout, self.compute_dtype = ROWS, model.dtype
         self.logit_transform: dict[str, Any] = {}
         # In a list, so that the frozen copy is neither trained nor saved with the policy.
         self.frozen_copies = [] if self.is_lora else [copy.deepcopy(model).eval().requires_grad_(False)]
@@ -157,8 +158,10 @@ def make_policy(
         raise ConfigError("reference must be initial with lora_r 0, which leaves no base beside the policy")
     switch_off_randomness(model)
     policy = Policy(model, args.reference)
-    check_head(policy)
-    policy.layout = choose_layout(args, policy.causal_lm)
+    policy.compute_dtype = dtype or base.dtype
+    with seeded(0):  # what a model draws in a check is none of the run's
+        check_head(policy)
+        policy.layout = choose_layout(args, policy.causal_lm)
     if args.gradient_checkpointing:
         model = policy.causal_lm
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -104,14 +104,14 @@ def choose_mode(policy: Policy, args: SafeConfig) -> Mode:
         except Exception as error:  # noqa: BLE001 (some models cannot generate in a mode, each with an error of its own)
             found.append(f"{mode}, it fails with {type(error).__name__}: {str(error):.200}")
             continue
-        if gap <= largest_gap(policy.causal_lm):
+        if gap <= largest_gap(policy.compute_dtype):
             if found and parallel.is_main():
                 print(f"sampling {mode}: " + "; ".join(found), flush=True)
             return mode
         found.append(f"{mode}, log-probs differ by {gap:.2g} nats on average from the policy's")
     raise ConfigError(
         f"{type(policy.causal_lm).__name__} cannot be sampled from: " + "; ".join(found) + f" (at most "
-        f"{largest_gap(policy.causal_lm)} is rounding); take another model, or generation vllm"
+        f"{largest_gap(policy.compute_dtype)} is rounding); take another model, or generation vllm"
     )
 
 
@@ -129,9 +129,9 @@ def sampler_gap(policy: Policy, args: SafeConfig, mode: Mode, prompts: Sequence[
     device = policy.causal_lm.device
     with seeded(0):
         tokens, logprobs = draw(policy, prompts, given, args, {}, mode)
-    batch = TokenBatch.pack(prompts, tokens).to(device)
-    sampled_L = torch.tensor(sum(logprobs, []), device=device)
-    return (losses.logprobs(policy(batch), policy.head(), batch.targets_L) - sampled_L).abs().mean().item()
+        batch = TokenBatch.pack(prompts, tokens).to(device)
+        own_L = losses.logprobs(policy(batch), policy.head(), batch.targets_L)
+    return (own_L - torch.tensor(sum(logprobs, []), device=device)).abs().mean().item()
 
 
 @torch.no_grad()

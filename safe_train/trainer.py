@@ -36,6 +36,7 @@ from safe_train.randomness import guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards import RewardFunction, Rewards, load_reward
 from safe_train.rollout import MODES, Mode, Rollout, choose_mode, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
+from safe_train.self_check import check_sampler_gap, self_check
 from safe_train.signals import Stopped, StopSignals
 
 Rows = Sequence[Mapping[str, Any]]
@@ -130,7 +131,8 @@ class SafeTrainer:
         self.engine = make_engine(self.policy, self.device, args)
         check_deterministic(self.policy, self.device)
         self.trainable = self.engine.parameters
-        self.sampler = make_sampler(self.policy, self.tokenizer, args, self.sampling_mode())
+        self.mode = self.sampling_mode()
+        self.sampler = make_sampler(self.policy, self.tokenizer, args, self.mode)
         self.critic: Critic | None = None
         self.critic_optimizer: torch.optim.Optimizer | None = None
         if args.critic != "none":
@@ -173,6 +175,7 @@ class SafeTrainer:
         elif self.step == 0:
             refuse_existing(Path(args.output_dir))
         parallel.check_same({"step": self.step})
+        self_check(self)
         folder = RunFolder(args, self.accelerator, resume_at=self.step, layout=self.policy.layout)
         history = []
         with StopSignals() as signals:
@@ -182,6 +185,8 @@ class SafeTrainer:
                         rollout, rewards = self.collect(step)
                     with self.timed("score"):
                         experience = Experience(self.policy, self.critic, rollout, args, self.device)
+                    with checkpoints.keeping(self):
+                        check_sampler_gap(experience, self.policy.compute_dtype, args)
                     control = self.update_controller(experience, rewards["reward"])
                     self.compute_advantages(experience, self.training_rewards(rewards["reward"], rollout), control)
                     with self.timed("update"):

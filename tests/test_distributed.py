@@ -52,7 +52,8 @@ def own(rollout: Rollout) -> Rollout:
 
 def trainer_on(folder, kind="ragged", model=MappingProxyType({}), adapter=None, **settings):
     fixed = rollouts(kind)
-    values = {"total_steps": 2, "save_every": 1, "keep_checkpoints": 9} | settings
+    # What was "sampled" is fixed, with log-probs of -2.
+    values = {"total_steps": 2, "save_every": 1, "keep_checkpoints": 9, "max_sampler_gap": 100.0} | settings
     policy = tiny.model(**{k: v for k, v in model.items() if k != "bias"})
     if "bias" in model:
         policy.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, len(tiny.WORDS)))
