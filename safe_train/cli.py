@@ -49,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="train", description="Train with settings from a file and key=value pairs.")
     run.add_argument("--config", help="YAML file, or the name of a shipped one")
     run.add_argument("--resume", action="store_true", help="continue the run in output_dir, with its settings")
-    run.add_argument("--resume-from", type=Path, metavar="CHECKPOINT", help="continue its run from this checkpoint")
+    run.add_argument(
+        "--resume-from", type=home_path, metavar="CHECKPOINT", help="continue its run from this checkpoint"
+    )
     run.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
     run.add_argument("overrides", nargs="*", metavar="key=value")
     run.set_defaults(command=command_run)
@@ -61,18 +63,22 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=command_demo)
 
     evaluation = commands.add_parser("eval", help="evaluate a run's newest checkpoint on held-out prompts")
-    evaluation.add_argument("run", type=Path)
+    evaluation.add_argument("run", type=home_path)
     evaluation.add_argument("overrides", nargs="*", metavar="key=value")
     evaluation.set_defaults(command=command_eval)
 
     report = commands.add_parser("report", help="draw one run, or several overlaid")
-    report.add_argument("runs", type=Path, nargs="+")
-    report.add_argument("--output", type=Path, help="picture to write (default: report.png in the first run)")
+    report.add_argument("runs", type=home_path, nargs="+")
+    report.add_argument("--output", type=home_path, help="picture to write (default: report.png in the first run)")
     report.set_defaults(command=command_report)
 
     config = commands.add_parser("config", help="print every setting, its default and its meaning")
     config.set_defaults(command=command_config)
     return top
+
+
+def home_path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def command_run(arguments: argparse.Namespace) -> None:
@@ -99,7 +105,7 @@ def run_settings(arguments: argparse.Namespace) -> SafeConfig:
     if arguments.config is not None or not (arguments.resume or checkpoint):
         return SafeConfig.load(arguments.config, overrides)
     given = [pair.partition("=")[2] for pair in overrides if pair.startswith("output_dir=")]
-    run = Path(given[-1]) if given else checkpoint.parent.parent if checkpoint else Path(SafeConfig.output_dir)
+    run = Path(given[-1] if given else checkpoint.parent.parent if checkpoint else SafeConfig.output_dir).expanduser()
     if not (run / "config.yaml").is_file():
         raise ConfigError(
             f"{run} holds no run to resume (no config.yaml): name the run by output_dir=, or its settings by --config"

@@ -262,11 +262,12 @@ def check_head(policy: Policy) -> None:
         raise ConfigError("the policy has no trainable parameter")
 
 
-def load_model(name: str, args: SafeConfig, device: torch.device) -> tuple[Any, Any]:
+def load_model(name: str | None, args: SafeConfig, device: torch.device) -> tuple[Any, Any]:
     """The causal language model, on the CPU, in the dtype for `device`; and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     require_name("model", name)
+    assert name is not None
     source = smollm2_folder() if name == SMOLLM2 else name
     # In bfloat16, weights that are trained would lose most updates to rounding.
     auto = torch.bfloat16 if device.type == "cuda" and args.lora_r > 0 else torch.float32

@@ -21,6 +21,7 @@ from safe_train.config import ConfigError, SafeConfig, read_yaml
 from safe_train.hardware import processor
 from safe_train.report import read_rows, write_report
 from safe_train.rollout import Rollout
+from safe_train.written import plain
 
 PACKAGES = ("safe-kernels", "torch", "triton", "transformers", "accelerate", "peft", "flash-attn", "liger-kernel")
 
@@ -47,14 +48,14 @@ class RunFolder:
         (self.path / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
         args.save(self.path / "config.yaml")
         if args.report_to:
-            self.accelerator.init_trackers("safe_train", config={k: str(v) for k, v in vars(args).items()})
+            self.accelerator.init_trackers("safe_train", config={k: str(v) for k, v in args.items()})
 
     def refuse_to_erase(self, args: SafeConfig) -> None:
         """Rows past the step of the first checkpoint are of a run that had one."""
         rows = read_rows(self.metrics) if self.metrics.exists() else []
         last = max((row["step"] for row in rows), default=0)
         saved = self.path / "config.yaml"
-        settings = read_yaml(saved) if saved.is_file() else {}
+        settings = plain(read_yaml(saved)) if saved.is_file() else {}
         if last > settings.get("save_every", args.save_every):
             raise ConfigError(
                 f"{self.metrics} has {last} steps, and {self.path / 'checkpoints'} no checkpoint to continue from; "

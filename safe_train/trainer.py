@@ -91,14 +91,18 @@ class SafeTrainer:
         chosen = args.reward if reward_funcs is None else reward_funcs
         functions = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
         args = recorded(args, functions, model=model, dataset=train_dataset, eval_dataset=eval_dataset)
+        functions = [name if isinstance(f, str) else f for f, name in zip(functions, args.reward, strict=True)]
         self.args = args
+        if missing := args.missing():
+            raise ConfigError(
+                f"a run needs {', '.join(missing)}: name {'it' if len(missing) == 1 else 'them'} in the config, as "
+                "key=value, or in Python as model, train_dataset and reward_funcs; `safe-train demo` brings its own"
+            )
         if args.eval_every and args.eval_dataset is None:
             raise ConfigError("eval_dataset must be set when eval_every is")
         self.accelerator = parallel.start(args)
         self.device = self.accelerator.device
         set_seed(args.seed)
-        if model is not None and args.dataset == SafeConfig.dataset and parallel.is_main():
-            print(f"no train_dataset was given: the prompts are those of the demo, {args.dataset}", flush=True)
         if model is None or isinstance(model, str):
             model, tokenizer = load_model(args.model, args, self.device)
             processing_class = processing_class or tokenizer
@@ -145,7 +149,7 @@ class SafeTrainer:
         if rows is None or isinstance(rows, str):
             name = getattr(self.args, setting)
             require_name(setting, name)
-            rows = load_rows(name)
+            rows = load_rows(str(name))
         return PromptDataset(rows, self.tokenizer, self.args.max_prompt_tokens, self.args.seed)
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[dict[str, Any]]:

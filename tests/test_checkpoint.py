@@ -410,7 +410,7 @@ def test_a_run_from_python_is_never_continued_with_the_demos_model_prompts_or_re
     names = prepare(tmp_path)
     options = {"args": args, "processing_class": tiny.tokenizer()}
     SafeTrainer(tiny.model(), [tiny.good_words, "vader"], train_dataset=tiny.PROMPTS, **options).train()
-    assert "no train_dataset" not in capsys.readouterr().out and args.reward == ["vader"]
+    assert args.reward == []
     saved = SafeConfig.load(tmp_path / "run" / "config.yaml")
     assert saved.model == "<python object LlamaForCausalLM>" and saved.dataset == "<python object list>"
     assert saved.reward == ["<python object good_words>", "vader"] and saved.eval_dataset is None
@@ -423,13 +423,23 @@ def test_a_run_from_python_is_never_continued_with_the_demos_model_prompts_or_re
     assert main(["run", "--resume", *given]) == 0 and rows_written(tmp_path / "run") == 2
 
 
-def test_names_given_in_python_are_saved_as_given(tmp_path, capsys):
+def test_names_given_in_python_are_saved_as_given(tmp_path):
     names = dict(pair.split("=") for pair in prepare(tmp_path))
     args = tiny.settings(tmp_path / "run", total_steps=1)
-    trainer = SafeTrainer(names["model"], names["reward"], args, eval_dataset=names["dataset"])
-    assert "the prompts are those of the demo" in capsys.readouterr().out
+    prompts = {"train_dataset": names["dataset"], "eval_dataset": names["dataset"]}
+    trainer = SafeTrainer(names["model"], names["reward"], args, **prompts)
     assert (trainer.args.model, trainer.args.reward) == (names["model"], [names["reward"]])
-    assert trainer.args.eval_dataset == names["dataset"] and len(trainer.eval_prompts) == len(tiny.PROMPTS)
+    assert trainer.args.dataset == trainer.args.eval_dataset == names["dataset"]
+    assert len(trainer.eval_prompts) == len(tiny.PROMPTS)
+
+
+@pytest.mark.parametrize("absent", [("model",), ("dataset",), ("reward",), ("dataset", "reward")])
+def test_a_run_that_was_not_told_what_it_needs_lists_it(absent, tmp_path, capsys):
+    given = [pair for pair in prepare(tmp_path) if not pair.startswith(tuple(f"{name}=" for name in absent))]
+    assert main(["run", *given, f"output_dir={tmp_path / 'run'}"]) == 2
+    assert f"a run needs {', '.join(absent)}: name" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="a run needs dataset: name it .* in Python as model, train_dataset"):
+        SafeTrainer(tiny.model(), tiny.good_words, tiny.settings(tmp_path), processing_class=tiny.tokenizer())
 
 
 def test_an_evaluation_needs_no_training_prompts(tmp_path):

@@ -1,4 +1,6 @@
 import dataclasses
+import math
+import pickle
 import re
 from pathlib import Path
 
@@ -62,13 +64,114 @@ def test_saved_config_loads_back_the_same(tmp_path):
         ("kl_threshold=.nan", "kl_threshold must be at least 0, got nan"),
         ("kl_threshold=0.9", "kl_threshold must be from kl_threshold_min 0.1 to kl_threshold_max 0.6, got 0.9"),
         ("kl_threshold_min=0.4", "kl_threshold must be from kl_threshold_min 0.4 to kl_threshold_max 0.6, got 0.3"),
-        ("seed=-1", "seed must be at least 0"),
+        ("seed=-1", "seed must be from 0 to 4294967295, as NumPy's seeds are, got -1"),
+        ("seed=4294967296", "seed must be from 0 to 4294967295"),
+        ("learning_rate=.inf", "learning_rate must be a finite number, got inf"),
         ("gate_min=9", "gate_min must be at most gate_max"),
     ],
 )
 def test_impossible_settings_are_named(override, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         SafeConfig.load(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("total_steps: 0100", "total_steps", 100),
+        ("total_steps: 1_000", "total_steps", 1000),
+        ("total_steps: 1e3", "total_steps", 1000),
+        ("beta: 010", "beta", 10.0),
+        ("critic_max_grad_norm: .inf", "critic_max_grad_norm", math.inf),
+        ("window: ~", "window", None),
+        ("eval_dataset:", "eval_dataset", None),
+        ("use_cpu: yes", "use_cpu", True),
+        ("output_dir: 007", "output_dir", "007"),
+        ("output_dir: 2024-01-01", "output_dir", "2024-01-01"),
+        ("model: no", "model", "no"),
+        ("model: 1e5", "model", "1e5"),
+        ("reward: [on, 3:4]", "reward", ["on", "3:4"]),
+        ("reward_weights: [1, 08, 1e-1]", "reward_weights", [1.0, 8.0, 0.1]),
+        ("liger_kernel: True", "liger_kernel", "true"),
+        ('eval_dataset: "null"', "eval_dataset", "null"),
+        ("a: &rows rows.jsonl\ndataset: *rows".replace("a:", "model:"), "dataset", "rows.jsonl"),
+    ],
+)
+def test_a_setting_is_read_as_it_was_written(text, name, value, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8-sig")  # with a byte order mark
+    found = getattr(SafeConfig.load(file), name)
+    assert found == value and type(found) in (type(value), type(None))
+    if "\n" not in text and not text.endswith('"null"'):
+        key, _, said = text.partition(":")
+        assert getattr(SafeConfig.load(None, [f"{key}={said.strip()}"]), name) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("total_steps: 1:30", "total_steps must be int, got '1:30'"),
+        ("beta: 1:30", "beta must be float, got '1:30'"),
+        ("total_steps: 0x10", "total_steps must be int, got '0x10'"),
+        ("use_cpu: 1", "use_cpu must be bool, got 1"),
+        ('total_steps: "3"', "got '3'; write total_steps: 3, without quotes"),
+        ("reward: null", "reward must be list, got None"),
+        ("output_dir:", "output_dir must be str, got None"),
+        ("beta: 1\ngamma: 1\n'beta': 2", "beta is set twice, in lines 1 and 3"),
+        ("reward: {a: 1, b: 2, a: 3}", "a is set twice, in lines 1 and 1"),
+        ("model:\n  total_steps: 3", "settings are flat: no line is indented under another"),
+        ("beta: 1\n  gamma: 1", "is not YAML: mapping values are not allowed here"),
+        ("beta: 1\n---\ngamma: 1", "is not YAML: expected a single document"),
+        ("- beta", "must hold `setting: value` lines, got ['beta']"),
+        ("? [beta]\n: 1", "the name in line 1 is a sequence"),
+        ("<<: {beta: 1}", "unknown setting '<<'"),
+        ("output_dir: ~nobody-here/run", "output_dir '~nobody-here/run' is in the home folder of a user"),
+    ],
+)
+def test_what_yaml_would_guess_or_drop_is_refused(text, message, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        SafeConfig.load(tmp_path / "run.yaml")
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"model: \xff\xfe")
+    with pytest.raises(ConfigError, match="run.yaml is not a text file in UTF-8"):
+        SafeConfig.load(tmp_path / "run.yaml")
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("model", "dataset", "eval_dataset", "output_dir")
+    (tmp_path / "run.yaml").write_text("".join(f"{name}: ~/{name}\n" for name in names) + "reward: [~/r.py:f, vader]")
+    config = SafeConfig.load("~/run.yaml")
+    assert [getattr(config, name) for name in names] == [str(tmp_path / name) for name in names]
+    assert config.reward == [f"{tmp_path}/r.py:f", "vader"]
+    assert SafeConfig.load(None, ["output_dir=~"]).output_dir == str(tmp_path)
+    assert SafeConfig(output_dir="a~b").output_dir == "a~b"
+    assert main(["report", "~/nothing"]) == 2 and main(["run", "--resume-from", "~/nothing/checkpoints/step-1"]) == 2
+
+
+def decided(config):
+    return config.critic, config.controller, config.beta
+
+
+def test_what_follows_from_the_algorithm_follows_it_to_another(tmp_path):
+    safe, ppo = SafeConfig(), SafeConfig(algorithm="ppo")
+    for copy in (dataclasses.replace(safe, seed=1), copy_of(safe), pickle.loads(pickle.dumps(safe))):
+        assert decided(copy) == decided(safe)
+        assert decided(dataclasses.replace(copy, algorithm="ppo")) == decided(ppo) == ("single", "fixed", 0.1)
+        there = dataclasses.replace(copy, algorithm="ppo_two_heads")
+        assert decided(dataclasses.replace(there, algorithm="safe")) == decided(safe)
+    assert decided(SafeConfig.from_dict(dataclasses.asdict(safe) | {"algorithm": "ppo"})) == decided(ppo)
+    chosen = SafeConfig(beta=0.01, critic="soft_min")  # the same values, but somebody's choice
+    assert decided(dataclasses.replace(chosen, algorithm="ppo_two_heads")) == ("soft_min", "fixed", 0.01)
+    ppo.save(tmp_path / "config.yaml")
+    assert "beta: 0.1\n" in (tmp_path / "config.yaml").read_text()
+
+
+def copy_of(config):
+    return SafeConfig.from_dict(dataclasses.asdict(config))
 
 
 def test_lora_settings_without_lora_are_refused():

@@ -450,7 +450,7 @@ def test_callbacks_and_a_model_without_its_tokenizer(tmp_path):
     trainer.train()
     assert [step for step, _ in seen] == [1, 2]
     with pytest.raises(ConfigError, match="needs its tokenizer"):
-        SafeTrainer(tiny.model(), tiny.good_words, tiny.settings(tmp_path))
+        SafeTrainer(tiny.model(), tiny.good_words, tiny.settings(tmp_path), tiny.PROMPTS)
 
 
 @pytest.mark.parametrize(
