@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from time import perf_counter
 
@@ -149,14 +150,16 @@ def command_eval(arguments: argparse.Namespace) -> None:
     if not config.is_file():
         raise ConfigError(f"{arguments.run} is not a run folder: it has no config.yaml")
     args = SafeConfig.load(config, [f"output_dir={arguments.run}", *arguments.overrides])
-    args = dataclasses.replace(args, dataset=args.eval_dataset or args.dataset)  # no training prompts are needed
     checkpoints = Checkpoints(args.output_dir, args.keep_checkpoints)
     if not checkpoints.complete():
         raise ConfigError(f"{arguments.run} has no complete checkpoint")
-    trainer = make_trainer(args)
-    before = trainer.evaluate()
-    checkpoints.load(trainer)
-    after = trainer.evaluate()
+    with tempfile.TemporaryDirectory() as elsewhere:  # the run may be going on, and goes on
+        # No training prompts are needed.
+        args = dataclasses.replace(args, dataset=args.eval_dataset or args.dataset, output_dir=elsewhere)
+        trainer = make_trainer(args)
+        before = trainer.evaluate()
+        checkpoints.load(trainer)
+        after = trainer.evaluate()
     if not parallel.is_main():
         return
     print(comparison(before, after))

@@ -174,10 +174,11 @@ def main_only(function: Callable[P, None]) -> Callable[P, None]:
             except Exception as caught:
                 error = caught
         message = from_main(f"{type(error).__name__}: {error}" if error else None)
+        is_mistake = from_main(isinstance(error, ConfigError))
         if error is not None:
             raise error
         if message is not None:
-            raise RuntimeError(f"process 0 stopped with {message}")
+            raise (ConfigError if is_mistake else RuntimeError)(f"process 0 stopped with {message}")
 
     return run
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from safe_train import parallel
+from safe_train import folder_lock, parallel
 from safe_train.config import ConfigError, SafeConfig, read_yaml
 from safe_train.hardware import processor
 from safe_train.report import read_rows, write_report
@@ -99,14 +99,16 @@ def refuse_existing(run: Path) -> None:
 def refuse_foreign(folder: Path) -> None:
     """A folder that holds something else than a run is never replaced."""
     is_run = all((folder / name).is_file() for name in ("config.yaml", "environment.json"))
-    if folder.exists() and any(folder.iterdir()) and not is_run:
+    if folder.exists() and any(path.name != folder_lock.NAME for path in folder.iterdir()) and not is_run:
         raise ConfigError(f"{folder} is not a run folder (no config.yaml and environment.json); not overwriting it")
 
 
 @parallel.main_only
 def remove_run(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name == folder_lock.NAME:  # by which this process keeps others out
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -28,6 +28,7 @@ from safe_train.determinism import check_deterministic, check_torch_state
 from safe_train.engine import learning_rate, make_engine, place, schedule
 from safe_train.evaluation import Evaluation, evaluate
 from safe_train.experience import Experience, gathered, value_states
+from safe_train.folder_lock import FolderLock, releasing
 from safe_train.metrics import step_metrics
 from safe_train.models import Policy, load_model, make_policy, use_tensor_cores
 from safe_train.preview import Preview
@@ -101,6 +102,8 @@ class SafeTrainer:
         if args.eval_every and args.eval_dataset is None:
             raise ConfigError("eval_dataset must be set when eval_every is")
         self.accelerator = parallel.start(args)
+        self.folder_lock = FolderLock(Path(args.output_dir))
+        self.folder_lock.acquire()
         self.device = self.accelerator.device
         set_seed(args.seed)
         if model is None or isinstance(model, str):
@@ -152,6 +155,7 @@ class SafeTrainer:
             rows = load_rows(str(name))
         return PromptDataset(rows, self.tokenizer, self.args.max_prompt_tokens, self.args.seed)
 
+    @releasing
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[dict[str, Any]]:
         """Runs to `total_steps` and returns the metrics of the steps it ran; the run folder holds everything else.
 
@@ -161,6 +165,7 @@ class SafeTrainer:
         check_torch_state()
         args, checkpoints = self.args, Checkpoints(self.args.output_dir, self.args.keep_checkpoints)
         parallel.meet("train()")
+        self.folder_lock.acquire()
         if resume_from_checkpoint:
             checkpoints.load(self, None if resume_from_checkpoint is True else Path(resume_from_checkpoint))
         elif self.step == 0:
