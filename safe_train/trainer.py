@@ -145,6 +145,7 @@ class SafeTrainer:
         limit = args.max_preview_kl
         self.preview = None if limit is None else Preview(self.trainable, limit, args.preview_min_scale)
         self.step = self.bad_steps = 0
+        self.known_position = 0, 0  # of a step, in the stream of prompts; a resumed run knows that of its checkpoint
         self.times: dict[str, float] = {}
 
     def prompt_dataset(self, rows: Rows | str | None, setting: str) -> PromptDataset:
@@ -243,9 +244,14 @@ class SafeTrainer:
     def sample(self, step: int) -> Rollout:
         """Completions of this process's share of the step's prompts."""
         args = self.args
-        prompts = parallel.share(self.prompts.at(step * args.prompts_per_step, args.prompts_per_step))
+        prompts = parallel.share(self.prompts.at(self.position(step), args.prompts_per_step))
         repeated = [prompt for prompt in prompts for _ in range(args.completions_per_prompt)]
         return self.complete(repeated)
+
+    def position(self, step: int) -> int:
+        """How many prompts the steps before this one were given: since the run began, or its data set was replaced."""
+        known_step, known_position = self.known_position
+        return known_position + (step - known_step) * self.args.prompts_per_step
 
     def complete(self, prompts: Sequence[Prompt]) -> Rollout:
         """A completion for each of this process's prompts."""

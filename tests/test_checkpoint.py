@@ -521,3 +521,52 @@ def test_a_checkpoint_of_other_settings_is_refused(changes, tmp_path):
 def test_wrong_checkpoints_are_named(tmp_path):
     with pytest.raises(ConfigError, match="is not a checkpoint"):
         tiny.trainer(tmp_path).train(resume_from_checkpoint=tmp_path / "nothing")
+
+
+SIXTEEN = [{"prompt": word} for word in "the a cat dog sat ran on under mat tree good bad happy sad very not".split()]
+
+
+def seen_by(folder, resume, rows=SIXTEEN, **settings) -> list[str]:
+    """The prompts that a run, or the rest of one, is given; of a step each once, however many completions it has."""
+    seen = []
+
+    def judge(prompts, completions, **columns):
+        seen.extend(dict.fromkeys(prompts))
+        return [0.0] * len(completions)
+
+    values = {"minibatch_size": None, "completions_per_prompt": 1, "save_every": 1, "keep_checkpoints": 9}
+    tiny.trainer(folder, reward=judge, prompts=rows, **values | settings).train(resume_from_checkpoint=resume)
+    return seen
+
+
+def test_another_number_of_prompts_a_step_goes_on_where_the_run_was(tmp_path):
+    whole = seen_by(tmp_path / "whole", False, total_steps=8, prompts_per_step=4)
+    cut = seen_by(tmp_path / "cut", False, total_steps=3, prompts_per_step=2)
+    cut += seen_by(tmp_path / "cut", True, total_steps=5, prompts_per_step=5)
+    cut += seen_by(tmp_path / "cut", True, total_steps=9, prompts_per_step=4)
+    assert cut == whole and len(set(cut[:16])) == 16
+    again = seen_by(tmp_path / "cut", tmp_path / "cut" / "checkpoints" / "step-4", total_steps=5, prompts_per_step=5)
+    assert again == whole[11:16]
+
+
+def test_another_data_set_begins_at_its_beginning(tmp_path, capsys):
+    seen_by(tmp_path, False, total_steps=3, prompts_per_step=2)
+    rows = SIXTEEN[:8]
+    assert set(seen_by(tmp_path, True, rows, total_steps=5, prompts_per_step=4)) == {row["prompt"] for row in rows}
+    assert "the data set has 8 rows, and had 16" in capsys.readouterr().out
+    assert seen_by(tmp_path, True, rows, total_steps=6) and "rows, and had" not in capsys.readouterr().out
+
+
+def test_another_seed_is_refused_on_resume(tmp_path):
+    tiny.trainer(tmp_path, total_steps=1).train()
+    with pytest.raises(ConfigError, match="seed must be 0, with which the run of .*step-1 began, got 1: another order"):
+        tiny.trainer(tmp_path, total_steps=2, seed=1).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_does_not_say_where_its_prompts_were_goes_on_by_its_step(tmp_path):
+    whole = seen_by(tmp_path, False, total_steps=4, prompts_per_step=2)
+    state = tmp_path / "checkpoints" / "step-3" / "state.json"
+    values = json.loads(state.read_text())
+    del values["prompts"], values["seed"]
+    state.write_text(json.dumps(values))
+    assert seen_by(tmp_path, state.parent, total_steps=4, prompts_per_step=2) == whole[6:]
