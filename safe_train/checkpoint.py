@@ -56,8 +56,8 @@ class Contents(NamedTuple):
 
 
 class Checkpoints:
-    def __init__(self, output_dir: str | Path, keep: int):
-        self.folder, self.keep = Path(output_dir) / "checkpoints", keep
+    def __init__(self, output_dir: str | Path, keep: int, name: str = "checkpoints"):
+        self.folder, self.keep = Path(output_dir) / name, keep
         self.wound_back_to = self.folder / "wound_back_to.json"
         self.step = 0  # of the run's state on disk; at 0 there is nothing to keep
 
@@ -279,6 +279,7 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     values = contents.state
     trainer.known_position = values["step"], position(trainer, values)
     trainer.step, trainer.bad_steps = values["step"], values["bad_steps"]
+    trainer.best_reward = values.get("best_reward")
     trainer.reward_moments = trainer.make_moments(**values["reward_moments"])
     trainer.controller.load_state_dict(values["controller"])
     restore_generators(contents.random, values["random"])
@@ -313,6 +314,7 @@ def state(trainer: SafeTrainer) -> dict[str, Any]:
         "seed": trainer.args.seed,
         "prompts": {"position": trainer.position(trainer.step), "rows": len(trainer.prompts)},
         "bad_steps": trainer.bad_steps,
+        "best_reward": trainer.best_reward,
         "reward_moments": asdict(trainer.reward_moments),
         "controller": trainer.controller.state_dict(),
         "random": python_generators(),

@@ -87,6 +87,7 @@ class SafeConfig:
     total_steps: int = option(1000, "rollouts; each is followed by inner_epochs passes of optimisation")
 
     # Model
+    revision: str | None = option(None, "branch, tag or commit of a model from the Hub (default: its main branch)")
     dtype: str = option(
         "auto", "dtype of the weights: auto = bfloat16 for LoRA on a GPU, else float32 (FSDP2 computes in bfloat16)"
     )
@@ -99,6 +100,9 @@ class SafeConfig:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward to save memory")
     lora_r: int = option(16, "LoRA rank; 0 trains all parameters, with a frozen copy as the reference")
     lora_alpha: int | None = option(None, "LoRA scale numerator (default: lora_r)")
+    lora_target_modules: list[str] | None = option(
+        None, "names of the layers that get LoRA, such as [q_proj, v_proj] (default: all linear ones but the head)"
+    )
     lora_last_layers: int | None = option(None, "put LoRA on the last k layers only (default: all)")
 
     reference: str = option(
@@ -131,6 +135,8 @@ class SafeConfig:
     warmup_steps: int = option(0, "rollouts in which both learning rates rise to their values")
     lr_scheduler_type: str = option("constant", "after that: constant | linear | cosine, to 0 at total_steps")
     weight_decay: float = option(0.0, "AdamW weight decay of the policy")
+    adam_beta1: float = option(0.9, "AdamW of the policy: decay of the mean gradient")
+    adam_beta2: float = option(0.999, "AdamW of the policy: decay of the mean squared gradient")
     max_grad_norm: float = option(1.0, "gradient clip of the policy")
     critic_max_grad_norm: float = option(0.5, "gradient clip of the critic")
     max_bad_steps: int = option(5, "stop after so many optimizer steps in a row with a non-finite gradient")
@@ -176,11 +182,13 @@ class SafeConfig:
     ema_short: float | None = option(None, "decay of the short KL average (default: 1 - 1/window, at most 0.9)")
     ema_long: float = option(0.99, "decay of the long KL average")
     max_preview_kl: float | None = option(None, "scale back an optimizer step that would exceed this KL (default: off)")
+    stop_kl: float | None = option(None, "end the run, saved, when a rollout's mean KL is above this (default: off)")
     preview_min_scale: float = option(0.1, "smallest fraction of a step that the preview leaves")
 
     # Bookkeeping
     save_every: int = option(50, "steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = option(2, "complete checkpoints kept on disk")
+    save_best: bool = option(False, "also keep the checkpoint with the best evaluation reward, in best/")
     eval_every: int = option(0, "steps between evaluations on eval_dataset (0: never)")
     eval_completions: int = option(64, "completions in an evaluation")
     samples_every: int = option(10, "steps between rows of samples.jsonl")

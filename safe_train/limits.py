@@ -53,7 +53,7 @@ BOUNDS = (
         lambda x: x >= 0,
         "entropy_coef beta kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef lora_r eval_every "
         "weight_decay value_coef clip_low clip_high pid_kp pid_ki pid_kd missing_eos_penalty gate_min entropy_floor "
-        "kl_threshold kl_threshold_min reward_retries top_k warmup_steps",
+        "kl_threshold kl_threshold_min reward_retries top_k warmup_steps stop_kl",
     ),
     (f"from 0 to {2**32 - 1}, as NumPy's seeds are", lambda x: 0 <= x < 2**32, "seed"),
     (
@@ -65,7 +65,7 @@ BOUNDS = (
     ),
     ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
-    ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short ema_long"),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short ema_long adam_beta1 adam_beta2"),
     ("1: samples must come from the policy that is scored", lambda x: x == 1, "temperature top_p"),
 )
 
@@ -83,8 +83,10 @@ def check(c: SafeConfig, choices: Mapping[str, Sequence[str]]) -> None:
         for name in names.split():
             value = getattr(c, name)
             require(value is None or holds(value), name, needed)
-    for name in ("lora_alpha", "lora_last_layers"):
+    for name in ("lora_alpha", "lora_last_layers", "lora_target_modules"):
         require(c.lora_r > 0 or getattr(c, name) is None, name, "null with lora_r 0, which trains all parameters")
+    require(c.lora_target_modules != [], "lora_target_modules", "null for all linear layers, or some of their names")
+    require(not c.save_best or c.eval_every > 0, "save_best", "false without eval_every: evaluations say what is best")
     low, high = c.kl_threshold_min, c.kl_threshold_max
     require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
     require(c.gate_min <= c.gate_max, "gate_min", "at most gate_max")

@@ -239,6 +239,7 @@ def lora_config(model: Any, args: SafeConfig) -> Any:
 
     head = model.get_output_embeddings()
     linear = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
+    names = {name.rpartition(".")[2] for name in linear}
     layers = None
     if args.lora_last_layers is not None:
         depth = model.config.num_hidden_layers
@@ -247,11 +248,21 @@ def lora_config(model: Any, args: SafeConfig) -> Any:
         r=args.lora_r,
         lora_alpha=args.lora_alpha or args.lora_r,
         lora_dropout=0.0,
-        target_modules=sorted({name.rpartition(".")[2] for name in linear}),
+        target_modules=sorted(names) if args.lora_target_modules is None else chosen_layers(args, names),
         layers_to_transform=layers,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear.values()),
         task_type="CAUSAL_LM",
     )
+
+
+def chosen_layers(args: SafeConfig, names: set[str]) -> list[str]:
+    chosen = sorted(set(args.lora_target_modules or ()))
+    if absent := [name for name in chosen if name not in names]:
+        raise ConfigError(
+            f"lora_target_modules must be names of the model's linear layers ({', '.join(sorted(names))}), got "
+            f"{absent[0]!r}"
+        )
+    return chosen
 
 
 def check_head(policy: Policy) -> None:
@@ -273,8 +284,9 @@ def load_model(name: str | None, args: SafeConfig, device: torch.device) -> tupl
     auto = torch.bfloat16 if device.type == "cuda" and args.lora_r > 0 else torch.float32
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-        model = load_weights(AutoModelForCausalLM, source, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        where = {"revision": args.revision or "main", "trust_remote_code": args.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        model = load_weights(AutoModelForCausalLM, source, dtype=dtype, **where)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load the model {name!r}: {error}") from error
     return model, tokenizer

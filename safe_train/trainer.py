@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from safe_kernels import linear_token_stats
 from safe_train import losses, parallel, sharding
 from safe_train.adapters import untrained_experts, unwrapped
-from safe_train.checkpoint import Checkpoints
+from safe_train.checkpoint import Checkpoints, say
 from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, recorded, require_name
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
@@ -31,7 +30,7 @@ from safe_train.experience import Experience, gathered, value_states
 from safe_train.folder_lock import FolderLock, releasing
 from safe_train.metrics import step_metrics
 from safe_train.models import Policy, load_model, make_policy, use_tensor_cores
-from safe_train.preview import Preview
+from safe_train.preview import Preview, mean_kl
 from safe_train.randomness import guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards import RewardFunction, Rewards, load_reward
 from safe_train.rollout import Rollout, make_sampler
@@ -145,6 +144,7 @@ class SafeTrainer:
         limit = args.max_preview_kl
         self.preview = None if limit is None else Preview(self.trainable, limit, args.preview_min_scale)
         self.step = self.bad_steps = 0
+        self.best_reward: float | None = None  # of an evaluation
         self.known_position = 0, 0  # of a step, in the stream of prompts; a resumed run knows that of its checkpoint
         self.times: dict[str, float] = {}
 
@@ -165,6 +165,7 @@ class SafeTrainer:
         """
         check_torch_state()
         args, checkpoints = self.args, Checkpoints(self.args.output_dir, self.args.keep_checkpoints)
+        best = Checkpoints(args.output_dir, keep=1, name="best")
         parallel.meet("train()")
         self.folder_lock.acquire()
         if resume_from_checkpoint:
@@ -197,12 +198,16 @@ class SafeTrainer:
                         folder.log_samples(self.step, rollout, rewards["reward"])
                     folder.log(self.step, metrics)
                 history.append(metrics)
-                stop = signals.agreed()
-                if self.step % args.save_every == 0 or self.step == args.total_steps or stop:
+                if self.is_best(metrics):
+                    best.save(self)
+                stop, ends = signals.agreed(), self.step == args.total_steps or self.is_beyond(metrics["kl"])
+                if self.step % args.save_every == 0 or ends or stop:
                     checkpoints.save(self)
                 with checkpoints.keeping(self):
                     self.call_back(metrics)
-                if stop and self.step < args.total_steps:
+                if ends:
+                    break
+                if stop:
                     raise Stopped.after(self.step, stop, args.output_dir)
         folder.finish()
         return history
@@ -211,6 +216,22 @@ class SafeTrainer:
         """The steps that are left, with a progress bar on the first process."""
         total, hidden = self.args.total_steps, not parallel.is_main()
         yield from tqdm(range(self.step, total), initial=self.step, total=total, unit="step", disable=hidden)
+
+    def is_best(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether this step was evaluated, and better than all before it."""
+        reward = metrics.get("eval/reward")
+        if not self.args.save_best or reward is None or (self.best_reward is not None and reward <= self.best_reward):
+            return False
+        self.best_reward = reward
+        return True
+
+    def is_beyond(self, kl: float) -> bool:
+        """Whether the KL passed `stop_kl`, at which the run ends as if it were done."""
+        limit = self.args.stop_kl
+        if limit is None or not parallel.from_main(kl > limit):
+            return False
+        say(f"stopped after step {self.step}, with a checkpoint: its KL {kl:.3g} is above stop_kl {limit:g}")
+        return True
 
     def call_back(self, metrics: dict[str, Any]) -> None:
         """All callbacks; each gets metrics of its own."""
@@ -304,7 +325,9 @@ class SafeTrainer:
                 means |= self.optimizer_step(means["policy_loss"] + means["value_loss"])
                 means |= self.after_optimizer_step(epoch, means)
                 if self.preview is not None:
-                    means["preview_scale"] = self.preview.apply(means["kl_before_step"].item(), self.mean_kl(minibatch))
+                    means["preview_scale"] = self.preview.apply(
+                        means["kl_before_step"].item(), mean_kl(self.policy, minibatch)
+                    )
                 for name, value in means.items():
                     seen[name].append(torch.as_tensor(value))
         averages = {name: torch.stack(values).float().mean().item() for name, values in seen.items()}
@@ -371,18 +394,6 @@ class SafeTrainer:
         if self.critic is not None and self.critic_optimizer is not None:
             self.critic_optimizer.step()
             self.critic.polyak(self.args.polyak)
-
-    @torch.no_grad()
-    def mean_kl(self, minibatch: list[MicroBatch]) -> float:
-        """Exact KL to the reference, nats per token, of the policy as it is now."""
-        total, tokens = 0.0, 0
-        for micro in minibatch:
-            hidden_LH, targets_L, ref_LH = self.policy(micro.batch), micro.batch.targets_L, micro.ref_hidden_LH
-            kl_L = linear_token_stats(hidden_LH, tokens=targets_L, ref_hidden=ref_LH, **self.policy.head()).kl
-            assert kl_L is not None
-            total, tokens = total + kl_L.sum().item(), tokens + len(kl_L)
-        sharding.reshard(self.policy)
-        return parallel.total_number(total) / parallel.total_number(tokens)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -521,6 +522,48 @@ def test_a_checkpoint_of_other_settings_is_refused(changes, tmp_path):
 def test_wrong_checkpoints_are_named(tmp_path):
     with pytest.raises(ConfigError, match="is not a checkpoint"):
         tiny.trainer(tmp_path).train(resume_from_checkpoint=tmp_path / "nothing")
+
+
+def test_a_run_ends_saved_at_the_first_step_whose_kl_is_above_stop_kl(tmp_path, capsys):
+    rows = tiny.trainer(tmp_path / "free", total_steps=6, learning_rate=0.1).train()
+    kls = [row["kl"] for row in rows]
+    limit = kls[2] * 0.99
+    expected = next(step for step, kl in enumerate(kls, 1) if kl > limit)
+    assert 1 < expected < 6
+    ended = tiny.trainer(tmp_path / "run", total_steps=6, learning_rate=0.1, save_every=9, stop_kl=limit).train()
+    assert [row["kl"] for row in ended] == kls[:expected]
+    assert f"stopped after step {expected}, with a checkpoint: its KL" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{expected}"]
+    values = {"total_steps": 6, "learning_rate": 0.1}
+    tiny.trainer(tmp_path / "run", **values).train(resume_from_checkpoint=True)
+    assert [row["kl"] for row in metrics(tmp_path / "run")] == kls
+
+
+def test_the_best_evaluation_keeps_its_checkpoint_also_through_a_resume(tmp_path, monkeypatch):
+    rewards = {1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.1, 6: 0.6}  # by step; the first of two equal ones stays
+
+    def run(total_steps, **resume):
+        trainer = tiny.trainer(
+            tmp_path, total_steps=total_steps, save_best=True, eval_every=1, save_every=1, keep_checkpoints=1
+        )
+        trainer.evaluate = lambda: SimpleNamespace(numbers=lambda: {"reward": rewards[trainer.step]})
+        trainer.train(**resume)
+        return [path.name for path in (tmp_path / "best").iterdir()]
+
+    assert run(3) == ["step-2"]
+    assert run(5, resume_from_checkpoint=True) == ["step-2"]
+    assert run(6, resume_from_checkpoint=True) == ["step-6"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-6"]
+    best = tiny.trainer(tmp_path / "elsewhere", total_steps=7)
+    assert len(best.train(resume_from_checkpoint=tmp_path / "best" / "step-6")) == 1
+
+
+def test_adams_betas_are_those_of_the_settings_also_on_resume(tmp_path):
+    tiny.trainer(tmp_path, total_steps=1, adam_beta1=0.8).train()
+    changed = tiny.trainer(tmp_path, total_steps=2, adam_beta1=0.7, adam_beta2=0.95)
+    assert changed.engine.optimizer.param_groups[0]["betas"] == (0.7, 0.95)
+    changed.train(resume_from_checkpoint=True)
+    assert changed.engine.optimizer.param_groups[0]["betas"] == (0.7, 0.95)
 
 
 SIXTEEN = [{"prompt": word} for word in "the a cat dog sat ran on under mat tree good bad happy sad very not".split()]

@@ -67,6 +67,10 @@ def test_saved_config_loads_back_the_same(tmp_path):
         ("seed=-1", "seed must be from 0 to 4294967295, as NumPy's seeds are, got -1"),
         ("seed=4294967296", "seed must be from 0 to 4294967295"),
         ("learning_rate=.inf", "learning_rate must be a finite number, got inf"),
+        ("save_best=true", "save_best must be false without eval_every"),
+        ("lora_target_modules=[]", "lora_target_modules must be null for all linear layers"),
+        ("adam_beta1=1", "adam_beta1 must be in [0, 1), got 1.0"),
+        ("stop_kl=-1", "stop_kl must be at least 0"),
         ("gate_min=9", "gate_min must be at most gate_max"),
     ],
 )

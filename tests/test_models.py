@@ -7,6 +7,7 @@ import types
 import pytest
 import tiny
 import torch
+import transformers
 from architectures import tiny_of
 from memory import Allocations
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -284,3 +285,27 @@ def test_ready_configs_run_on_a_small_local_model(name, tmp_path, monkeypatch):
     assert main(["run", "--config", name, *small]) == 0
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2 and all(row["grad_norm"] > 0 for row in metrics)
+
+
+def test_lora_is_put_on_the_named_layers_alone():
+    policy = make_policy(tiny.model(), SafeConfig(lora_r=4, lora_target_modules=["v_proj", "down_proj"]))
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, p in policy.named_parameters() if p.requires_grad}
+    assert adapted == {"v_proj", "down_proj"}
+    for wrong in ("lm_head", "c_attn"):
+        with pytest.raises(ConfigError, match=rf"linear layers \(down_proj, gate_proj, .*\), got '{wrong}'"):
+            make_policy(tiny.model(), SafeConfig(lora_target_modules=["q_proj", wrong]))
+
+
+def test_a_revision_is_that_of_the_model_and_of_its_tokenizer(tmp_path, monkeypatch):
+    tiny.model().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    asked = []
+
+    def recording(load):
+        return lambda *names, **options: asked.append(options["revision"]) or load(*names, **options)
+
+    for kind in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", recording(kind.from_pretrained))
+    for revision in (None, "v1.2"):
+        load_model(str(tmp_path), SafeConfig(revision=revision), torch.device("cpu"))
+    assert asked == ["main", "main", "v1.2", "v1.2"]
