@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from safe_train import written
+from safe_train import other_names, written
 from safe_train.limits import ALGORITHMS, PAPER, ConfigError, check
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -37,6 +38,8 @@ CHOICES = {
 }
 
 PATHS = ("model", "dataset", "eval_dataset", "reward", "output_dir")  # where ~ is the home folder
+
+T = TypeVar("T")
 
 PYTHON_OBJECT = "<python object"  # what a setting says in place of an object that was handed over in Python
 
@@ -65,6 +68,20 @@ class FollowedNumber(Followed, float):
     pass
 
 
+def answering(cls: type[T]) -> type[T]:
+    """The dataclass, whose names nobody has to know: a setting that there is none of is answered, not a TypeError."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *positional: Any, **values: Any) -> None:
+        check_names(values, cls.__dataclass_fields__)  # type: ignore[attr-defined]
+        init(self, *positional, **values)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@answering
 @dataclass
 class SafeConfig:
     """Settings of a run. `safe-train config` prints them with their meaning."""
@@ -240,11 +257,6 @@ class SafeConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SafeConfig:
-        for key in values:
-            if key not in HINTS:
-                near = difflib.get_close_matches(key, HINTS, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else "; `safe-train config` lists them all"
-                raise ConfigError(f"unknown setting {key!r}{hint}")
         return cls(**values)
 
     def save(self, path: Path) -> None:
@@ -258,6 +270,22 @@ class SafeConfig:
 
 
 HINTS = typing.get_type_hints(SafeConfig)
+
+
+def check_names(values: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Names every setting that there is none of, with what other trainers' names are here, or the nearest name."""
+
+    def hint(name: str, value: Any) -> str:
+        if found := other_names.answer(name, value):
+            return found
+        if isinstance(value, dict):
+            return "settings are flat: no line is indented under another"
+        near = difflib.get_close_matches(name, known, n=1)
+        return f"did you mean {near[0]!r}?" if near else "`safe-train config` lists them all"
+
+    unknown = [f"unknown setting {name!r}; {hint(name, value)}" for name, value in values.items() if name not in known]
+    if unknown:
+        raise ConfigError("\n".join(unknown))
 
 
 def recorded(args: SafeConfig, rewards: Iterable[Any], **given: Any) -> SafeConfig:

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import math
 import pickle
 import re
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import safe_train
+from safe_train import other_names
 from safe_train.cli import main
 from safe_train.config import CONFIGS, ConfigError, SafeConfig
 
@@ -225,3 +227,69 @@ def test_every_setting_is_read_by_the_trainer_and_explained(capsys):
 def test_cli_reports_a_bad_setting_without_a_traceback(capsys):
     assert main(["run", "betta=1"]) == 2
     assert "did you mean 'beta'" in capsys.readouterr().err
+
+
+ROWS = [pytest.param(row, id=other_names.names(row)[0]) for row in other_names.TABLE]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_name_from_another_trainer_is_answered_with_settings_that_work(row):
+    value = other_names.example(row)
+    pairs = other_names.settings(row, value).split()
+    if pairs:
+        needed = {"save_best": ["eval_every=1"], "algorithm": ["completions_per_prompt=8"]}
+        loaded = SafeConfig.load(None, [*pairs, *needed.get(pairs[0].partition("=")[0], [])])
+        for pair in pairs:
+            name, _, said = pair.partition("=")
+            assert getattr(loaded, name) == getattr(SafeConfig.load(None, [pair, *needed.get(name, [])]), name)
+            assert said and getattr(loaded, name) is not None
+    for name in other_names.names(row):
+        with pytest.raises(ConfigError) as refused:
+            SafeConfig.load(None, [f"{name}={value}"])
+        said = str(refused.value)
+        assert (
+            said.startswith(f"unknown setting {name!r}; here") and (row.note in said) and all(p in said for p in pairs)
+        )
+
+
+def test_the_table_has_no_name_twice_and_none_of_ours():
+    theirs = [name for row in other_names.TABLE for name in other_names.names(row)]
+    assert len(set(theirs)) == len(theirs) and not set(theirs) & set(SafeConfig.__dataclass_fields__)
+    for row in other_names.TABLE:
+        for ours in row.ours.values() if isinstance(row.ours, dict) else [row.ours]:
+            assert {pair.partition("=")[0] for pair in ours.split()} <= set(SafeConfig.__dataclass_fields__)
+        assert row.ours or row.note
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("actor_rollout_ref.actor.clip_ratio", "0.3", "here it is clip_low=0.3 clip_high=0.3"),
+        ("actor_rollout_ref.rollout.n", "5", "here it is completions_per_prompt=5"),
+        ("critic.optim.lr", "1e-5", "here it is critic_learning_rate=1e-5"),
+        ("bf16", "True", "here it is dtype=bfloat16"),
+        ("loss_type", "dr_grpo", "here: the loss is a mean over the minibatch's response tokens"),
+        ("lora_dropout", "0.1", "here: refused: the policy that is scored would not be the one that was sampled"),
+        ("adv_estimator", "rloo", "here there is no such choice"),
+        ("trainer", "{total_epochs: 3}", "settings are flat"),
+    ],
+)
+def test_names_and_values_of_other_trainers(name, value, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        SafeConfig.load(None, [f"{name}={value}"])
+
+
+def test_all_unknown_settings_are_named_at_once_also_in_python():
+    with pytest.raises(ConfigError) as refused:
+        SafeConfig(num_generations=8, beta=0.1, lerning_rate=1)
+    assert str(refused.value).splitlines() == [
+        "unknown setting 'num_generations'; here it is completions_per_prompt=8",
+        "unknown setting 'lerning_rate'; did you mean 'learning_rate'?",
+    ]
+    assert list(inspect.signature(SafeConfig).parameters)[:2] == ["algorithm", "model"]  # what editors and help() show
+
+
+def test_the_documentation_has_the_table_of_other_names():
+    text = (Path(__file__).parents[1] / "docs" / "trainer.md").read_text()
+    table = "\n".join(other_names.markdown())
+    assert table in text, f"docs/trainer.md needs this table:\n{table}"
