@@ -8,13 +8,22 @@ import json
 import os
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 
 try:
+    import yaml
+
     from safe_train.config import HINTS, ConfigError, SafeConfig
 except ModuleNotFoundError as error:
     sys.exit(f"safe-train needs the package {error.name!r}, which this brings: pip install 'safe-kernels[train]'")
+
+
+EXIT_STATUSES = (
+    "Exit status: 0 done; 1 failed, with a traceback; 2 a setting, model, data set, reward or folder that cannot be "
+    "used, with the reason; 130 Ctrl-C and 143 SIGTERM, after the step and its checkpoint."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +53,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="safe-train", description="Train language models with SAFE, PPO or GRPO.")
+    top = argparse.ArgumentParser(
+        prog="safe-train", description="Train language models with SAFE, PPO or GRPO.", epilog=EXIT_STATUSES
+    )
+    top.add_argument("--version", action="version", version=f"safe-train {metadata.version('safe-kernels')}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="train", description="Train with settings from a file and key=value pairs.")
@@ -74,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(command=command_report)
 
     config = commands.add_parser("config", help="print every setting, its default and its meaning")
+    config.add_argument("--format", choices=("text", "yaml"), default="text", help="yaml: a file to begin with")
     config.set_defaults(command=command_config)
     return top
 
@@ -176,13 +189,16 @@ def command_report(arguments: argparse.Namespace) -> None:
 
 
 def command_config(arguments: argparse.Namespace) -> None:
-    defaults = SafeConfig()
+    defaults, lines = SafeConfig(), []
     for field in dataclasses.fields(SafeConfig):
-        default = getattr(defaults, field.name)
-        if field.default is not dataclasses.MISSING:
-            default = field.default
-        kind = HINTS[field.name]
-        print(f"{field.name}: {json.dumps(default)}  # {field.metadata['help']} [{getattr(kind, '__name__', kind)}]")
+        default, kind, help = field.default, HINTS[field.name], field.metadata["help"]
+        if default is dataclasses.MISSING:
+            default = getattr(defaults, field.name)
+        if arguments.format == "yaml":
+            lines.append(f"# {help}\n{yaml.safe_dump({field.name: default}, sort_keys=False)}")
+        else:
+            lines.append(f"{field.name}: {json.dumps(default)}  # {help} [{getattr(kind, '__name__', kind)}]")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

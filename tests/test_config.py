@@ -3,6 +3,7 @@ import inspect
 import math
 import pickle
 import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,23 @@ def test_every_setting_is_read_by_the_trainer_and_explained(capsys):
         assert field.name in used, f"nothing reads {field.name}"
         assert len(field.metadata["help"]) > 5
         assert re.search(rf"^{field.name}: .*# \S", printed, re.MULTILINE), field.name
+
+
+def test_a_commented_file_of_all_settings_has_the_defaults(tmp_path, capsys):
+    assert main(["config", "--format", "yaml"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "run.yaml").write_text(text)
+    loaded = SafeConfig.load(tmp_path / "run.yaml")
+    assert loaded == SafeConfig() and decided(dataclasses.replace(loaded, algorithm="ppo")) == ("single", "fixed", 0.1)
+    for field in dataclasses.fields(SafeConfig):
+        assert f"# {field.metadata['help']}\n{field.name}:" in text
+
+
+def test_the_version_and_the_exit_statuses_are_said(capsys):
+    for option, said in (("--version", f"safe-train {metadata.version('safe-kernels')}"), ("--help", "143 SIGTERM")):
+        with pytest.raises(SystemExit) as stopped:
+            main([option])
+        assert stopped.value.code == 0 and said in " ".join(capsys.readouterr().out.split())
 
 
 def test_cli_reports_a_bad_setting_without_a_traceback(capsys):
