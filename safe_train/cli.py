@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="safe-train", description="Train language models with SAFE, PPO or GRPO.", epilog=EXIT_STATUSES
     )
-    top.add_argument("--version", action="version", version=f"safe-train {metadata.version('safe-kernels')}")
+    top.add_argument("--version", action="version", version=f"safe-train {version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="train", description="Train with settings from a file and key=value pairs.")
@@ -89,6 +89,13 @@ def parser() -> argparse.ArgumentParser:
     config.add_argument("--format", choices=("text", "yaml"), default="text", help="yaml: a file to begin with")
     config.set_defaults(command=command_config)
     return top
+
+
+def version() -> str:
+    try:
+        return metadata.version("safe-kernels")
+    except metadata.PackageNotFoundError:
+        return "of sources that are not installed"
 
 
 def home_path(text: str) -> Path:

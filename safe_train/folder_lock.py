@@ -5,6 +5,7 @@ The lock ends with its process, however that ends, so nothing stale is ever left
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -14,7 +15,7 @@ import socket
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import ClassVar, ParamSpec, TypeVar
 
 from safe_train import parallel
 from safe_train.config import ConfigError
@@ -34,6 +35,7 @@ class FolderLock:
 
     descriptors: ClassVar[dict[str, int]] = {}  # of this process, by path
     holders: ClassVar[dict[str, set[int]]] = {}
+    made: ClassVar[set[str]] = set()  # in folders that this process made for them
 
     def __init__(self, folder: Path):
         self.path = os.path.realpath(folder / NAME)
@@ -41,31 +43,49 @@ class FolderLock:
     @parallel.main_only
     def acquire(self) -> None:
         if self.path not in self.descriptors:
-            self.descriptors[self.path] = locked(Path(self.path))
+            folder = os.path.dirname(self.path)
+            is_new = not os.path.exists(folder)
+            try:
+                self.descriptors[self.path] = locked(Path(self.path))
+            except ConfigError:
+                if is_new:
+                    with contextlib.suppress(OSError):  # there is none, or another process has filled it
+                        os.rmdir(folder)
+                raise
+            if is_new:
+                self.made.add(self.path)
         self.holders.setdefault(self.path, set()).add(id(self))
 
     def release(self) -> None:
         holders = self.holders.get(self.path, set())
         holders.discard(id(self))
         if not holders and self.path in self.descriptors:
-            leave(Path(self.path), self.descriptors.pop(self.path))
+            leave(Path(self.path), self.descriptors.pop(self.path), self.path in self.made)
+            self.made.discard(self.path)
 
     def __del__(self) -> None:
         self.release()
 
 
-def releasing(method: Callable[P, T]) -> Callable[P, T]:
-    """A method at whose end, however it comes, its object's `folder_lock` is released."""
+def releasing(always: bool) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A method that releases its object's `folder_lock` when it fails, or at its end, however it comes."""
 
-    @functools.wraps(method)
-    def run(*arguments: P.args, **options: P.kwargs) -> T:
-        owner: Any = arguments[0]
-        try:
-            return method(*arguments, **options)
-        finally:
-            owner.folder_lock.release()
+    def decorate(method: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(method)
+        def run(*arguments: P.args, **options: P.kwargs) -> T:
+            is_over = True
+            try:
+                result = method(*arguments, **options)
+                is_over = always
+                return result
+            finally:
+                lock: FolderLock | None = getattr(arguments[0], "folder_lock", None)
+                if is_over and lock is not None:
+                    lock.release()
 
-    return run
+        return run
+
+    return decorate
 
 
 def locked(path: Path) -> int:
@@ -92,7 +112,7 @@ def locked(path: Path) -> int:
         ) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            os.close(descriptor)
+            leave(path, descriptor, made=False)
             raise ConfigError(f"cannot write in output_dir {str(path.parent)!r}: {error}") from error
         print(f"{path.parent} is on a file system without locks: nothing keeps a second run out of it", flush=True)
     return descriptor
@@ -119,12 +139,13 @@ def described(owner: str) -> str:
         return "another process"
 
 
-def leave(path: Path, descriptor: int) -> None:
-    """Gives the lock back, and takes away a folder that nothing was written to."""
+def leave(path: Path, descriptor: int, made: bool) -> None:
+    """Gives the lock back, and takes away a folder that was made for it and that nothing was written to."""
     try:
         if is_at(descriptor, path):
             path.unlink()
-            path.parent.rmdir()
+            if made:
+                path.parent.rmdir()
     except OSError:  # the folder holds something
         pass
     os.close(descriptor)

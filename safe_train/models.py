@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from safe_train import adapters
 from safe_train.attention import boundaries, choose_attention, generation_attention, use_attention
-from safe_train.config import ConfigError, SafeConfig, require_name
+from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
 from safe_train.determinism import switch_off_randomness
 from safe_train.reference import Fingerprint, HandedOver, fingerprint
 
 SMOLLM2 = "smollm2-135m-instruct"
+NETWORK = ("httpcore", "httpx", "requests", "urllib3")  # whose errors are those of a download
 LIGER = "liger_kernel.transformers.monkey_patch"
 
 
@@ -273,23 +275,53 @@ def check_head(policy: Policy) -> None:
         raise ConfigError("the policy has no trainable parameter")
 
 
-def load_model(name: str | None, args: SafeConfig, device: torch.device) -> tuple[Any, Any]:
-    """The causal language model, on the CPU, in the dtype for `device`; and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_tokenizer(args: SafeConfig) -> Any:
+    """The tokenizer of `args.model`: in a second, it says whether there is such a model at all."""
+    from transformers import AutoTokenizer
 
-    require_name("model", name)
-    assert name is not None
-    source = smollm2_folder() if name == SMOLLM2 else name
+    with loading(args.model):
+        return AutoTokenizer.from_pretrained(source(args), **where(args))
+
+
+def load_model(args: SafeConfig, device: torch.device) -> Any:
+    """The causal language model, on the CPU, in the dtype for `device`."""
+    from transformers import AutoModelForCausalLM
+
     # In bfloat16, weights that are trained would lose most updates to rounding.
     auto = torch.bfloat16 if device.type == "cuda" and args.lora_r > 0 else torch.float32
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
+    with loading(args.model):
+        return load_weights(AutoModelForCausalLM, source(args), dtype=dtype, **where(args))
+
+
+def source(args: SafeConfig) -> str | Path:
+    assert args.model is not None
+    return smollm2_folder() if args.model == SMOLLM2 else args.model
+
+
+def where(args: SafeConfig) -> dict[str, Any]:
+    return {"revision": args.revision or "main", "trust_remote_code": args.trust_remote_code}
+
+
+@contextlib.contextmanager
+def loading(name: str | None) -> Iterator[None]:
+    """Errors of files and downloads, as what they mean for a run."""
     try:
-        where = {"revision": args.revision or "main", "trust_remote_code": args.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        model = load_weights(AutoModelForCausalLM, source, dtype=dtype, **where)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the model {name!r}: {error}") from error
-    return model, tokenizer
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        is_network = type(error).__module__.startswith(NETWORK)
+        if not (is_network or isinstance(error, (OSError, ValueError, SafetensorError))):
+            raise
+        advice = ""
+        if "gated" in str(error):
+            advice = "; accept its terms on its page, then run `hf auth login`"
+        elif is_network:
+            advice = "; the download was interrupted: start again, what has come is kept"
+        elif isinstance(error, SafetensorError):
+            advice = "; a file of it is cut short or damaged: delete it, and load it again"
+        raise ConfigError(f"cannot load the model {name!r}: {type(error).__name__}: {error}{advice}") from error
 
 
 def load_weights(kind: Any, source: str | Path, **options: Any) -> Any:

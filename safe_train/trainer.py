@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from safe_train import losses, parallel, sharding
 from safe_train.adapters import untrained_experts, unwrapped
 from safe_train.checkpoint import Checkpoints, say
-from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, recorded, require_name
+from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, require_name
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
 from safe_train.data import MicroBatch, Prompt, PromptDataset, load_rows
@@ -29,13 +28,14 @@ from safe_train.evaluation import Evaluation, evaluate
 from safe_train.experience import Experience, gathered, value_states
 from safe_train.folder_lock import FolderLock, releasing
 from safe_train.metrics import step_metrics
-from safe_train.models import Policy, load_model, make_policy, use_tensor_cores
+from safe_train.models import Policy, load_model, load_tokenizer, make_policy, use_tensor_cores
 from safe_train.preview import Preview, mean_kl
-from safe_train.randomness import guest, own_random_numbers, seed_of, seeded
-from safe_train.rewards import RewardFunction, Rewards, load_reward
+from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
+from safe_train.rewards import RewardFunction, Rewards
 from safe_train.rollout import Rollout, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
 from safe_train.signals import Stopped, StopSignals
+from safe_train.start import asked_for, check_space, load_rewards
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -71,6 +71,7 @@ class SafeTrainer:
     make_critic: ClassVar[Any] = Critic
     algorithms: ClassVar[Sequence[str]] = tuple(name for name in ALGORITHMS if name not in PAPER)
 
+    @releasing(always=False)
     def __init__(
         self,
         model: Any = None,
@@ -83,43 +84,28 @@ class SafeTrainer:
         callbacks: Sequence[Callable[[SafeTrainer, dict[str, Any]], None]] = (),
     ):
         check_torch_state()
-        args = args or SafeConfig()
+        given = {"model": model, "dataset": train_dataset, "eval_dataset": eval_dataset}
+        args, rewards = asked_for(args, reward_funcs, processing_class, **given)
         if args.algorithm not in self.algorithms:
             raise ConfigError(
                 f"{type(self).__name__} runs {', '.join(self.algorithms)}, got algorithm {args.algorithm!r}"
             )
-        chosen = args.reward if reward_funcs is None else reward_funcs
-        functions = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
-        args = recorded(args, functions, model=model, dataset=train_dataset, eval_dataset=eval_dataset)
-        functions = [name if isinstance(f, str) else f for f, name in zip(functions, args.reward, strict=True)]
-        self.args = args
-        if missing := args.missing():
-            raise ConfigError(
-                f"a run needs {', '.join(missing)}: name {'it' if len(missing) == 1 else 'them'} in the config, as "
-                "key=value, or in Python as model, train_dataset and reward_funcs; `safe-train demo` brings its own"
-            )
-        if args.eval_every and args.eval_dataset is None:
-            raise ConfigError("eval_dataset must be set when eval_every is")
+        self.args, self.callbacks = args, callbacks
         self.accelerator = parallel.start(args)
+        self.device = self.accelerator.device
         self.folder_lock = FolderLock(Path(args.output_dir))
         self.folder_lock.acquire()
-        self.device = self.accelerator.device
         set_seed(args.seed)
-        if model is None or isinstance(model, str):
-            model, tokenizer = load_model(args.model, args, self.device)
-            processing_class = processing_class or tokenizer
-        if processing_class is None:
-            raise ConfigError("a model object needs its tokenizer: pass processing_class=")
-        model = unwrapped(model)
-        self.tokenizer = processing_class
-        with guest(args.seed):  # a file that seeds when it is imported
-            self.rewards = Rewards([load_reward(f, self.device, args) for f in functions], args.reward_weights)
+        self.tokenizer = load_tokenizer(args) if processing_class is None else processing_class
         self.prompts = self.prompt_dataset(train_dataset, "dataset")
         self.eval_prompts: PromptDataset | None = None
         if args.eval_every or eval_dataset is not None:  # else read when first asked for: a run may never need them
             self.eval_prompts = self.prompt_dataset(eval_dataset, "eval_dataset")
-        self.callbacks = callbacks
+        with guest(args.seed):  # a file that seeds when it is imported
+            functions = load_rewards(rewards, args, self.device, self.prompts.at(0, 2))
+            self.rewards = Rewards(functions, args.reward_weights)
 
+        model = unwrapped(load_model(args, self.device) if model is None or isinstance(model, str) else model)
         dtype = sharding.compute_dtype(self.device, model.dtype, args)
         use_tensor_cores(self.device, dtype)
         model = place(model, self.device)
@@ -140,6 +126,8 @@ class SafeTrainer:
                 self.critic = self.make_critic(self.policy.hidden_size, args.critic).to(self.device)
             parallel.broadcast(self.critic.parameters())
             self.critic_optimizer = torch.optim.AdamW(self.critic.heads.parameters(), lr=args.critic_learning_rate)
+        trained = [*self.trainable, *(self.critic.parameters() if self.critic is not None else ())]
+        check_space(Path(args.output_dir), trained)
         self.controller, self.reward_moments = self.make_controller(args), self.make_moments()
         limit = args.max_preview_kl
         self.preview = None if limit is None else Preview(self.trainable, limit, args.preview_min_scale)
@@ -154,9 +142,12 @@ class SafeTrainer:
             name = getattr(self.args, setting)
             require_name(setting, name)
             rows = load_rows(str(name))
-        return PromptDataset(rows, self.tokenizer, self.args.max_prompt_tokens, self.args.seed)
+        try:
+            return PromptDataset(rows, self.tokenizer, self.args.max_prompt_tokens, self.args.seed)
+        except ConfigError as error:
+            raise ConfigError(f"{setting}: {error}") from error
 
-    @releasing
+    @releasing(always=True)
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[dict[str, Any]]:
         """Runs to `total_steps` and returns the metrics of the steps it ran; the run folder holds everything else.
 
@@ -403,8 +394,3 @@ class SafeTrainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.times[name] = perf_counter() - started
-
-
-def fingerprint() -> int:
-    """A number that differs when the state of PyTorch's generator does."""
-    return zlib.crc32(torch.get_rng_state().numpy().tobytes())

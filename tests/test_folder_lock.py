@@ -133,6 +133,10 @@ def test_a_trainer_that_could_not_be_made_leaves_no_lock(tmp_path):
     with pytest.raises(ConfigError):
         tiny.trainer(tmp_path / "run", prompts=[])
     assert not (tmp_path / "run").exists() and not FolderLock.descriptors
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError):
+        tiny.trainer(tmp_path / "mine", prompts=[])
+    assert (tmp_path / "mine").exists() and not list((tmp_path / "mine").iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -16,7 +16,7 @@ from safe_kernels import linear_policy_loss, linear_token_stats
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
-from safe_train.models import apply_liger, load_model, lora_config, make_policy, use_tensor_cores
+from safe_train.models import apply_liger, load_model, load_tokenizer, lora_config, make_policy, use_tensor_cores
 
 SEQUENCES = ([[5, 6, 7, 2], [8], [9, 10]], [[11, 12], [13, 14, 3, 1], [1]])
 
@@ -81,7 +81,7 @@ def test_trained_weights_are_float32_and_frozen_ones_bfloat16_on_a_gpu(tmp_path)
     tiny.model().save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     for lora_r, dtype in ((0, torch.float32), (4, torch.bfloat16)):
-        assert load_model(str(tmp_path), SafeConfig(lora_r=lora_r), torch.device("cuda"))[0].dtype == dtype
+        assert load_model(SafeConfig(model=str(tmp_path), lora_r=lora_r), torch.device("cuda")).dtype == dtype
 
 
 def test_lora_multiplies_on_tensor_cores_beside_bfloat16_weights_on_a_gpu_alone():
@@ -121,7 +121,7 @@ def test_a_model_that_transformers_does_not_know_is_an_error(tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "none"}')
     with pytest.raises(ConfigError, match="cannot load the model .*none"):
-        load_model(str(tmp_path), SafeConfig(), torch.device("cpu"))
+        load_model(SafeConfig(model=str(tmp_path)), torch.device("cpu"))
 
 
 def test_a_model_whose_files_lack_a_weight_is_an_error(tmp_path):
@@ -132,7 +132,7 @@ def test_a_model_whose_files_lack_a_weight_is_an_error(tmp_path):
     with pytest.raises(
         ConfigError, match="no weights for 1 of its tensors, such as model.layers.1.mlp.down_proj.weight"
     ):
-        load_model(str(tmp_path), SafeConfig(), torch.device("cpu"))
+        load_model(SafeConfig(model=str(tmp_path)), torch.device("cpu"))
 
 
 def test_lora_on_the_last_layers_only():
@@ -307,5 +307,6 @@ def test_a_revision_is_that_of_the_model_and_of_its_tokenizer(tmp_path, monkeypa
     for kind in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
         monkeypatch.setattr(kind, "from_pretrained", recording(kind.from_pretrained))
     for revision in (None, "v1.2"):
-        load_model(str(tmp_path), SafeConfig(revision=revision), torch.device("cpu"))
+        args = SafeConfig(model=str(tmp_path), revision=revision)
+        load_tokenizer(args), load_model(args, torch.device("cpu"))
     assert asked == ["main", "main", "v1.2", "v1.2"]
