@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 
@@ -16,6 +15,7 @@ try:
     import yaml
 
     from safe_train.config import HINTS, ConfigError, SafeConfig
+    from safe_train.versions import check_versions, own_version
 except ModuleNotFoundError as error:
     sys.exit(f"safe-train needs the package {error.name!r}, which this brings: pip install 'safe-kernels[train]'")
 
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        check_versions()
         arguments.command(arguments)
     except ConfigError as error:
         print(f"safe-train: {error}", file=sys.stderr)
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="safe-train", description="Train language models with SAFE, PPO or GRPO.", epilog=EXIT_STATUSES
     )
-    top.add_argument("--version", action="version", version=f"safe-train {version()}")
+    top.add_argument("--version", action="version", version=f"safe-train {own_version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="train", description="Train with settings from a file and key=value pairs.")
@@ -89,13 +90,6 @@ def parser() -> argparse.ArgumentParser:
     config.add_argument("--format", choices=("text", "yaml"), default="text", help="yaml: a file to begin with")
     config.set_defaults(command=command_config)
     return top
-
-
-def version() -> str:
-    try:
-        return metadata.version("safe-kernels")
-    except metadata.PackageNotFoundError:
-        return "of sources that are not installed"
 
 
 def home_path(text: str) -> Path:

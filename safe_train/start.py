@@ -6,12 +6,10 @@ import inspect
 import shutil
 import traceback
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.requirements import Requirement
 from torch import Tensor
 
 from safe_train import parallel
@@ -27,6 +25,7 @@ from safe_train.rewards import (
     score,
 )
 from safe_train.rollout import Rollout
+from safe_train.versions import check_versions
 
 INVENTED = "The answer is 42."  # a completion
 
@@ -60,27 +59,6 @@ def asked_for(
     return args, named
 
 
-def check_versions() -> None:
-    """Whether the installed packages are as new as the ones that this one asks for."""
-    try:
-        lines = metadata.requires("safe-kernels") or ()
-    except metadata.PackageNotFoundError:  # the sources, not installed
-        return
-    for line in lines:
-        needed = Requirement(line)
-        if needed.marker is not None and not needed.marker.evaluate({"extra": "train"}):
-            continue
-        try:
-            found = metadata.version(needed.name)
-        except metadata.PackageNotFoundError:
-            continue  # whoever needs it says so
-        if not needed.specifier.contains(found, prereleases=True):
-            raise ConfigError(
-                f"{needed.name} {found} is installed, and safe-train needs {needed.specifier}: "
-                f"pip install --upgrade '{needed.name}{needed.specifier}'"
-            )
-
-
 def load_rewards(
     rewards: Sequence[Reward], args: SafeConfig, device: torch.device, prompts: Sequence[Prompt]
 ) -> list[RewardFunction]:
@@ -109,7 +87,9 @@ def try_reward(name: str, function: RewardFunction, prompts: Sequence[Prompt]) -
         raise ConfigError(str(error)) from error
     except RuntimeError as error:
         cause = error.__cause__
-        if is_server(name) or isinstance(cause, (NameError, ImportError, SyntaxError)):
+        if is_server(name):
+            raise ConfigError(str(cause)) from error
+        if isinstance(cause, (NameError, ImportError, SyntaxError)):
             raise ConfigError(f"{error}{place(cause)}") from error
         warn(f"{error}{place(cause)}")
 
@@ -124,8 +104,8 @@ def check_signature(name: str, function: RewardFunction, columns: dict[str, list
     except TypeError as error:
         names = ", ".join(["prompts", "completions", *columns])
         raise ConfigError(
-            f"the reward {name!r} cannot be called with the keywords {names}: {error}; name those that it needs, and "
-            "let **columns take the others"
+            f"the reward {name!r} cannot be called with the keywords {names}: {error}; each parameter "
+            "must be one of them or have a default, and **columns takes the others"
         ) from None
 
 

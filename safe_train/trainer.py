@@ -138,14 +138,14 @@ class SafeTrainer:
 
     def prompt_dataset(self, rows: Rows | str | None, setting: str) -> PromptDataset:
         """The rows, or those that the setting names."""
+        name = getattr(self.args, setting)
         if rows is None or isinstance(rows, str):
-            name = getattr(self.args, setting)
             require_name(setting, name)
-            rows = load_rows(str(name))
+            rows = load_rows(name)
         try:
             return PromptDataset(rows, self.tokenizer, self.args.max_prompt_tokens, self.args.seed)
         except ConfigError as error:
-            raise ConfigError(f"{setting}: {error}") from error
+            raise ConfigError(f"{setting} {name}: {error}") from error
 
     @releasing(always=True)
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[dict[str, Any]]:

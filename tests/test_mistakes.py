@@ -3,9 +3,12 @@
 import errno
 import fcntl
 import json
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ import tiny
 import torch
 from safetensors import SafetensorError
 
-from safe_train import folder_lock, models, parallel, start
+from safe_train import folder_lock, models, start, versions
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import Prompt
@@ -136,14 +139,14 @@ def in_use(here):
 
 
 def missing_extra(here):
-    here.monkeypatch.setitem(__import__("sys").modules, "vaderSentiment.vaderSentiment", None)
+    here.monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     return here.pairs(reward="vader")
 
 
 def old_transformers(here):
     found = metadata.version
     here.monkeypatch.setattr(
-        start.metadata, "version", lambda name: "4.57.1" if name == "transformers" else found(name)
+        versions.metadata, "version", lambda name: "4.57.1" if name == "transformers" else found(name)
     )
     return here.pairs()
 
@@ -160,13 +163,9 @@ def server_down(here):
     return here.pairs(reward=f"http://127.0.0.1:{port}/score", reward_retries="0")
 
 
-def port_in_use(here):
-    def taken(**_):
-        raise torch.distributed.DistNetworkError("The server socket has failed to listen (EADDRINUSE, port: 29500)")
-
-    here.monkeypatch.setattr(parallel, "Accelerator", taken)
-    here.monkeypatch.setenv("MASTER_PORT", "29500")
-    return here.pairs()
+def offline(here):
+    here.monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return here.pairs(model="org/no-such-model")
 
 
 GATED = OSError(
@@ -176,14 +175,14 @@ GATED = OSError(
 MISTAKES = {
     "wrong path": (lambda here: here.pairs(dataset="rowz.jsonl"), "'rowz.jsonl'"),
     "wrong split": (wrong_split, "cannot load the data set 'org/rows:trian': .*Should be one of"),
-    "wrong column": (file("other.jsonl", '{"why": "x"}\n', dataset=1), "dataset: .*needs a 'prompt' field .*'why'"),
+    "wrong column": (file("other.jsonl", '{"why": "x"}\n', dataset=1), "dataset /.*jsonl: .*'prompt' field .*'why'"),
     "reward that names too little": (reward("names_too_little"), "cannot be called with the keywords .*answer"),
     "reward that wants a column": (reward("wants_more"), "missing a required argument: 'solution'"),
     "reward with a wrong name": (reward("misspelt"), r"NameError: name 'maht' .*rewards\.py, line 14"),
     "reward with a wrong import": (reward("imports"), "ModuleNotFoundError: No module named 'no_such_package_any"),
     "reward that returns no list": (reward("one_number"), "must return a list of one number a completion, got 1.0"),
     "reward that is not there": (reward("best"), "cannot load the reward .*has no attribute 'best'"),
-    "wrong model": (lambda here: here.pairs(model="org/no-such-model"), "cannot load the model 'org/no-such-model'"),
+    "wrong model": (offline, "cannot load the model 'org/no-such-model'"),
     "gated model": (raising(GATED), "accept its terms on its page, then run `hf auth login`"),
     "interrupted download": (raising(requests.ConnectionError("reset by peer")), "start again, what has come is kept"),
     "cut file": (raising(SafetensorError("incomplete metadata")), "cut short or damaged: delete it"),
@@ -196,9 +195,8 @@ MISTAKES = {
     "missing extra": (missing_extra, r"'vader' needs a package: pip install 'safe-kernels\[demo\]'"),
     "missing tracker": (lambda here: here.pairs(report_to="[clearml]"), "report_to clearml needs a package"),
     "too old transformers": (old_transformers, r"transformers 4.57.1 is installed, .* --upgrade 'transformers>=5'"),
-    "eval set without rows": (eval_set_without_rows, "eval_dataset: the prompt data set is empty"),
+    "eval set without rows": (eval_set_without_rows, "eval_dataset /.*empty.jsonl: the prompt data set is empty"),
     "reward server down": (server_down, r"http://127.0.0.1:\d+/score gave no answer in 1 attempts.*Connection refused"),
-    "port in use": (port_in_use, "cannot meet at port 29500: .*give another: accelerate launch --main_process_port"),
     "seed too large": (lambda here: here.pairs(seed=2**32), "seed must be from 0 to 4294967295"),
 }  # fmt: skip
 
@@ -212,6 +210,19 @@ def test_a_mistake_is_named_before_the_model_is_loaded(mistake, here, capsys):
     assert re.search(message, said, re.S) and "Traceback" not in said, said
     left = [path.name for path in here.folder.glob("run/*")]
     assert left == ([folder_lock.NAME] if mistake == "run folder in use" else [])
+
+
+def test_a_port_in_use_is_named(here):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, "-m", "safe_train.cli", "run", *here.pairs()]
+        found = subprocess.run(command, env=os.environ | ranks | environment, capture_output=True, text=True)
+    assert found.returncode == 2 and f"cannot meet at port {port}: " in found.stderr, found.stderr
+    assert "give another: accelerate launch --main_process_port" in found.stderr and "Traceback" not in found.stderr
 
 
 def test_a_prompt_longer_than_the_model_is_named(here, capsys):
