@@ -328,4 +328,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse(name: str, text: str) -> Any:
-    return written.parse(name, text, HINTS.get(name))
+    """The value of a `key=value` pair, as the setting's type has it; of a name that there is none of, as written."""
+    value = written.parse(name, text, HINTS.get(name))
+    is_decided = name not in HINTS or value is None
+    return value if is_decided else written.typed(name, value, HINTS[name], CHOICES.get(name, ()))

@@ -33,11 +33,10 @@ Reward = RewardFunction | str
 
 
 def asked_for(
-    args: SafeConfig | None, rewards: Reward | Sequence[Reward] | None, processing_class: Any, **given: Any
+    args: SafeConfig, rewards: Reward | Sequence[Reward] | None, processing_class: Any, **given: Any
 ) -> tuple[SafeConfig, list[Reward]]:
     """The settings with the names of what was given in Python, and the rewards: checked as far as nothing is loaded."""
     check_versions()
-    args = args or SafeConfig()
     chosen = args.reward if rewards is None else rewards
     functions = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
     args = recorded(args, functions, **given)

@@ -84,12 +84,13 @@ class SafeTrainer:
         callbacks: Sequence[Callable[[SafeTrainer, dict[str, Any]], None]] = (),
     ):
         check_torch_state()
-        given = {"model": model, "dataset": train_dataset, "eval_dataset": eval_dataset}
-        args, rewards = asked_for(args, reward_funcs, processing_class, **given)
+        args = args or SafeConfig()
         if args.algorithm not in self.algorithms:
             raise ConfigError(
                 f"{type(self).__name__} runs {', '.join(self.algorithms)}, got algorithm {args.algorithm!r}"
             )
+        given = {"model": model, "dataset": train_dataset, "eval_dataset": eval_dataset}
+        args, rewards = asked_for(args, reward_funcs, processing_class, **given)
         self.args, self.callbacks = args, callbacks
         self.accelerator = parallel.start(args)
         self.device = self.accelerator.device

@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+import json
 import math
 import pickle
 import re
@@ -11,7 +12,7 @@ import pytest
 import safe_train
 from safe_train import other_names
 from safe_train.cli import main
-from safe_train.config import CONFIGS, ConfigError, SafeConfig
+from safe_train.config import CONFIGS, ConfigError, SafeConfig, parse
 
 
 def test_scientific_notation_in_yaml_is_a_number(tmp_path):
@@ -157,6 +158,13 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     assert SafeConfig.load(None, ["output_dir=~"]).output_dir == str(tmp_path)
     assert SafeConfig(output_dir="a~b").output_dir == "a~b"
     assert main(["report", "~/nothing"]) == 2 and main(["run", "--resume-from", "~/nothing/checkpoints/step-1"]) == 2
+
+
+def test_a_pair_is_a_value_that_any_file_may_hold():
+    pairs = {"use_cpu": "yes", "total_steps": "0100", "beta": "1e-2", "reward": "[a.py:f, vader]", "window": "null"}
+    found = json.loads(json.dumps({name: parse(name, text) for name, text in pairs.items()}))
+    assert found == {"use_cpu": True, "total_steps": 100, "beta": 0.01, "reward": ["a.py:f", "vader"], "window": None}
+    assert SafeConfig.from_dict(found).total_steps == 100
 
 
 def decided(config):
