@@ -56,8 +56,8 @@ class Contents(NamedTuple):
 
 
 class Checkpoints:
-    def __init__(self, output_dir: str | Path, keep: int):
-        self.folder, self.keep = Path(output_dir) / "checkpoints", keep
+    def __init__(self, output_dir: str | Path, keep: int, name: str = "checkpoints"):
+        self.folder, self.keep = Path(output_dir) / name, keep
         self.wound_back_to = self.folder / "wound_back_to.json"
         self.step = 0  # of the run's state on disk; at 0 there is nothing to keep
 
@@ -239,7 +239,26 @@ def read_policy(policy: Policy, folder: Path) -> Mapping[str, Tensor]:
     return load_weights(type(policy.model), folder, dtype=policy.model.dtype).state_dict()
 
 
+def check_seed(trainer: SafeTrainer, saved: Mapping[str, Any], path: Path) -> None:
+    seed = saved.get("seed", trainer.args.seed)
+    if seed != trainer.args.seed:
+        raise ConfigError(
+            f"seed must be {seed}, with which the run of {path} began, got {trainer.args.seed}: another order "
+            "would skip some prompts of the epoch and repeat others; start a new run for another seed"
+        )
+
+
+def position(trainer: SafeTrainer, saved: Mapping[str, Any]) -> int:
+    """Where the stream of prompts goes on; another data set begins at its beginning."""
+    before = saved.get("prompts") or {"position": trainer.position(saved["step"]), "rows": len(trainer.prompts)}
+    if before["rows"] == len(trainer.prompts):
+        return before["position"]
+    say(f"the data set has {len(trainer.prompts)} rows, and had {before['rows']}: it starts from its beginning")
+    return 0
+
+
 def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
+    check_seed(trainer, contents.state, path)
     sharding.reshard(trainer.policy)
     if contents.fingerprint:
         check_fingerprint(contents.fingerprint, trainer.reference_fingerprint, path)
@@ -258,7 +277,9 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     except (RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} does not fit this run's settings: {error}") from error
     values = contents.state
+    trainer.known_position = values["step"], position(trainer, values)
     trainer.step, trainer.bad_steps = values["step"], values["bad_steps"]
+    trainer.best_reward = values.get("best_reward")
     trainer.reward_moments = trainer.make_moments(**values["reward_moments"])
     trainer.controller.load_state_dict(values["controller"])
     restore_generators(contents.random, values["random"])
@@ -290,7 +311,10 @@ def load_policy(policy: Policy, weights: Mapping[str, Tensor]) -> None:
 def state(trainer: SafeTrainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
+        "seed": trainer.args.seed,
+        "prompts": {"position": trainer.position(trainer.step), "rows": len(trainer.prompts)},
         "bad_steps": trainer.bad_steps,
+        "best_reward": trainer.best_reward,
         "reward_moments": asdict(trainer.reward_moments),
         "controller": trainer.controller.state_dict(),
         "random": python_generators(),

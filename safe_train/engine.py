@@ -112,7 +112,8 @@ def adamw(policy: Policy, device: torch.device, args: SafeConfig) -> torch.optim
 
 def options(policy: Policy, device: torch.device, args: SafeConfig) -> dict[str, Any]:
     fused = device.type == "cuda"  # the default copies one of the moments at each step
-    return {"lr": learning_rate(policy, args), "weight_decay": args.weight_decay, "fused": fused}
+    betas = args.adam_beta1, args.adam_beta2
+    return {"lr": learning_rate(policy, args), "betas": betas, "weight_decay": args.weight_decay, "fused": fused}
 
 
 def learning_rate(policy: Policy, args: SafeConfig) -> float:

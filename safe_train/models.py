@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,7 +21,7 @@ from safe_kernels.integrations.transformers import head_module, output_head, sil
 from safe_train import adapters
 from safe_train.attention import as_published, choose_attention, use_attention
 from safe_train.checks import check_head, check_positions
-from safe_train.config import ConfigError, SafeConfig, require_name
+from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
 from safe_train.determinism import switch_off_randomness
 from safe_train.layout import ROWS, choose_layout, in_rows, response_states
@@ -28,6 +29,7 @@ from safe_train.randomness import seeded
 from safe_train.reference import Fingerprint, HandedOver, fingerprint
 
 SMOLLM2 = "smollm2-135m-instruct"
+NETWORK = ("httpcore", "httpx", "requests", "urllib3")  # whose errors are those of a download
 LIGER = "liger_kernel.transformers.monkey_patch"
 
 
@@ -239,7 +241,7 @@ def lora_config(model: Any, args: SafeConfig) -> Any:
         r=args.lora_r,
         lora_alpha=args.lora_alpha or args.lora_r,
         lora_dropout=0.0,
-        target_modules=sorted(names),
+        target_modules=sorted(names) if args.lora_target_modules is None else chosen_layers(args, names),
         exclude_modules=namesakes or None,
         layers_to_transform=layers,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear.values()),
@@ -268,29 +270,68 @@ def read_without_a_call(model: nn.Module) -> set[str]:
     return {"out_proj"} if any(hasattr(m, "conv1d") and hasattr(m, "out_proj") for m in model.modules()) else set()
 
 
-def load_model(name: str, args: SafeConfig, device: torch.device) -> tuple[Any, Any]:
-    """The causal language model, on the CPU, in the dtype for `device`; and its tokenizer."""
+def chosen_layers(args: SafeConfig, names: set[str]) -> list[str]:
+    chosen = sorted(set(args.lora_target_modules or ()))
+    if absent := [name for name in chosen if name not in names]:
+        raise ConfigError(
+            f"lora_target_modules must be names of the model's linear layers ({', '.join(sorted(names))}), got "
+            f"{absent[0]!r}"
+        )
+    return chosen
+
+
+def load_tokenizer(args: SafeConfig) -> Any:
+    """The tokenizer of `args.model`: in a second, it says whether there is such a model at all."""
     from transformers import AutoTokenizer
 
-    require_name("model", name)
-    source = smollm2_folder() if name == SMOLLM2 else name
+    with loading(args.model):
+        return AutoTokenizer.from_pretrained(source(args), **where(args))
+
+
+def load_model(args: SafeConfig, device: torch.device) -> Any:
+    """The causal language model, on the CPU, in the dtype for `device`."""
     # In bfloat16, weights that are trained would lose most updates to rounding.
     auto = torch.bfloat16 if device.type == "cuda" and args.lora_r > 0 else torch.float32
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
+    with loading(args.model):
+        return load_weights(model_class(args), source(args), dtype=dtype, **where(args))
+
+
+def source(args: SafeConfig) -> str | Path:
+    assert args.model is not None
+    return smollm2_folder() if args.model == SMOLLM2 else args.model
+
+
+def where(args: SafeConfig) -> dict[str, Any]:
+    return {"revision": args.revision or "main", "trust_remote_code": args.trust_remote_code}
+
+
+@contextlib.contextmanager
+def loading(name: str | None) -> Iterator[None]:
+    """Errors of files and downloads, as what they mean for a run."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
-        kind = model_class(source, args.trust_remote_code)
-        model = load_weights(kind, source, dtype=dtype, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load the model {name!r}: {error}") from error
-    return model, tokenizer
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        is_network = type(error).__module__.startswith(NETWORK)
+        if not (is_network or isinstance(error, (OSError, ValueError, SafetensorError))):
+            raise
+        advice = ""
+        if "gated" in str(error):
+            advice = "; accept its terms on its page, then run `hf auth login`"
+        elif is_network:
+            advice = "; the download was interrupted: start again, what has come is kept"
+        elif isinstance(error, SafetensorError):
+            advice = "; a file of it is cut short or damaged: delete it, and load it again"
+        raise ConfigError(f"cannot load the model {name!r}: {type(error).__name__}: {error}{advice}") from error
 
 
-def model_class(source: str | Path, trust_remote_code: bool) -> Any:
+def model_class(args: SafeConfig) -> Any:
     """What loads the checkpoint: a language model, or a composite model of which it is a part."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(source(args), **where(args))
     composite = type(config) in AutoModelForImageTextToText._model_mapping
     alone = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForImageTextToText if composite and not alone else AutoModelForCausalLM

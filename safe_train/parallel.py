@@ -35,7 +35,7 @@ def start(args: SafeConfig) -> Accelerator:
         if name not in trackers:
             raise ConfigError(f"report_to {name} needs a package of that name; here it can be {', '.join(trackers)}")
     # Hidden from accelerate, which would tell transformers of DeepSpeed: it would partition models, and sample in step.
-    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="false"), joining():
         accelerator = Accelerator(
             cpu=args.use_cpu,
             mixed_precision="no",
@@ -51,6 +51,18 @@ def start(args: SafeConfig) -> Accelerator:
             f"prompts_per_step must be at least the {size()} processes: each samples some, got {args.prompts_per_step}"
         )
     return accelerator
+
+
+@contextmanager
+def joining() -> Iterator[None]:
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        port = os.environ.get("MASTER_PORT", "")
+        advice = "give another: accelerate launch --main_process_port, torchrun --master-port"
+        if "EADDRINUSE" not in str(error) and "in use" not in str(error):
+            advice = "is MASTER_ADDR the first machine, and may the others reach it?"
+        raise ConfigError(f"the processes cannot meet at port {port}: {error}; {advice}") from error
 
 
 def flag(name: str) -> bool:
@@ -174,10 +186,11 @@ def main_only(function: Callable[P, None]) -> Callable[P, None]:
             except Exception as caught:
                 error = caught
         message = from_main(f"{type(error).__name__}: {error}" if error else None)
+        is_mistake = from_main(isinstance(error, ConfigError))
         if error is not None:
             raise error
         if message is not None:
-            raise RuntimeError(f"process 0 stopped with {message}")
+            raise (ConfigError if is_mistake else RuntimeError)(f"process 0 stopped with {message}")
 
     return run
 

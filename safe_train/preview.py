@@ -7,6 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from safe_kernels import linear_token_stats
+from safe_train import parallel, sharding
+from safe_train.data import MicroBatch
+from safe_train.models import Policy
+
 
 class Preview:
     """theta <- theta_old + s (theta_new - theta_old), with s from a linear model of the KL along the step.
@@ -40,3 +45,16 @@ def step_scale(kl_old: float, kl_new: float, max_kl: float, min_scale: float) ->
     if kl_new <= max(kl_old, max_kl):
         return 1.0
     return min(1.0, max(min_scale, (max_kl - kl_old) / (kl_new - kl_old)))
+
+
+@torch.no_grad()
+def mean_kl(policy: Policy, minibatch: Sequence[MicroBatch]) -> float:
+    """Exact KL to the reference, nats per token, of the policy as it is now."""
+    total, tokens = 0.0, 0
+    for micro in minibatch:
+        hidden_LH, targets_L, ref_LH = policy(micro.batch), micro.batch.targets_L, micro.ref_hidden_LH
+        kl_L = linear_token_stats(hidden_LH, tokens=targets_L, ref_hidden=ref_LH, **policy.head()).kl
+        assert kl_L is not None
+        total, tokens = total + kl_L.sum().item(), tokens + len(kl_L)
+    sharding.reshard(policy)
+    return parallel.total_number(total) / parallel.total_number(tokens)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safe_train.config import ConfigError, read_yaml
+from safe_train.written import plain
 
 COLORS = ("#2a6fb0", "#d1622b", "#3a8f5c", "#8a5aa8", "#b03a5b", "#6b6b6b")
 PHASE_COLORS = {"warmup": "#d9d9d9", "climbing": "#cfe8d5", "plateau": "#f6e3c5", "converged": "#cfdff2"}
@@ -144,7 +145,7 @@ def draw_time(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None
 def idle_mechanisms(run: Path, rows: Rows) -> str:
     """The mechanisms that were switched on and never acted in this run; they cannot have made a difference."""
     config = run / "config.yaml"
-    settings = read_yaml(config) if config.is_file() else {}
+    settings = plain(read_yaml(config)) if config.is_file() else {}
     # name: whether it is switched on, whether it acted
     mechanisms = {"clip": (True, any(row.get("clip_fraction", 0) > 0 for row in rows))}
     if settings.get("controller") == "safe":

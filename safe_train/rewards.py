@@ -27,6 +27,10 @@ RewardFunction = Callable[..., Sequence[float]]
 LARGEST = torch.finfo(torch.float32).max  # what is trained on a reward is float32
 
 
+class NotANumber(ValueError):
+    """What a reward returned for one completion; for another it may be a number."""
+
+
 class Rewards:
     """A weighted sum of reward functions.
 
@@ -79,7 +83,7 @@ def score(name: str, function: RewardFunction, prompts: list, completions: list,
         raise ValueError(f"reward {name!r} returned {len(values)} values for {len(completions)} completions")
     for row, (value, completion) in enumerate(zip(values, completions, strict=True)):
         if not fits_float32(value):
-            raise ValueError(
+            raise NotANumber(
                 f"reward {name!r} returned {value!r:.200} for the completion {text_of(completion)!r:.200} (row {row}); "
                 f"it must be a finite number of at most {LARGEST:.3g}, which is what float32 holds"
             )
@@ -114,6 +118,18 @@ def text_of(completion: str | list[dict[str, str]]) -> str:
     return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
 
 
+def is_function_name(reward: Any) -> bool:
+    return isinstance(reward, str) and ":" in reward and not is_server(reward)
+
+
+def is_server(reward: Any) -> bool:
+    return isinstance(reward, str) and reward.startswith(("http://", "https://"))
+
+
+def is_classifier(reward: Any) -> bool:
+    return isinstance(reward, str) and ":" not in reward and reward != "vader"
+
+
 def load_reward(
     reward: str | RewardFunction, device: torch.device | str = "cpu", args: SafeConfig | None = None
 ) -> RewardFunction:
@@ -123,7 +139,7 @@ def load_reward(
     require_name("reward", reward)
     if reward == "vader":
         return vader()
-    if reward.startswith(("http://", "https://")):
+    if is_server(reward):
         return RewardServer(reward, args or SafeConfig())
     source, separator, attribute = reward.partition(":")
     if not separator:

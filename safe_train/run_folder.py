@@ -16,11 +16,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from safe_train import parallel
+from safe_train import folder_lock, parallel
 from safe_train.config import ConfigError, SafeConfig, read_yaml
 from safe_train.hardware import processor
 from safe_train.report import read_rows, write_report
 from safe_train.rollout import Rollout
+from safe_train.written import plain
 
 PACKAGES = ("safe-kernels", "torch", "triton", "transformers", "accelerate", "peft", "flash-attn", "liger-kernel")
 
@@ -47,14 +48,14 @@ class RunFolder:
         (self.path / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
         args.save(self.path / "config.yaml")
         if args.report_to:
-            self.accelerator.init_trackers("safe_train", config={k: str(v) for k, v in vars(args).items()})
+            self.accelerator.init_trackers("safe_train", config={k: str(v) for k, v in args.items()})
 
     def refuse_to_erase(self, args: SafeConfig) -> None:
         """Rows past the step of the first checkpoint are of a run that had one."""
         rows = read_rows(self.metrics) if self.metrics.exists() else []
         last = max((row["step"] for row in rows), default=0)
         saved = self.path / "config.yaml"
-        settings = read_yaml(saved) if saved.is_file() else {}
+        settings = plain(read_yaml(saved)) if saved.is_file() else {}
         if last > settings.get("save_every", args.save_every):
             raise ConfigError(
                 f"{self.metrics} has {last} steps, and {self.path / 'checkpoints'} no checkpoint to continue from; "
@@ -98,14 +99,16 @@ def refuse_existing(run: Path) -> None:
 def refuse_foreign(folder: Path) -> None:
     """A folder that holds something else than a run is never replaced."""
     is_run = all((folder / name).is_file() for name in ("config.yaml", "environment.json"))
-    if folder.exists() and any(folder.iterdir()) and not is_run:
+    if folder.exists() and any(path.name != folder_lock.NAME for path in folder.iterdir()) and not is_run:
         raise ConfigError(f"{folder} is not a run folder (no config.yaml and environment.json); not overwriting it")
 
 
 @parallel.main_only
 def remove_run(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name == folder_lock.NAME:  # by which this process keeps others out
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +15,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from safe_kernels import linear_token_stats
 from safe_train import losses, parallel, sharding
 from safe_train.adapters import untrained_experts, unwrapped
-from safe_train.checkpoint import Checkpoints
+from safe_train.checkpoint import Checkpoints, say
 from safe_train.checks import check_vocabulary
-from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, recorded, require_name
+from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, require_name
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
 from safe_train.data import MicroBatch, Prompt, PromptDataset, load_rows
@@ -29,15 +27,17 @@ from safe_train.determinism import check_deterministic, check_torch_state
 from safe_train.engine import learning_rate, make_engine, place, schedule
 from safe_train.evaluation import Evaluation, evaluate
 from safe_train.experience import Experience, gathered, value_states
+from safe_train.folder_lock import FolderLock, releasing
 from safe_train.metrics import step_metrics
-from safe_train.models import Policy, load_model, make_policy, use_tensor_cores
-from safe_train.preview import Preview
-from safe_train.randomness import guest, own_random_numbers, seed_of, seeded
-from safe_train.rewards import RewardFunction, Rewards, load_reward
+from safe_train.models import Policy, load_model, load_tokenizer, make_policy, use_tensor_cores
+from safe_train.preview import Preview, mean_kl
+from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
+from safe_train.rewards import RewardFunction, Rewards
 from safe_train.rollout import MODES, Mode, Rollout, choose_mode, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
 from safe_train.self_check import check_sampler_gap, self_check
 from safe_train.signals import Stopped, StopSignals
+from safe_train.start import asked_for, check_space, load_rewards
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -73,6 +73,7 @@ class SafeTrainer:
     make_critic: ClassVar[Any] = Critic
     algorithms: ClassVar[Sequence[str]] = tuple(name for name in ALGORITHMS if name not in PAPER)
 
+    @releasing(always=False)
     def __init__(
         self,
         model: Any = None,
@@ -90,32 +91,24 @@ class SafeTrainer:
             raise ConfigError(
                 f"{type(self).__name__} runs {', '.join(self.algorithms)}, got algorithm {args.algorithm!r}"
             )
-        chosen = args.reward if reward_funcs is None else reward_funcs
-        functions = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
-        args = recorded(args, functions, model=model, dataset=train_dataset, eval_dataset=eval_dataset)
-        self.args = args
-        if args.eval_every and args.eval_dataset is None:
-            raise ConfigError("eval_dataset must be set when eval_every is")
+        given = {"model": model, "dataset": train_dataset, "eval_dataset": eval_dataset}
+        args, rewards = asked_for(args, reward_funcs, processing_class, **given)
+        self.args, self.callbacks = args, callbacks
         self.accelerator = parallel.start(args)
         self.device = self.accelerator.device
+        self.folder_lock = FolderLock(Path(args.output_dir))
+        self.folder_lock.acquire()
         set_seed(args.seed)
-        if model is not None and args.dataset == SafeConfig.dataset and parallel.is_main():
-            print(f"no train_dataset was given: the prompts are those of the demo, {args.dataset}", flush=True)
-        if model is None or isinstance(model, str):
-            model, tokenizer = load_model(args.model, args, self.device)
-            processing_class = processing_class or tokenizer
-        if processing_class is None:
-            raise ConfigError("a model object needs its tokenizer: pass processing_class=")
-        model = unwrapped(model)
-        self.tokenizer = processing_class
-        with guest(args.seed):  # a file that seeds when it is imported
-            self.rewards = Rewards([load_reward(f, self.device, args) for f in functions], args.reward_weights)
+        self.tokenizer = load_tokenizer(args) if processing_class is None else processing_class
         self.prompts = self.prompt_dataset(train_dataset, "dataset")
         self.eval_prompts: PromptDataset | None = None
         if args.eval_every or eval_dataset is not None:  # else read when first asked for: a run may never need them
             self.eval_prompts = self.prompt_dataset(eval_dataset, "eval_dataset")
-        self.callbacks = callbacks
+        with guest(args.seed):  # a file that seeds when it is imported
+            functions = load_rewards(rewards, args, self.device, self.prompts.at(0, 2))
+            self.rewards = Rewards(functions, args.reward_weights)
 
+        model = unwrapped(load_model(args, self.device) if model is None or isinstance(model, str) else model)
         dtype = sharding.compute_dtype(self.device, model.dtype, args)
         use_tensor_cores(self.device, dtype)
         model = place(model, self.device)
@@ -140,10 +133,14 @@ class SafeTrainer:
                 self.critic = self.make_critic(self.policy.hidden_size, args.critic).to(self.device)
             parallel.broadcast(self.critic.parameters())
             self.critic_optimizer = torch.optim.AdamW(self.critic.heads.parameters(), lr=args.critic_learning_rate)
+        trained = [*self.trainable, *(self.critic.parameters() if self.critic is not None else ())]
+        check_space(Path(args.output_dir), trained)
         self.controller, self.reward_moments = self.make_controller(args), self.make_moments()
         limit = args.max_preview_kl
         self.preview = None if limit is None else Preview(self.trainable, limit, args.preview_min_scale)
         self.step = self.bad_steps = 0
+        self.best_reward: float | None = None  # of an evaluation
+        self.known_position = 0, 0  # of a step, in the stream of prompts; a resumed run knows that of its checkpoint
         self.times: dict[str, float] = {}
 
     def sampling_mode(self) -> Mode:
@@ -155,12 +152,16 @@ class SafeTrainer:
 
     def prompt_dataset(self, rows: Rows | str | None, setting: str) -> PromptDataset:
         """The rows, or those that the setting names."""
+        name = getattr(self.args, setting)
         if rows is None or isinstance(rows, str):
-            name = getattr(self.args, setting)
             require_name(setting, name)
             rows = load_rows(name)
-        return PromptDataset(rows, self.tokenizer, self.args.max_prompt_tokens, self.args.seed)
+        try:
+            return PromptDataset(rows, self.tokenizer, self.args.max_prompt_tokens, self.args.seed)
+        except ConfigError as error:
+            raise ConfigError(f"{setting} {name}: {error}") from error
 
+    @releasing(always=True)
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[dict[str, Any]]:
         """Runs to `total_steps` and returns the metrics of the steps it ran; the run folder holds everything else.
 
@@ -169,7 +170,9 @@ class SafeTrainer:
         """
         check_torch_state()
         args, checkpoints = self.args, Checkpoints(self.args.output_dir, self.args.keep_checkpoints)
+        best = Checkpoints(args.output_dir, keep=1, name="best")
         parallel.meet("train()")
+        self.folder_lock.acquire()
         if resume_from_checkpoint:
             checkpoints.load(self, None if resume_from_checkpoint is True else Path(resume_from_checkpoint))
         elif self.step == 0:
@@ -204,12 +207,16 @@ class SafeTrainer:
                         folder.log_samples(self.step, rollout, rewards["reward"])
                     folder.log(self.step, metrics)
                 history.append(metrics)
-                stop = signals.agreed()
-                if self.step % args.save_every == 0 or self.step == args.total_steps or stop:
+                if self.is_best(metrics):
+                    best.save(self)
+                stop, ends = signals.agreed(), self.step == args.total_steps or self.is_beyond(metrics["kl"])
+                if self.step % args.save_every == 0 or ends or stop:
                     checkpoints.save(self)
                 with checkpoints.keeping(self):
                     self.call_back(metrics)
-                if stop and self.step < args.total_steps:
+                if ends:
+                    break
+                if stop:
                     raise Stopped.after(self.step, stop, args.output_dir)
         folder.finish()
         return history
@@ -218,6 +225,22 @@ class SafeTrainer:
         """The steps that are left, with a progress bar on the first process."""
         total, hidden = self.args.total_steps, not parallel.is_main()
         yield from tqdm(range(self.step, total), initial=self.step, total=total, unit="step", disable=hidden)
+
+    def is_best(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether this step was evaluated, and better than all before it."""
+        reward = metrics.get("eval/reward")
+        if not self.args.save_best or reward is None or (self.best_reward is not None and reward <= self.best_reward):
+            return False
+        self.best_reward = reward
+        return True
+
+    def is_beyond(self, kl: float) -> bool:
+        """Whether the KL passed `stop_kl`, at which the run ends as if it were done."""
+        limit = self.args.stop_kl
+        if limit is None or not parallel.from_main(kl > limit):
+            return False
+        say(f"stopped after step {self.step}, with a checkpoint: its KL {kl:.3g} is above stop_kl {limit:g}")
+        return True
 
     def call_back(self, metrics: dict[str, Any]) -> None:
         """All callbacks; each gets metrics of its own."""
@@ -251,9 +274,14 @@ class SafeTrainer:
     def sample(self, step: int) -> Rollout:
         """Completions of this process's share of the step's prompts."""
         args = self.args
-        prompts = parallel.share(self.prompts.at(step * args.prompts_per_step, args.prompts_per_step))
+        prompts = parallel.share(self.prompts.at(self.position(step), args.prompts_per_step))
         repeated = [prompt for prompt in prompts for _ in range(args.completions_per_prompt)]
         return self.complete(repeated)
+
+    def position(self, step: int) -> int:
+        """How many prompts the steps before this one were given: since the run began, or its data set was replaced."""
+        known_step, known_position = self.known_position
+        return known_position + (step - known_step) * self.args.prompts_per_step
 
     def complete(self, prompts: Sequence[Prompt]) -> Rollout:
         """A completion for each of this process's prompts."""
@@ -306,7 +334,9 @@ class SafeTrainer:
                 means |= self.optimizer_step(means["policy_loss"] + means["value_loss"])
                 means |= self.after_optimizer_step(epoch, means)
                 if self.preview is not None:
-                    means["preview_scale"] = self.preview.apply(means["kl_before_step"].item(), self.mean_kl(minibatch))
+                    means["preview_scale"] = self.preview.apply(
+                        means["kl_before_step"].item(), mean_kl(self.policy, minibatch)
+                    )
                 for name, value in means.items():
                     seen[name].append(torch.as_tensor(value))
         averages = {name: torch.stack(values).float().mean().item() for name, values in seen.items()}
@@ -374,18 +404,6 @@ class SafeTrainer:
             self.critic_optimizer.step()
             self.critic.polyak(self.args.polyak)
 
-    @torch.no_grad()
-    def mean_kl(self, minibatch: list[MicroBatch]) -> float:
-        """Exact KL to the reference, nats per token, of the policy as it is now."""
-        total, tokens = 0.0, 0
-        for micro in minibatch:
-            hidden_LH, targets_L, ref_LH = self.policy(micro.batch), micro.batch.targets_L, micro.ref_hidden_LH
-            kl_L = linear_token_stats(hidden_LH, tokens=targets_L, ref_hidden=ref_LH, **self.policy.head()).kl
-            assert kl_L is not None
-            total, tokens = total + kl_L.sum().item(), tokens + len(kl_L)
-        sharding.reshard(self.policy)
-        return parallel.total_number(total) / parallel.total_number(tokens)
-
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Wall-clock seconds of a part of the step, with the device's queue emptied at its end."""
@@ -394,8 +412,3 @@ class SafeTrainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.times[name] = perf_counter() - started
-
-
-def fingerprint() -> int:
-    """A number that differs when the state of PyTorch's generator does."""
-    return zlib.crc32(torch.get_rng_state().numpy().tobytes())

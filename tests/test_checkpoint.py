@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -410,7 +411,7 @@ def test_a_run_from_python_is_never_continued_with_the_demos_model_prompts_or_re
     names = prepare(tmp_path)
     options = {"args": args, "processing_class": tiny.tokenizer()}
     SafeTrainer(tiny.model(), [tiny.good_words, "vader"], train_dataset=tiny.PROMPTS, **options).train()
-    assert "no train_dataset" not in capsys.readouterr().out and args.reward == ["vader"]
+    assert args.reward == []
     saved = SafeConfig.load(tmp_path / "run" / "config.yaml")
     assert saved.model == "<python object LlamaForCausalLM>" and saved.dataset == "<python object list>"
     assert saved.reward == ["<python object good_words>", "vader"] and saved.eval_dataset is None
@@ -423,13 +424,23 @@ def test_a_run_from_python_is_never_continued_with_the_demos_model_prompts_or_re
     assert main(["run", "--resume", *given]) == 0 and rows_written(tmp_path / "run") == 2
 
 
-def test_names_given_in_python_are_saved_as_given(tmp_path, capsys):
+def test_names_given_in_python_are_saved_as_given(tmp_path):
     names = dict(pair.split("=") for pair in prepare(tmp_path))
     args = tiny.settings(tmp_path / "run", total_steps=1)
-    trainer = SafeTrainer(names["model"], names["reward"], args, eval_dataset=names["dataset"])
-    assert "the prompts are those of the demo" in capsys.readouterr().out
+    prompts = {"train_dataset": names["dataset"], "eval_dataset": names["dataset"]}
+    trainer = SafeTrainer(names["model"], names["reward"], args, **prompts)
     assert (trainer.args.model, trainer.args.reward) == (names["model"], [names["reward"]])
-    assert trainer.args.eval_dataset == names["dataset"] and len(trainer.eval_prompts) == len(tiny.PROMPTS)
+    assert trainer.args.dataset == trainer.args.eval_dataset == names["dataset"]
+    assert len(trainer.eval_prompts) == len(tiny.PROMPTS)
+
+
+@pytest.mark.parametrize("absent", [("model",), ("dataset",), ("reward",), ("dataset", "reward")])
+def test_a_run_that_was_not_told_what_it_needs_lists_it(absent, tmp_path, capsys):
+    given = [pair for pair in prepare(tmp_path) if not pair.startswith(tuple(f"{name}=" for name in absent))]
+    assert main(["run", *given, f"output_dir={tmp_path / 'run'}"]) == 2
+    assert f"a run needs {', '.join(absent)}: name" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="a run needs dataset: name it .* in Python as model, train_dataset"):
+        SafeTrainer(tiny.model(), tiny.good_words, tiny.settings(tmp_path), processing_class=tiny.tokenizer())
 
 
 def test_an_evaluation_needs_no_training_prompts(tmp_path):
@@ -511,3 +522,94 @@ def test_a_checkpoint_of_other_settings_is_refused(changes, tmp_path):
 def test_wrong_checkpoints_are_named(tmp_path):
     with pytest.raises(ConfigError, match="is not a checkpoint"):
         tiny.trainer(tmp_path).train(resume_from_checkpoint=tmp_path / "nothing")
+
+
+def test_a_run_ends_saved_at_the_first_step_whose_kl_is_above_stop_kl(tmp_path, capsys):
+    rows = tiny.trainer(tmp_path / "free", total_steps=6, learning_rate=0.1).train()
+    kls = [row["kl"] for row in rows]
+    limit = kls[2] * 0.99
+    expected = next(step for step, kl in enumerate(kls, 1) if kl > limit)
+    assert 1 < expected < 6
+    ended = tiny.trainer(tmp_path / "run", total_steps=6, learning_rate=0.1, save_every=9, stop_kl=limit).train()
+    assert [row["kl"] for row in ended] == kls[:expected]
+    assert f"stopped after step {expected}, with a checkpoint: its KL" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{expected}"]
+    values = {"total_steps": 6, "learning_rate": 0.1}
+    tiny.trainer(tmp_path / "run", **values).train(resume_from_checkpoint=True)
+    assert [row["kl"] for row in metrics(tmp_path / "run")] == kls
+
+
+def test_the_best_evaluation_keeps_its_checkpoint_also_through_a_resume(tmp_path, monkeypatch):
+    rewards = {1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.1, 6: 0.6}  # by step; the first of two equal ones stays
+
+    def run(total_steps, **resume):
+        trainer = tiny.trainer(
+            tmp_path, total_steps=total_steps, save_best=True, eval_every=1, save_every=1, keep_checkpoints=1
+        )
+        trainer.evaluate = lambda: SimpleNamespace(numbers=lambda: {"reward": rewards[trainer.step]})
+        trainer.train(**resume)
+        return [path.name for path in (tmp_path / "best").iterdir()]
+
+    assert run(3) == ["step-2"]
+    assert run(5, resume_from_checkpoint=True) == ["step-2"]
+    assert run(6, resume_from_checkpoint=True) == ["step-6"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-6"]
+    best = tiny.trainer(tmp_path / "elsewhere", total_steps=7)
+    assert len(best.train(resume_from_checkpoint=tmp_path / "best" / "step-6")) == 1
+
+
+def test_adams_betas_are_those_of_the_settings_also_on_resume(tmp_path):
+    tiny.trainer(tmp_path, total_steps=1, adam_beta1=0.8).train()
+    changed = tiny.trainer(tmp_path, total_steps=2, adam_beta1=0.7, adam_beta2=0.95)
+    assert changed.engine.optimizer.param_groups[0]["betas"] == (0.7, 0.95)
+    changed.train(resume_from_checkpoint=True)
+    assert changed.engine.optimizer.param_groups[0]["betas"] == (0.7, 0.95)
+
+
+SIXTEEN = [{"prompt": word} for word in "the a cat dog sat ran on under mat tree good bad happy sad very not".split()]
+
+
+def seen_by(folder, resume, rows=SIXTEEN, **settings) -> list[str]:
+    """The prompts that a run, or the rest of one, is given; of a step each once, however many completions it has."""
+    seen = []
+
+    def judge(prompts, completions, **columns):
+        seen.extend(dict.fromkeys(prompts))
+        return [0.0] * len(completions)
+
+    values = {"minibatch_size": None, "completions_per_prompt": 1, "save_every": 1, "keep_checkpoints": 9}
+    tiny.trainer(folder, reward=judge, prompts=rows, **values | settings).train(resume_from_checkpoint=resume)
+    return seen
+
+
+def test_another_number_of_prompts_a_step_goes_on_where_the_run_was(tmp_path):
+    whole = seen_by(tmp_path / "whole", False, total_steps=8, prompts_per_step=4)
+    cut = seen_by(tmp_path / "cut", False, total_steps=3, prompts_per_step=2)
+    cut += seen_by(tmp_path / "cut", True, total_steps=5, prompts_per_step=5)
+    cut += seen_by(tmp_path / "cut", True, total_steps=9, prompts_per_step=4)
+    assert cut == whole and len(set(cut[:16])) == 16
+    again = seen_by(tmp_path / "cut", tmp_path / "cut" / "checkpoints" / "step-4", total_steps=5, prompts_per_step=5)
+    assert again == whole[11:16]
+
+
+def test_another_data_set_begins_at_its_beginning(tmp_path, capsys):
+    seen_by(tmp_path, False, total_steps=3, prompts_per_step=2)
+    rows = SIXTEEN[:8]
+    assert set(seen_by(tmp_path, True, rows, total_steps=5, prompts_per_step=4)) == {row["prompt"] for row in rows}
+    assert "the data set has 8 rows, and had 16" in capsys.readouterr().out
+    assert seen_by(tmp_path, True, rows, total_steps=6) and "rows, and had" not in capsys.readouterr().out
+
+
+def test_another_seed_is_refused_on_resume(tmp_path):
+    tiny.trainer(tmp_path, total_steps=1).train()
+    with pytest.raises(ConfigError, match="seed must be 0, with which the run of .*step-1 began, got 1: another order"):
+        tiny.trainer(tmp_path, total_steps=2, seed=1).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_does_not_say_where_its_prompts_were_goes_on_by_its_step(tmp_path):
+    whole = seen_by(tmp_path, False, total_steps=4, prompts_per_step=2)
+    state = tmp_path / "checkpoints" / "step-3" / "state.json"
+    values = json.loads(state.read_text())
+    del values["prompts"], values["seed"]
+    state.write_text(json.dumps(values))
+    assert seen_by(tmp_path, state.parent, total_steps=4, prompts_per_step=2) == whole[6:]

@@ -7,6 +7,7 @@ import types
 import pytest
 import tiny
 import torch
+import transformers
 from architectures import tiny_of
 from memory import Allocations
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -15,7 +16,7 @@ from safe_kernels import linear_policy_loss, linear_token_stats
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
-from safe_train.models import apply_liger, load_model, lora_config, make_policy, use_tensor_cores
+from safe_train.models import apply_liger, load_model, load_tokenizer, lora_config, make_policy, use_tensor_cores
 
 SEQUENCES = ([[5, 6, 7, 2], [8], [9, 10]], [[11, 12], [13, 14, 3, 1], [1]])
 
@@ -80,7 +81,7 @@ def test_trained_weights_are_float32_and_frozen_ones_bfloat16_on_a_gpu(tmp_path)
     tiny.model().save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
     for lora_r, dtype in ((0, torch.float32), (4, torch.bfloat16)):
-        assert load_model(str(tmp_path), SafeConfig(lora_r=lora_r), torch.device("cuda"))[0].dtype == dtype
+        assert load_model(SafeConfig(model=str(tmp_path), lora_r=lora_r), torch.device("cuda")).dtype == dtype
 
 
 def test_lora_multiplies_on_tensor_cores_beside_bfloat16_weights_on_a_gpu_alone():
@@ -120,7 +121,7 @@ def test_a_model_that_transformers_does_not_know_is_an_error(tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "none"}')
     with pytest.raises(ConfigError, match="cannot load the model .*none"):
-        load_model(str(tmp_path), SafeConfig(), torch.device("cpu"))
+        load_model(SafeConfig(model=str(tmp_path)), torch.device("cpu"))
 
 
 def test_a_model_whose_files_lack_a_weight_is_an_error(tmp_path):
@@ -131,7 +132,7 @@ def test_a_model_whose_files_lack_a_weight_is_an_error(tmp_path):
     with pytest.raises(
         ConfigError, match="no weights for 1 of its tensors, such as model.layers.1.mlp.down_proj.weight"
     ):
-        load_model(str(tmp_path), SafeConfig(), torch.device("cpu"))
+        load_model(SafeConfig(model=str(tmp_path)), torch.device("cpu"))
 
 
 def test_lora_on_the_last_layers_only():
@@ -284,3 +285,28 @@ def test_ready_configs_run_on_a_small_local_model(name, tmp_path, monkeypatch):
     assert main(["run", "--config", name, *small]) == 0
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2 and all(row["grad_norm"] > 0 for row in metrics)
+
+
+def test_lora_is_put_on_the_named_layers_alone():
+    policy = make_policy(tiny.model(), SafeConfig(lora_r=4, lora_target_modules=["v_proj", "down_proj"]))
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, p in policy.named_parameters() if p.requires_grad}
+    assert adapted == {"v_proj", "down_proj"}
+    for wrong in ("lm_head", "c_attn"):
+        with pytest.raises(ConfigError, match=rf"linear layers \(down_proj, gate_proj, .*\), got '{wrong}'"):
+            make_policy(tiny.model(), SafeConfig(lora_target_modules=["q_proj", wrong]))
+
+
+def test_a_revision_is_that_of_the_model_and_of_its_tokenizer(tmp_path, monkeypatch):
+    tiny.model().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    asked = []
+
+    def recording(load):
+        return lambda *names, **options: asked.append(options["revision"]) or load(*names, **options)
+
+    for kind in (transformers.AutoTokenizer, transformers.AutoModelForCausalLM):
+        monkeypatch.setattr(kind, "from_pretrained", recording(kind.from_pretrained))
+    for revision in (None, "v1.2"):
+        args = SafeConfig(model=str(tmp_path), revision=revision)
+        load_tokenizer(args), load_model(args, torch.device("cpu"))
+    assert asked == ["main", "main", "v1.2", "v1.2"]

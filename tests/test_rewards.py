@@ -322,7 +322,8 @@ def test_a_run_is_rewarded_by_a_server(server, tmp_path):
     server.reply = lengths
     rows = [{"prompt": "the cat", "answer": "dog"}] * 4
     metrics = tiny.trainer(tmp_path, server.url, prompts=rows, total_steps=1, max_new_tokens=3).train()[0]
-    assert metrics["reward"] > 0 and server.requests[0]["columns"] == {"answer": ["dog"] * 8}
+    assert metrics["reward"] > 0 and server.requests[1]["columns"] == {"answer": ["dog"] * 8}
+    assert server.requests[0]["columns"] == {"answer": ["dog"] * 2}  # tried once, before the model was made
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

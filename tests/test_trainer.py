@@ -18,7 +18,7 @@ from safe_train.data import Prompt
 from safe_train.engine import schedule
 from safe_train.experience import Experience
 from safe_train.metrics import peak_memory_gb
-from safe_train.preview import Preview, step_scale
+from safe_train.preview import Preview, mean_kl, step_scale
 from safe_train.randomness import python_generators
 from safe_train.rollout import MODES, Rollout
 
@@ -315,7 +315,7 @@ def test_preview_walks_an_overshooting_step_back(tmp_path):
     for trainer in (free, bound):
         experience, control = experience_of(trainer)
         scales.append(trainer.update(experience, control).get("preview_scale"))
-        kls.append(trainer.mean_kl(experience.minibatches[0]))
+        kls.append(mean_kl(trainer.policy, experience.minibatches[0]))
     assert scales[0] is None and scales[1] < 1
     assert kls[1] < kls[0] / 2
 
@@ -452,7 +452,7 @@ def test_callbacks_and_a_model_without_its_tokenizer(tmp_path):
     trainer.train()
     assert [step for step, _ in seen] == [1, 2]
     with pytest.raises(ConfigError, match="needs its tokenizer"):
-        SafeTrainer(tiny.model(), tiny.good_words, tiny.settings(tmp_path))
+        SafeTrainer(tiny.model(), tiny.good_words, tiny.settings(tmp_path), tiny.PROMPTS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,122 @@
+"""What settings may be, each alone and all together."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safe_train.config import SafeConfig
+
+# What each algorithm means for the settings that are left to it. In docs/study.md a beta of 0.01 let PPO run away, and
+# 0.1 held it; SAFE's controller adds to its own.
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "safe": {"critic": "soft_min", "controller": "safe", "beta": 0.01},
+    "ppo": {"critic": "single", "controller": "fixed", "beta": 0.1},
+    "ppo_two_heads": {"critic": "mean", "controller": "fixed", "beta": 0.1},
+    "grpo": {"critic": "none", "controller": "fixed", "beta": 0.1},
+    "safe_paper": {"critic": "soft_min", "controller": "safe_paper", "beta": 0.01},
+    "asymmetric_paper": {"critic": "soft_min", "controller": "asymmetric_paper", "beta": 0.01},
+    "ppo_paper": {"critic": "single", "controller": "ppo_paper", "beta": 0.01},
+}
+PAPER = ("safe_paper", "asymmetric_paper", "ppo_paper")  # as published: see paper.py
+
+# What the published algorithms fix, or do not have.
+NOT_IN_PAPER = """
+beta kl_estimator kl_in_reward kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef entropy_gate gate_min
+gate_max phases window value_level gamma gae_lambda minibatch_size importance_cap warmup_steps lr_scheduler_type
+""".split()
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type, or impossible together with another."""
+
+
+BOUNDS = (
+    (
+        "at least 1",
+        lambda x: x >= 1,
+        "total_steps prompts_per_step completions_per_prompt max_prompt_tokens max_new_tokens inner_epochs "
+        "minibatch_size max_tokens_per_microbatch max_bad_steps window lora_alpha lora_last_layers save_every "
+        "keep_checkpoints eval_completions samples_every generation_batch_size importance_cap",
+    ),
+    (
+        "positive",
+        lambda x: x > 0,
+        "alpha learning_rate critic_learning_rate huber_delta max_grad_norm critic_max_grad_norm value_clip "
+        "max_preview_kl max_sampler_gap reward_timeout ddp_timeout",
+    ),
+    (
+        "at least 0",
+        lambda x: x >= 0,
+        "entropy_coef beta kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef lora_r eval_every "
+        "weight_decay value_coef clip_low clip_high pid_kp pid_ki pid_kd missing_eos_penalty gate_min entropy_floor "
+        "kl_threshold kl_threshold_min reward_retries top_k warmup_steps stop_kl",
+    ),
+    (f"from 0 to {2**32 - 1}, as NumPy's seeds are", lambda x: 0 <= x < 2**32, "seed"),
+    (
+        "a finite number",
+        math.isfinite,
+        "learning_rate critic_learning_rate beta kl_excess_coef kl_momentum_coef kl_integral_coef kl_penalty_coef "
+        "entropy_coef value_coef weight_decay alpha pid_kp pid_ki pid_kd missing_eos_penalty reward_timeout "
+        "ddp_timeout",
+    ),
+    ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short ema_long adam_beta1 adam_beta2"),
+    ("1: samples must come from the policy that is scored", lambda x: x == 1, "temperature top_p"),
+)
+
+
+def check(c: SafeConfig, choices: Mapping[str, Sequence[str]]) -> None:
+    def require(condition: bool, name: str, needed: str) -> None:
+        if not condition:
+            raise ConfigError(f"{name} must be {needed}, got {getattr(c, name)!r}")
+
+    if c.kl_estimator == "k1":
+        raise ConfigError("kl_estimator k1 has zero gradient in expectation; use exact, k2 or k3, or kl_in_reward")
+    for name, allowed in choices.items():
+        require(getattr(c, name) in allowed, name, "one of " + ", ".join(allowed))
+    for needed, holds, names in BOUNDS:
+        for name in names.split():
+            value = getattr(c, name)
+            require(value is None or holds(value), name, needed)
+    for name in ("lora_alpha", "lora_last_layers", "lora_target_modules"):
+        require(c.lora_r > 0 or getattr(c, name) is None, name, "null with lora_r 0, which trains all parameters")
+    require(c.lora_target_modules != [], "lora_target_modules", "null for all linear layers, or some of their names")
+    require(not c.save_best or c.eval_every > 0, "save_best", "false without eval_every: evaluations say what is best")
+    low, high = c.kl_threshold_min, c.kl_threshold_max
+    require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
+    require(c.gate_min <= c.gate_max, "gate_min", "at most gate_max")
+    size = c.completions_per_step
+    require(c.minibatch_size is None or c.minibatch_size <= size, "minibatch_size", f"at most the {size} of a rollout")
+    if c.algorithm == "grpo":
+        require(c.critic == "none", "critic", "none for grpo, which has no critic")
+        require(c.completions_per_prompt >= 2, "completions_per_prompt", "at least 2 for grpo")
+    else:
+        require(c.critic != "none", "critic", f"soft_min, mean or single for {c.algorithm}")
+    if c.algorithm in PAPER:
+        check_paper(c, require)
+    else:
+        require(c.top_k == 0, "top_k", "0: samples must come from the policy that is scored")
+        require(c.controller not in PAPER, "controller", f"safe or fixed for {c.algorithm}")
+    exact = c.kl_estimator == "exact"
+    require(exact or c.kl_penalty_coef == 0, "kl_estimator", "exact when kl_penalty_coef is set")
+    require(exact or not c.kl_in_reward, "kl_estimator", "exact when kl_in_reward is set")
+    require(not c.kl_in_reward or c.critic != "none", "kl_in_reward", "false without a critic")
+
+
+def check_paper(c: SafeConfig, require: Callable[[bool, str, str], None]) -> None:
+    preset = ALGORITHMS[c.algorithm]
+    for name in ("critic", "controller"):
+        require(getattr(c, name) == preset[name], name, f"{preset[name]} for {c.algorithm}")
+    for field in dataclasses.fields(c):
+        if field.name in NOT_IN_PAPER:
+            default = preset.get(field.name, field.default)
+            require(getattr(c, field.name) == default, field.name, f"left alone for {c.algorithm}, which fixes it")
+    if c.algorithm == "ppo_paper":
+        require(not c.normalize_rewards, "normalize_rewards", "false for ppo_paper")
+        require(c.entropy_coef == 0, "entropy_coef", "0 for ppo_paper")
+        require(c.critic_max_grad_norm == float("inf"), "critic_max_grad_norm", ".inf for ppo_paper")

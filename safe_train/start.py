@@ -1,0 +1,135 @@
+"""The start of a run: what it was asked for is checked in the order of its cost, and the model comes last."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_train import parallel
+from safe_train.config import ConfigError, SafeConfig, recorded, require_name
+from safe_train.data import Prompt
+from safe_train.rewards import (
+    NotANumber,
+    RewardFunction,
+    is_classifier,
+    is_function_name,
+    is_server,
+    load_reward,
+    score,
+)
+from safe_train.rollout import Rollout
+from safe_train.versions import check_versions
+
+INVENTED = "The answer is 42."  # a completion
+
+Reward = RewardFunction | str
+
+
+def asked_for(
+    args: SafeConfig, rewards: Reward | Sequence[Reward] | None, processing_class: Any, **given: Any
+) -> tuple[SafeConfig, list[Reward]]:
+    """The settings with the names of what was given in Python, and the rewards: checked as far as nothing is loaded."""
+    check_versions()
+    chosen = args.reward if rewards is None else rewards
+    functions = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
+    args = recorded(args, functions, **given)
+    if missing := args.missing():
+        raise ConfigError(
+            f"a run needs {', '.join(missing)}: name {'it' if len(missing) == 1 else 'them'} in the config, as "
+            "key=value, or in Python as model, train_dataset and reward_funcs; `safe-train demo` brings its own"
+        )
+    if args.eval_every and args.eval_dataset is None:
+        raise ConfigError("eval_dataset must be set when eval_every is")
+    if given["model"] is None:
+        require_name("model", args.model)
+    elif not isinstance(given["model"], str) and processing_class is None:
+        raise ConfigError("a model object needs its tokenizer: pass processing_class=")
+    named = [name if isinstance(f, str) else f for f, name in zip(functions, args.reward, strict=True)]
+    for reward in named:
+        if isinstance(reward, str):
+            require_name("reward", reward)
+    return args, named
+
+
+def load_rewards(
+    rewards: Sequence[Reward], args: SafeConfig, device: torch.device, prompts: Sequence[Prompt]
+) -> list[RewardFunction]:
+    """The rewards in their order. Functions and servers are loaded first and tried once; classifiers take longer."""
+    loaded: dict[int, RewardFunction] = {}
+    for i in sorted(range(len(rewards)), key=lambda i: is_classifier(rewards[i])):
+        loaded[i] = load_reward(rewards[i], device, args)
+        if is_function_name(rewards[i]) or is_server(rewards[i]):
+            try_reward(str(rewards[i]), loaded[i], prompts)
+    return [loaded[i] for i in range(len(rewards))]
+
+
+def try_reward(name: str, function: RewardFunction, prompts: Sequence[Prompt]) -> None:
+    """Calls a reward with invented completions, before anything slow.
+
+    What no other completions would mend is an error; anything else that it raises is a warning.
+    """
+    count = len(prompts)
+    inputs = Rollout(list(prompts), [[]] * count, [INVENTED] * count, [True] * count, [[]] * count).for_rewards()
+    check_signature(name, function, inputs[2])
+    try:
+        score(name, function, *inputs)
+    except NotANumber as error:
+        warn(error)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except RuntimeError as error:
+        cause = error.__cause__
+        if is_server(name):
+            raise ConfigError(str(cause)) from error
+        if isinstance(cause, (NameError, ImportError, SyntaxError)):
+            raise ConfigError(f"{error}{place(cause)}") from error
+        warn(f"{error}{place(cause)}")
+
+
+def check_signature(name: str, function: RewardFunction, columns: dict[str, list[Any]]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin, which has none to read
+        return
+    try:
+        signature.bind(prompts=[], completions=[], **columns)
+    except TypeError as error:
+        names = ", ".join(["prompts", "completions", *columns])
+        raise ConfigError(
+            f"the reward {name!r} cannot be called with the keywords {names}: {error}; each parameter "
+            "must be one of them or have a default, and **columns takes the others"
+        ) from None
+
+
+def place(error: BaseException | None) -> str:
+    """Where in the reward's file it was raised."""
+    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+
+
+def warn(message: object) -> None:
+    if parallel.is_main():
+        print(f"warning: {message}. The completions were invented; the run's own may fare better", flush=True)
+
+
+@parallel.main_only
+def check_space(folder: Path, trained: Iterable[Tensor]) -> None:
+    """Whether the disk has room for a checkpoint."""
+    needed, free = needed_bytes(trained), shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"output_dir {str(folder)!r} has {free / 1e9:.2f} GB free, and a checkpoint takes {needed / 1e9:.2f} GB: "
+            "make room, choose another output_dir, or train fewer weights (lora_r)"
+        )
+
+
+def needed_bytes(trained: Iterable[Tensor]) -> int:
+    """Of a checkpoint: the trained weights, and for each the two moments of AdamW in float32."""
+    return sum(x.numel() * (x.element_size() + 8) for x in trained)
