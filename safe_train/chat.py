@@ -15,7 +15,7 @@ from safe_train.config import ConfigError
 
 Messages = list[dict[str, Any]]
 
-QUESTION, ANSWERS = "What is it", ("It is one", "It is two?")  # the answers share no last letter
+QUESTION, ANSWERS = "What is it", ("One", "Two?")  # the answers share neither first nor last letter
 SYSTEM = {"role": "system", "content": "Answer"}
 
 
@@ -58,11 +58,13 @@ def without_nulls(value: Any, keep: str = "") -> Any:
 
 
 def text_tokens(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens; of a text that begins with the BOS token itself, the tokenizer adds no second one."""
+    """A text's tokens as the tokenizer has them, but no second BOS token where the text begins with one itself."""
     ids = list(tokenizer(text)["input_ids"])
     bos = tokenizer.bos_token_id
-    doubled = bos is not None and ids[:2] == [bos, bos] and text.startswith(tokenizer.bos_token)
-    return ids[1:] if doubled else ids
+    if bos is not None and ids[:2] == [bos, bos]:
+        own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return ids[1:] if len(own) < len(ids) else ids
+    return ids
 
 
 def cut_text(tokenizer: Any, text: str, ids: list[int], limit: int) -> tuple[str, list[int]]:

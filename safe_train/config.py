@@ -134,6 +134,10 @@ class SafeConfig:
     top_k: int = option(0, "must be 0, for the same reason; the published algorithms sampled with 50")
     top_p: float = option(1.0, "must be 1, for the same reason")
     missing_eos_penalty: float = option(0.0, "charged to a completion that never ended, in units of normalised rewards")
+    stop_tokens: list[str] | None = option(
+        None, "tokens that end a completion (default: those of model, tokenizer and chat template)"
+    )
+    stop_strings: list[str] | None = option(None, "hf: texts that end a completion as well, and stay in it")
     generation: str = option("hf", "hf: transformers | vllm: an engine beside the trainer (tested on a stand-in)")
     generation_batch_size: int | None = option(None, "hf: completions generated together (default: all of a rollout)")
     cache_implementation: str = option("auto", "hf: KV cache: dynamic | static (compiled on a GPU) | auto: by device")
@@ -368,6 +372,10 @@ def check(c: SafeConfig) -> None:
     low, high = c.kl_threshold_min, c.kl_threshold_max
     require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
     require(c.gate_min <= c.gate_max, "gate_min", "at most gate_max")
+    require(
+        c.stop_strings is None or c.generation == "hf", "stop_strings", "null with generation vllm; set stop_tokens"
+    )
+    require(c.stop_strings is None or all(c.stop_strings), "stop_strings", "texts that are not empty")
     size = c.completions_per_step
     require(c.minibatch_size is None or c.minibatch_size <= size, "minibatch_size", f"at most the {size} of a rollout")
     if c.algorithm == "grpo":

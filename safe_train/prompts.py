@@ -187,6 +187,13 @@ class PromptDataset:
                 f"{setting}: the model has a chat template, but these prompts are plain text, which goes to it as it "
                 "stands; prompt_as=user makes each a user's turn"
             )
+        bos = self.tokenizer.bos_token_id
+        begins_texts = bos is not None and text_tokens(self.tokenizer, "a")[:1] == [bos]
+        if begins_texts and first.ids[0] != bos:
+            lines.append(
+                f"{setting}: the chat template writes no {self.tokenizer.bos_token!r}, the BOS token with which the "
+                "tokenizer begins texts; chats go to the model as the template has them"
+            )
         shown = self.tokenizer.decode(first.ids)
         lines.append(
             f"{setting}: the first prompt as the model sees it:\n{shown[:SHOWN]}{'...' * (len(shown) > SHOWN)}"

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteriaList
 
 from safe_train.chat import turn_end
 from safe_train.config import SafeConfig
 from safe_train.data import Messages, Prompt, through_first_eos
 from safe_train.models import Policy
+from safe_train.stopping import StopStrings, stop_tokens
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,13 @@ class Rollout:
         tokens: Sequence[Sequence[int]],
         logprobs: Sequence[Sequence[float]],
         eos_ids: list[int],
+        stops: StopStrings | None = None,
     ) -> Rollout:
-        """A rollout from sampled tokens and their log-probs, both of which may go on after an end token."""
+        """A rollout from sampled tokens and their log-probs, both of which may go on after an end."""
         trimmed = [through_first_eos(row, eos_ids) for row in tokens]
+        if stops is not None:
+            stopped = [(*stops.through_first(row), ended) for row, ended in trimmed]
+            trimmed = [(row, has_stop or ended) for row, has_stop, ended in stopped]
         completions = [row for row, _ in trimmed]
         return cls(
             prompts=list(prompts),
@@ -83,7 +88,8 @@ def sample(
 
     `caches` keeps the KV caches from call to call, by their number of rows.
     """
-    eos_ids = end_tokens(policy, tokenizer)
+    eos_ids = end_tokens(policy, tokenizer, args)
+    stops = None if args.stop_strings is None else StopStrings(tokenizer, args.stop_strings)
     settings = GenerationConfig(
         do_sample=True,
         temperature=args.temperature,
@@ -104,11 +110,11 @@ def sample(
         for chunk in groups:
             if cache is not None:
                 cache.reset()
-            drawn = generate(model, [prompts[i].ids for i in chunk], settings, cache)
+            drawn = generate(model, [prompts[i].ids for i in chunk], settings, cache, stops)
             # The last chunk repeats a prompt to be as wide as the others; the first draw counts.
             for i, row, row_logprobs in reversed(list(zip(chunk, *drawn, strict=True))):
                 tokens[i], logprobs[i] = row, row_logprobs
-    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids)
+    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids, stops)
 
 
 def chunks(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -155,7 +161,11 @@ class SamplerLogprobs(LogitsProcessor):
 
 
 def generate(
-    model: Any, prompts: list[list[int]], settings: GenerationConfig, cache: StaticCache | None
+    model: Any,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    cache: StaticCache | None,
+    stops: StopStrings | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Sampled tokens and their log-probs, one row a prompt."""
     width = max(map(len, prompts))
@@ -170,17 +180,21 @@ def generate(
         attention_mask=attention_mask.to(model.device),
         generation_config=settings,
         logits_processor=LogitsProcessorList([recorder]),
+        stopping_criteria=StoppingCriteriaList([] if stops is None else [stops.behind(width)]),
         past_key_values=cache,
     )
     recorder.record(output[:, -1])
     return output[:, width:].tolist(), torch.stack(recorder.columns, dim=1).tolist()
 
 
-def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
-    """The model's end tokens, the tokenizer's, and the one that ends a turn of the chat template.
+def end_tokens(policy: Policy, tokenizer: Any, args: SafeConfig | None = None) -> list[int]:
+    """`stop_tokens`; else the model's end tokens, the tokenizer's, and the one that ends a turn of the chat template.
 
     A base model's own are those that end a text: without the template's, it would write the user's next turn as well.
     """
+    if args is not None and args.stop_tokens is not None:
+        return stop_tokens(tokenizer, args.stop_tokens)
+    kwargs = None if args is None else args.chat_template_kwargs
     eos = policy.model.generation_config.eos_token_id
-    ends = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *turn_end(tokenizer)]
+    ends = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *turn_end(tokenizer, kwargs)]
     return [token for token in dict.fromkeys(ends) if token is not None]

@@ -34,9 +34,10 @@ from safe_train.preview import Preview
 from safe_train.prompts import make_prompts
 from safe_train.randomness import guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards import RewardFunction, Rewards, load_reward
-from safe_train.rollout import Rollout, make_sampler
+from safe_train.rollout import Rollout, end_tokens, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
 from safe_train.signals import Stopped, StopSignals
+from safe_train.stopping import described, stop_tokens
 
 Rows = Any  # a sequence of rows, a DataFrame, or what `datasets` has
 
@@ -106,6 +107,8 @@ class SafeTrainer:
         self.tokenizer = processing_class
         if args.chat_template is not None:
             self.tokenizer.chat_template = read_text("chat_template", args.chat_template)
+        if args.stop_tokens is not None:
+            stop_tokens(self.tokenizer, args.stop_tokens)
         with guest(args.seed):  # a file that seeds when it is imported
             self.rewards = Rewards([load_reward(f, self.device, args) for f in functions], args.reward_weights)
         self.prompts = self.prompt_dataset(train_dataset, "dataset")
@@ -123,6 +126,10 @@ class SafeTrainer:
         self.engine = make_engine(self.policy, self.device, args)
         self.trainable = self.engine.parameters
         self.sampler = make_sampler(self.policy, self.tokenizer, args)
+        if parallel.is_main():
+            print(
+                described(self.tokenizer, end_tokens(self.policy, self.tokenizer, args), args.stop_strings), flush=True
+            )
         self.critic: Critic | None = None
         self.critic_optimizer: torch.optim.Optimizer | None = None
         if args.critic != "none":

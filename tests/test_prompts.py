@@ -1,10 +1,12 @@
+import datasets
 import pytest
 import tiny
 from tokenizers.processors import TemplateProcessing
 
 from safe_train.config import ConfigError
-from safe_train.formats import transcript_messages
-from safe_train.prompts import PromptDataset
+from safe_train.datasets_io import from_python
+from safe_train.formats import PromptFormat, transcript_messages
+from safe_train.prompts import PromptDataset, PromptStream
 
 
 def dataset(rows, max_prompt_tokens=8, seed=0):
@@ -144,3 +146,65 @@ def test_unusable_prompts_are_errors_before_the_run(rows, message):
 
 def test_an_empty_prompt_is_usable_where_the_tokenizer_begins_every_text():
     assert PromptDataset([{"prompt": ""}], with_bos(), 8)[0].ids == [1]
+
+
+def test_only_the_rows_that_the_run_visits_are_rendered():
+    rows = [{"prompt": f"the {word}"} for word in tiny.WORDS[2:]]
+    good = dataset(rows, seed=3)
+    visited = {prompt.text for prompt in good.at(0, 6)}
+    unvisited = next(i for i, row in enumerate(rows) if row["prompt"] not in visited)
+    first = next(i for i, row in enumerate(rows) if row["prompt"] == good.at(0, 1)[0].text)
+
+    def with_bad(index, **options):
+        spoilt = [{"prompt": ""} if i == index else row for i, row in enumerate(rows)]
+        return PromptDataset(spoilt, tiny.tokenizer(), 8, 3, visits=6, **options)
+
+    assert {prompt.text for prompt in with_bad(unvisited).at(0, 6)} == visited
+    with pytest.raises(ConfigError, match=f"prompt {first} of the data set: it is empty"):
+        with_bad(first)
+    skipping = with_bad(first, on_bad_row="skip")
+    assert [p.text for p in skipping.at(0, 5)] == [p.text for p in good.at(1, 5)] and skipping.seen.prompts == 6
+
+
+def test_the_summary_says_what_was_found_and_shows_the_first_prompt():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<eos> {{ m.content }}{% endfor %}"
+    rows = [{"question": text} for text in ("the cat", "the cat", "a dog sat on", "")]
+    text = PromptDataset(rows, tokenizer, 3, on_bad_row="skip").summary("dataset")
+    assert text.startswith("dataset: 4 rows; prompts from 'question': 3 rendered, 1 of them cut to 3 tokens, 1 of them")
+    assert "1 rows skipped, such as prompt 3 of the data set: it is empty" in text and "prompt_as=user" in text
+    chats = PromptDataset(rows[:1], tokenizer, 9, format=PromptFormat(prompt_as="user")).summary("dataset")
+    assert chats.endswith("as the model sees it:\n<eos> the cat") and "prompt_as=user" not in chats
+
+
+def stream(rows, **options):
+    table = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    return PromptStream(from_python(table), tiny.tokenizer(), 8, **options)
+
+
+def test_a_stream_is_read_as_it_goes_and_a_resumed_run_skips_ahead():
+    rows = [{"prompt": f"the {word}", "n": i} for i, word in enumerate(tiny.WORDS[2:9])]
+    texts = [prompt.text for prompt in stream(rows).at(0, 20)]
+    assert texts == [rows[i % 7]["prompt"] for i in range(20)]
+    for start in (0, 3, 7, 12):
+        resumed = stream(rows)
+        assert [p.text for p in resumed.at(start, 4)] == texts[start : start + 4]
+        assert [p.columns["n"] for p in resumed.at(start + 4, 2)] == [(start + 4) % 7, (start + 5) % 7]
+        assert [p.text for p in resumed.at(1, 2)] == texts[1:3], "a position that was passed"
+    bad = [rows[0], {"prompt": "", "n": 9}, *rows[1:]]
+    with pytest.raises(ConfigError, match="prompt 1 of the data set: it is empty"):
+        stream(bad).at(0, 3)
+    for start in (0, 4, 9):
+        assert [p.text for p in stream(bad, on_bad_row="skip").at(start, 9)] == texts[start : start + 9]
+    with pytest.raises(ConfigError, match="no row of the data set can be used"):
+        stream(bad[1:2], on_bad_row="skip").at(0, 1)
+
+
+def test_a_run_on_a_stream_that_is_resumed_equals_one_that_was_not(tmp_path):
+    rows = [{"prompt": f"the {word}"} for word in tiny.WORDS[2:9]]
+    table = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    whole = tiny.trainer(tmp_path / "a", prompts=table, total_steps=4).train()
+    tiny.trainer(tmp_path / "b", prompts=table, total_steps=2).train()
+    rest = tiny.trainer(tmp_path / "b", prompts=table, total_steps=4).train(resume_from_checkpoint=True)
+    assert [m["reward"] for m in whole[2:]] == [m["reward"] for m in rest]
+    assert [m["policy_loss"] for m in whole[2:]] == [m["policy_loss"] for m in rest]
