@@ -66,6 +66,10 @@ class PromptFormat:
             return self.text(value)
         return self.chat(messages_of(column, value), row)
 
+    def described(self) -> str:
+        holds_answers = self.prompt_column in WITH_ANSWER and not self.continue_final_message
+        return f"{self.prompt_column!r}{', up to the last turn of a user' * holds_answers}"
+
     def text(self, value: str) -> str | Chat:
         if self.prompt_as == "user" and value.strip():
             return Chat(self.with_system([{"role": "user", "content": value}]), self.tools, self.template_kwargs)

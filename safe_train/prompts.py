@@ -35,14 +35,12 @@ class Seen:
 
     prompts: int = 0
     cut: int = 0
-    chats: int = 0
     texts: Counter[int] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
 
     def add(self, prompt: Prompt) -> None:
         self.prompts += 1
         self.cut += prompt.is_cut
-        self.chats += not isinstance(prompt.text, str)
         self.texts[hash(tuple(prompt.ids))] += 1
 
     @property
@@ -102,7 +100,14 @@ class PromptDataset:
         """Renders the prompts that the run will visit."""
         rows: Iterable[int] = range(len(self.rows)) if self.is_held_out or visits is None else self.order(0)
         wanted = len(self.rows) if visits is None else min(visits, len(self.rows))
-        with tqdm(total=wanted, desc="rendering prompts", unit="prompt", delay=QUIET_SECONDS, leave=False) as progress:
+        with tqdm(
+            total=wanted,
+            desc="rendering prompts",
+            unit="prompt",
+            delay=QUIET_SECONDS,
+            leave=False,
+            disable=not parallel.is_main(),
+        ) as progress:
             for index in rows:
                 if self.seen.prompts == wanted:
                     break
@@ -179,7 +184,7 @@ class PromptDataset:
         counts = f"{seen.prompts} rendered" if seen.prompts else "read as they come"
         counts += f", {seen.cut} of them cut to {self.max_prompt_tokens} tokens" if seen.cut else ""
         counts += f", {seen.repeated} of them repeat another" if seen.repeated else ""
-        lines = [f"{setting}: {self.size()}; prompts from {self.format.prompt_column!r}: {counts}"]
+        lines = [f"{setting}: {self.size()}; prompts from {self.format.described()}: {counts}"]
         if seen.skipped:
             lines.append(f"{setting}: {len(seen.skipped)} rows skipped, such as {seen.skipped[0]}")
         if isinstance(first.text, str) and self.tokenizer.chat_template:
@@ -235,19 +240,19 @@ class PromptStream(PromptDataset):
         for _ in range(start - self.position):
             self.pass_by()
         self.position = start + count
-        return [self.next() for _ in range(count)]
+        return [self.next_prompt() for _ in range(count)]
 
     in_turn = at
 
     def pass_by(self) -> None:
         """One prompt further; where no row is left out, it need not be rendered for that."""
         if self.on_bad_row == "skip":
-            self.next()
+            self.next_prompt()
         else:
             next(self.stream)
             self.is_usable = True
 
-    def next(self) -> Prompt:
+    def next_prompt(self) -> Prompt:
         while True:
             index, row = next(self.stream)
             prompt = self.try_row(index, row)

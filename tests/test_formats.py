@@ -1,11 +1,18 @@
 """Rows as people have them: the public formats, and what the model is given of them."""
 
+import csv
+import dataclasses
+import json
 import re
+import shlex
+from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 
-from safe_train.config import ConfigError
+from safe_train import SafeTrainer
+from safe_train.config import ConfigError, SafeConfig
 from safe_train.formats import PromptFormat
 from safe_train.prompts import PromptDataset
 
@@ -134,3 +141,52 @@ def test_rows_that_cannot_be_rendered_are_errors_or_left_out(rows, message):
     kept = data([*rows, good], template, on_bad_row="skip")
     assert len(kept) == len(rows) and len(kept.seen.skipped) == 1 and re.search(message, kept.seen.skipped[0])
     assert all(prompt.text == [ASK] for prompt in (*kept.at(0, 9), *kept.in_turn(0, 9)))
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "trainer.md"
+COMMANDS = re.findall(r"^    (safe-train run '?dataset=.*reward=rewards.*)$", DOCS.read_text(), re.MULTILINE)
+
+
+def public_files(folder):
+    """Small files in the shapes that the page names."""
+    questions = [("the cat and the dog is", "1"), ("the tree, or a mat", "2"), ("is a dog happy", "3")] * 2
+    chats = [{"messages": [ASK, ANSWER, {"role": "user", "content": text}, ANSWER]} for text, _ in questions]
+    datasets.Dataset.from_list(chats).to_parquet(str(folder / "chats.parquet"))
+    with (folder / "questions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("question", "answer"), *questions])
+    turns = [f"\n\nHuman: {text}\n\nAssistant: the cat\n\nHuman: the dog\n\nAssistant: " for text, _ in questions * 3]
+    lines = [json.dumps({"chosen": turn + "good", "rejected": turn + "bad"}) + "\n" for turn in turns]
+    (folder / "transcripts.jsonl").write_text("".join(lines))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_runs_of_the_page_start_from_public_formats(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    public_files(tmp_path)
+    (tmp_path / "rewards.py").write_text(
+        "def mine(prompts, completions, **columns):\n"
+        "    assert all(prompt[-1]['role'] == 'user' for prompt in prompts)\n"
+        "    return [float(len(completion[-1]['content'])) for completion in completions]\n"
+    )
+    pairs = [pair for pair in shlex.split(command) if "=" in pair]
+    small = {
+        k: v
+        for k, v in dataclasses.asdict(tiny.settings("runs/tiny")).items()
+        if k not in dict(p.split("=", 1) for p in pairs)
+    }
+    changed = [f"{k}={json.dumps(v)}" for k, v in small.items() if v != getattr(SafeConfig(), k) and k != "output_dir"]
+    args = SafeConfig.load(None, [*changed, *pairs, "total_steps=1"])
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TEMPLATE + "<eos>"
+    monkeypatch.setattr("safe_train.trainer.load_model", lambda *_: (tiny.model(), tokenizer))
+    run = SafeTrainer(args=args)
+    assert len(run.train()) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"dataset: \d+ rows; prompts from '(messages|question|chosen)'.* rendered.*repeat another", said)
+    assert "the first prompt as the model sees it:\n" in said and "prompt_as=user makes" not in said
+    if args.eval_dataset:
+        assert run.evaluate().reward >= 0
+
+
+def test_the_page_has_three_runs():
+    assert len(COMMANDS) == 3
