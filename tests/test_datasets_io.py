@@ -158,6 +158,8 @@ def test_a_wrong_path_names_the_nearest(tmp_path):
     written(tmp_path / "rows.csv", "prompt\na\n")
     with pytest.raises(ConfigError, match="must have one format, got .csv, .jsonl in 2 files"):
         read(f"{tmp_path}/rows.*")
+    with pytest.raises(ConfigError, match="no prompt file 'shards/part-\\*'"):
+        read("shards/part-*")
     with pytest.raises(ConfigError, match="a Hub data set is OWNER/NAME"):
         read("not/a/data/set")
 

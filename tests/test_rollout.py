@@ -17,6 +17,7 @@ from safe_train.metrics import sampler_metrics
 from safe_train.models import make_policy
 from safe_train.rewards import Rewards
 from safe_train.rollout import Rollout, chunks, end_tokens, make_sampler, sample, static_cache
+from safe_train.stopping import StopStrings
 
 
 def rollout_of(model, rows=tiny.PROMPTS, copies=1, seed=0, **settings):
@@ -326,6 +327,13 @@ def test_stop_tokens_and_strings_end_completions():
         ends.add(tokens[-1] if ended else None)
     assert ends == {5, second, None}
     assert any(tokens[0] == second and len(tokens) > 1 for tokens in rollout.completions[100:])
+
+
+def test_a_stop_string_is_completed_by_the_last_token_of_the_completion_alone():
+    stops = StopStrings(tiny.tokenizer(), ["a cat"])
+    rows = torch.tensor([tiny.tokenizer()(text)["input_ids"] for text in ("the a cat", "a cat the", "dog the cat")])
+    assert [stops.behind(width)(rows, None).tolist() for width in (1, 2)] == [[True, False, False], [False] * 3]
+    assert stops.through_first(rows[:2].flatten().tolist()) == (rows[0].tolist(), True)
 
 
 def test_a_stop_token_that_the_model_does_not_have_is_refused(tmp_path):
