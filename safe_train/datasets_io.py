@@ -46,7 +46,7 @@ def read(dataset: str, on_bad_row: str = "error") -> Source:
     paths, split = locate(dataset)
     if not paths:
         return Source(read_hub(dataset))
-    tables = read_folder(paths[0]) if paths[0].is_dir() else read_files(paths, on_bad_row)
+    tables = read_folder(paths[0], on_bad_row) if paths[0].is_dir() else read_files(paths, on_bad_row)
     return take(tables, split)
 
 
@@ -102,7 +102,7 @@ def locate(dataset: str) -> tuple[list[Path], str | None]:
 def find(place: str) -> list[Path]:
     path = Path(place).expanduser()
     for candidate in (path, CONFIGS / place):
-        if candidate.exists():
+        if place and candidate.exists():
             return [candidate]
     return sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
 
@@ -124,19 +124,27 @@ def read_hub(dataset: str) -> Any:
         raise ConfigError(f"cannot load the data set {dataset!r} (there is no such path here): {error}") from error
 
 
-def read_folder(folder: Path) -> Tables:
-    """A folder of `save_to_disk`, or one of files, such as a copy of a Hub data set."""
+def read_folder(folder: Path, on_bad_row: str) -> Tables:
+    """A folder of `save_to_disk`, or one of files, such as a copy of a Hub data set, whose names say their splits."""
     import datasets
 
     try:
         if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(str(folder))
-        else:
-            with tempfile.TemporaryDirectory() as cache:
-                found = datasets.load_dataset(str(folder), cache_dir=cache)
+            return Tables(found if isinstance(found, Mapping) else {"train": found}, str(folder))
+        with tempfile.TemporaryDirectory() as cache:
+            files = datasets.load_dataset_builder(str(folder), cache_dir=cache).config.data_files or {}
     except Exception as error:
         raise ConfigError(f"cannot read the data set in {folder}: {error}") from error
-    return Tables(found if isinstance(found, Mapping) else {"train": found}, str(folder))
+    if not files:
+        raise ConfigError(f"{folder} holds no data set: neither what save_to_disk writes, nor files of rows")
+    tables = {str(split): read_files([Path(path) for path in paths], on_bad_row) for split, paths in files.items()}
+    return Tables(
+        {split: table.splits["train"] for split, table in tables.items()},
+        str(folder),
+        {split: table.lines["train"] for split, table in tables.items() if "train" in table.lines},
+        [line for table in tables.values() for line in table.skipped],
+    )
 
 
 def read_files(paths: list[Path], on_bad_row: str) -> Tables:

@@ -70,13 +70,10 @@ class PromptDataset:
         is_held_out: bool = False,
     ):
         self.source = rows if isinstance(rows, Source) else from_python(rows)
-        self.rows, self.tokenizer, self.max_prompt_tokens, self.seed = (
-            self.source.rows,
-            tokenizer,
-            max_prompt_tokens,
-            seed,
-        )
-        self.on_bad_row, self.is_held_out, self.bad = on_bad_row, is_held_out, set[int]()
+        self.rows, self.tokenizer = self.source.rows, tokenizer
+        self.max_prompt_tokens, self.seed = max_prompt_tokens, seed
+        self.on_bad_row, self.is_held_out = on_bad_row, is_held_out
+        self.bad: set[int] = set()  # rows that are left out
         first = self.first_row()
         names = column_names(self.rows, first)
         self.format = (format or PromptFormat()).of_rows(first, names)
@@ -88,7 +85,7 @@ class PromptDataset:
             needed = [name for name in names if name == self.format.prompt_column or name in BESIDE]
             self.inputs = self.rows.select_columns(needed)
             self.rows = self.rows.select_columns([n for n in names if n in needed or columns is None or n in columns])
-        self.seen = Seen(skipped=[str(line) for line in self.source.skipped])
+        self.seen = Seen(skipped=list(self.source.skipped))
         self.check(visits)
 
     def first_row(self) -> Any:
@@ -100,14 +97,8 @@ class PromptDataset:
         """Renders the prompts that the run will visit."""
         rows: Iterable[int] = range(len(self.rows)) if self.is_held_out or visits is None else self.order(0)
         wanted = len(self.rows) if visits is None else min(visits, len(self.rows))
-        with tqdm(
-            total=wanted,
-            desc="rendering prompts",
-            unit="prompt",
-            delay=QUIET_SECONDS,
-            leave=False,
-            disable=not parallel.is_main(),
-        ) as progress:
+        bar = {"desc": "rendering prompts", "delay": QUIET_SECONDS, "leave": False, "disable": not parallel.is_main()}
+        with tqdm(total=wanted, **bar) as progress:
             for index in rows:
                 if self.seen.prompts == wanted:
                     break
@@ -200,9 +191,8 @@ class PromptDataset:
                 "tokenizer begins texts; chats go to the model as the template has them"
             )
         shown = self.tokenizer.decode(first.ids)
-        lines.append(
-            f"{setting}: the first prompt as the model sees it:\n{shown[:SHOWN]}{'...' * (len(shown) > SHOWN)}"
-        )
+        shown = shown[:SHOWN] + "..." * (len(shown) > SHOWN)
+        lines.append(f"{setting}: the first prompt as the model sees it:\n{shown}")
         return "\n".join(lines)
 
     def size(self) -> str:

@@ -17,7 +17,7 @@ import lzma
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,12 @@ class Tables:
 
     splits: Mapping[str, Any]
     name: str
-    line: Callable[[int], str] | None = None  # of a row, where each has one
+    lines: Mapping[str, Callable[[int], str]] = field(default_factory=dict)  # of the rows of a split that has lines
     skipped: Sequence[str] = ()  # lines that could not be read, and why
 
     def place(self, split: str, index: int) -> str:
-        if self.line is not None:
-            return self.line(index)
+        if split in self.lines:
+            return self.lines[split](index)
         return f"row {index} of {self.name}" + (f":{split}" if len(self.splits) > 1 else "")
 
 
@@ -138,7 +138,7 @@ def read_json_lines(paths: Sequence[Path], files: Sequence[Any], name: str, on_b
     refuse(bad, sum(map(len, kept)), name, on_bad_row)
     tables = [JsonRows(f, [*names]).select([n - 1 for n in numbers]) for f, numbers in zip(files, kept, strict=True)]
     places = [(path, numbers) for path, numbers in zip(paths, kept, strict=True)]
-    return Tables({"train": JsonRows.joined(tables)}, name, lambda index: place(index, places), bad)
+    return Tables({"train": JsonRows.joined(tables)}, name, {"train": lambda index: place(index, places)}, bad)
 
 
 def why_no_row(line: str) -> str:
@@ -190,18 +190,13 @@ def read_csv(paths: Sequence[Path], name: str, separator: str, on_bad_row: str) 
     refuse(bad, sum(map(len, kept)), name, on_bad_row)
     columns = pandas.read_csv(paths[0], sep=separator, nrows=0).columns
     text = datasets.Features({str(column): datasets.Value("string") for column in columns})
-    with tempfile.TemporaryDirectory() as folder:
-        copies = (
-            [
-                without(path, numbers, Path(folder) / f"{i}.csv", separator)
-                for i, (path, numbers) in enumerate(zip(paths, kept, strict=True))
-            ]
-            if bad
-            else paths
-        )
-        table = load("csv", copies, sep=separator, keep_default_na=False, features=text)
     places = list(zip(paths, kept, strict=True))
-    return Tables({"train": table}, name, lambda index: place(index, places), bad)
+    with tempfile.TemporaryDirectory() as folder:
+        copies = paths
+        if bad:
+            copies = [without(*file, Path(folder) / f"{i}.csv", separator) for i, file in enumerate(places)]
+        table = load("csv", copies, sep=separator, keep_default_na=False, features=text)
+    return Tables({"train": table}, name, {"train": lambda index: place(index, places)}, bad)
 
 
 def csv_records(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:

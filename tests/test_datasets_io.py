@@ -96,6 +96,12 @@ def test_objects_with_fields_of_rows_and_folders_have_splits(tmp_path):
         assert rows(f"{name}:train[1:]+test") == [{"prompt": "b"}, {"prompt": "c"}]
         with pytest.raises(ConfigError, match="no split 'dev' in .*, which has t"):
             read(f"{name}:dev")
+    assert read(f"{files}:test").place(0) == f"line 1 of {files}/test.jsonl"
+    written(tmp_path / "tables" / "data" / "train-0.csv", "prompt,answer\na,007\n")
+    assert rows(str(tmp_path / "tables")) == [{"prompt": "a", "answer": "007"}], "as in a file by itself"
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ConfigError, match="cannot read the data set in|holds no data set"):
+        read(str(tmp_path / "nothing"))
     shards = read(f"{files}/t*.jsonl")
     assert list(shards.rows) == [*splits["test"], *splits["train"]]
     assert [shards.place(i) for i in (0, 2)] == [f"line 1 of {files}/test.jsonl", f"line 2 of {files}/train.jsonl"]
