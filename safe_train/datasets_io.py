@@ -93,7 +93,7 @@ def locate(dataset: str) -> tuple[list[Path], str | None]:
     if place.startswith((".", "/", "~")) or glob.has_magic(place) or suffixes & {*FORMATS, *COMPRESSIONS}:
         folder = Path(place).expanduser().parent
         files = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        near = difflib.get_close_matches(Path(place).name, files, n=1)
+        near = difflib.get_close_matches(Path(place).name, files, n=1, cutoff=0.8)
         hint = f"; did you mean {str(folder / near[0])!r}?" if near else ""
         raise ConfigError(f"no prompt file {place!r} (looked here and among the shipped ones in {CONFIGS}){hint}")
     return [], None

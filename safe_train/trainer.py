@@ -24,7 +24,7 @@ from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, record
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
 from safe_train.data import MicroBatch, Prompt, PromptDataset
-from safe_train.datasets_io import from_python, read
+from safe_train.datasets_io import Source, from_python, read
 from safe_train.engine import learning_rate, make_engine, place, schedule
 from safe_train.evaluation import Evaluation, evaluate
 from safe_train.experience import Experience, gathered, value_states
@@ -99,6 +99,7 @@ class SafeTrainer:
         set_seed(args.seed)
         if model is not None and args.dataset == SafeConfig.dataset and parallel.is_main():
             print(f"no train_dataset was given: the prompts are those of the demo, {args.dataset}", flush=True)
+        train_rows = self.read_rows(train_dataset, "dataset")  # before the model, which takes longer
         if model is None or isinstance(model, str):
             model, tokenizer = load_model(args.model, args, self.device)
             processing_class = processing_class or tokenizer
@@ -111,10 +112,10 @@ class SafeTrainer:
             stop_tokens(self.tokenizer, args.stop_tokens)
         with guest(args.seed):  # a file that seeds when it is imported
             self.rewards = Rewards([load_reward(f, self.device, args) for f in functions], args.reward_weights)
-        self.prompts = self.prompt_dataset(train_dataset, "dataset")
+        self.prompts = self.prompt_dataset(train_rows, "dataset")
         self.eval_prompts: PromptDataset | None = None
         if args.eval_every or eval_dataset is not None:  # else read when first asked for: a run may never need them
-            self.eval_prompts = self.prompt_dataset(eval_dataset, "eval_dataset")
+            self.eval_prompts = self.prompt_dataset(self.read_rows(eval_dataset, "eval_dataset"), "eval_dataset")
         self.callbacks = callbacks
 
         dtype = sharding.compute_dtype(self.device, model.dtype, args)
@@ -143,15 +144,17 @@ class SafeTrainer:
         self.step = self.bad_steps = 0
         self.times: dict[str, float] = {}
 
-    def prompt_dataset(self, rows: Any, setting: str) -> PromptDataset:
-        """The rows, or those that the setting names; the prompts that the run will visit are rendered."""
+    def read_rows(self, rows: Any, setting: str) -> Source:
+        """The rows that were handed over, or those that the setting names."""
+        if rows is not None and not isinstance(rows, (str, Path)):
+            return from_python(rows, setting)
+        name = getattr(self.args, setting)
+        require_name(setting, name)
+        return read(name, self.args.on_bad_row)
+
+    def prompt_dataset(self, source: Source, setting: str) -> PromptDataset:
+        """Renders the prompts that the run will visit, and says what was found."""
         args, is_held_out = self.args, setting != "dataset"
-        if rows is None or isinstance(rows, (str, Path)):
-            name = getattr(args, setting)
-            require_name(setting, name)
-            source = read(name, args.on_bad_row)
-        else:
-            source = from_python(rows, setting)
         visits = args.eval_completions + parallel.size() if is_held_out else args.total_steps * args.prompts_per_step
         prompts = make_prompts(source, self.tokenizer, args, is_held_out=is_held_out, visits=visits)
         if parallel.is_main():
@@ -226,7 +229,7 @@ class SafeTrainer:
         if self.eval_prompts is None:
             if self.args.eval_dataset is None:
                 raise ConfigError("an evaluation needs held-out prompts: set eval_dataset")
-            self.eval_prompts = self.prompt_dataset(None, "eval_dataset")
+            self.eval_prompts = self.prompt_dataset(self.read_rows(None, "eval_dataset"), "eval_dataset")
         return evaluate(self.policy, self.complete, self.eval_prompts, self.rewards, self.args, self.device)
 
     def collect(self, step: int) -> tuple[Rollout, dict[str, Tensor]]:
