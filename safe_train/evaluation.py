@@ -44,7 +44,7 @@ def evaluate(
     parallel.meet("evaluate()")
     each, size = (-(-total // parallel.size()) for total in (args.eval_completions, args.completions_per_step))
     first = parallel.rank() * each
-    chosen = [prompts[i % len(prompts)] for i in range(first, first + each)]
+    chosen = prompts.in_turn(first, each)
     with seeded(EVALUATION_SEED):
         with own_random_numbers(EVALUATION_SEED, 0):
             rollouts = [sampler(chosen[i : i + size]) for i in range(0, each, size)]

@@ -90,6 +90,10 @@ def check(c: SafeConfig, choices: Mapping[str, Sequence[str]]) -> None:
     low, high = c.kl_threshold_min, c.kl_threshold_max
     require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
     require(c.gate_min <= c.gate_max, "gate_min", "at most gate_max")
+    require(
+        c.stop_strings is None or c.generation == "hf", "stop_strings", "null with generation vllm; set stop_tokens"
+    )
+    require(c.stop_strings is None or all(c.stop_strings), "stop_strings", "texts that are not empty")
     size = c.completions_per_step
     require(c.minibatch_size is None or c.minibatch_size <= size, "minibatch_size", f"at most the {size} of a rollout")
     if c.algorithm == "grpo":

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteriaList
 
 from safe_train import losses, parallel
+from safe_train.chat import turn_end
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import Messages, Prompt, TokenBatch, through_first_eos
 from safe_train.layout import largest_gap, probes
 from safe_train.models import Policy
 from safe_train.randomness import seeded
-
-ANSWER = "answer"  # to be found again in a rendered chat
+from safe_train.stopping import StopStrings, stop_tokens
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,13 @@ class Rollout:
         tokens: Sequence[Sequence[int]],
         logprobs: Sequence[Sequence[float]],
         eos_ids: list[int],
+        stops: StopStrings | None = None,
     ) -> Rollout:
-        """A rollout from sampled tokens and their log-probs, both of which may go on after an end token."""
+        """A rollout from sampled tokens and their log-probs, both of which may go on after an end."""
         trimmed = [through_first_eos(row, eos_ids) for row in tokens]
+        if stops is not None:
+            stopped = [(*stops.through_first(row), ended) for row, ended in trimmed]
+            trimmed = [(row, has_stop or ended) for row, has_stop, ended in stopped]
         completions = [row for row, _ in trimmed]
         return cls(
             prompts=list(prompts),
@@ -147,12 +151,12 @@ def sample(
 
     `caches` keeps the KV caches from call to call, by their number of rows.
     """
-    eos_ids = end_tokens(policy, tokenizer)
+    eos_ids = end_tokens(policy, tokenizer, args)
+    stops = None if args.stop_strings is None else StopStrings(tokenizer, args.stop_strings)
     given = settings(args, eos_ids, tokenizer.pad_token_id or 0, mode)
-    tokens, logprobs = draw(
-        policy, [prompt.ids for prompt in prompts], given, args, {} if caches is None else caches, mode
-    )
-    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids)
+    ids, caches = [prompt.ids for prompt in prompts], {} if caches is None else caches
+    tokens, logprobs = draw(policy, ids, given, args, caches, mode, stops)
+    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids, stops)
 
 
 def settings(args: SafeConfig, eos_ids: list[int], pad_id: int, mode: Mode) -> GenerationConfig:
@@ -175,6 +179,7 @@ def draw(
     args: SafeConfig,
     caches: dict[int, StaticCache | None],
     mode: Mode,
+    stops: StopStrings | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Sampled tokens and their log-probs, one row a prompt."""
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -188,7 +193,7 @@ def draw(
             cache = caches[len(chunk)]
             if cache is not None:
                 cache.reset()
-            drawn = generate(model, [prompts[i] for i in chunk], given, cache)
+            drawn = generate(model, [prompts[i] for i in chunk], given, cache, stops)
             # The last chunk repeats a prompt to be as wide as the others; the first draw counts.
             for i, row, row_logprobs in reversed(list(zip(chunk, *drawn, strict=True))):
                 tokens[i], logprobs[i] = row, row_logprobs
@@ -245,7 +250,11 @@ class SamplerLogprobs(LogitsProcessor):
 
 
 def generate(
-    model: Any, prompts: list[list[int]], settings: GenerationConfig, cache: StaticCache | None
+    model: Any,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    cache: StaticCache | None,
+    stops: StopStrings | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Sampled tokens and their log-probs, one row a prompt.
 
@@ -263,6 +272,7 @@ def generate(
         attention_mask=attention_mask.to(model.device),
         generation_config=settings,
         logits_processor=LogitsProcessorList([recorder]),
+        stopping_criteria=StoppingCriteriaList([] if stops is None else [stops.behind(width)]),
         past_key_values=cache,
     )
     if settings.output_scores:
@@ -273,21 +283,14 @@ def generate(
     return output[:, width:].tolist(), torch.stack(recorder.columns, dim=1).tolist()
 
 
-def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
-    """The model's end tokens, the tokenizer's, and the one that ends a turn of the chat template.
+def end_tokens(policy: Policy, tokenizer: Any, args: SafeConfig | None = None) -> list[int]:
+    """`stop_tokens`; else the model's end tokens, the tokenizer's, and the one that ends a turn of the chat template.
 
     A base model's own are those that end a text: without the template's, it would write the user's next turn as well.
     """
+    if args is not None and args.stop_tokens is not None:
+        return stop_tokens(tokenizer, args.stop_tokens)
+    kwargs = None if args is None else args.chat_template_kwargs
     eos = policy.model.generation_config.eos_token_id
-    ends = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *turn_end(tokenizer)]
+    ends = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *turn_end(tokenizer, kwargs)]
     return [token for token in dict.fromkeys(ends) if token is not None]
-
-
-def turn_end(tokenizer: Any) -> list[int]:
-    """The token that the chat template, if there is one, writes behind an answer, if it is an added token."""
-    if not tokenizer.chat_template:
-        return []
-    turns = [{"role": "user", "content": ANSWER}, {"role": "assistant", "content": ANSWER}]
-    behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(ANSWER)[2]
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
-    return [token for token in ids[:1] if token in tokenizer.added_tokens_decoder]

@@ -45,7 +45,7 @@ def self_check(trainer: SafeTrainer) -> None:
     """Raises a ConfigError if the trainer's log-probs are not the model's. The run's random numbers are left alone."""
     policy, args = trainer.policy, trainer.args
     name, limit = type(policy.causal_lm).__name__, largest_gap(policy.compute_dtype)
-    sequences = sequences_of([prompt.ids for prompt in trainer.prompts.at(0, min(len(trainer.prompts), PROMPTS))])
+    sequences = sequences_of([prompt.ids for prompt in trainer.prompts.at(0, PROMPTS)])
     with seeded(0), torch.no_grad():
         batch = batch_of(sequences).to(trainer.device)
         together, ref_together, kl = log_probs(policy, batch)

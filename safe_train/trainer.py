@@ -17,12 +17,14 @@ from tqdm import tqdm
 
 from safe_train import losses, parallel, sharding
 from safe_train.adapters import untrained_experts, unwrapped
+from safe_train.chat import read_text
 from safe_train.checkpoint import Checkpoints, say
 from safe_train.checks import check_vocabulary
 from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, require_name
 from safe_train.controller import Control, Controller, Moments
 from safe_train.critic import Critic
-from safe_train.data import MicroBatch, Prompt, PromptDataset, load_rows
+from safe_train.data import MicroBatch, Prompt, PromptDataset
+from safe_train.datasets_io import Source, from_python, read
 from safe_train.determinism import check_deterministic, check_torch_state
 from safe_train.engine import learning_rate, make_engine, place, schedule
 from safe_train.evaluation import Evaluation, evaluate
@@ -31,15 +33,17 @@ from safe_train.folder_lock import FolderLock, releasing
 from safe_train.metrics import step_metrics
 from safe_train.models import Policy, load_model, load_tokenizer, make_policy, use_tensor_cores
 from safe_train.preview import Preview, mean_kl
+from safe_train.prompts import make_prompts
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards import RewardFunction, Rewards
-from safe_train.rollout import MODES, Mode, Rollout, choose_mode, make_sampler
+from safe_train.rollout import MODES, Mode, Rollout, choose_mode, end_tokens, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
 from safe_train.self_check import check_sampler_gap, self_check
 from safe_train.signals import Stopped, StopSignals
 from safe_train.start import asked_for, check_space, load_rewards
+from safe_train.stopping import described, stop_tokens
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Any  # a sequence of rows, a DataFrame, or what `datasets` has
 
 REWARDS, CALLBACKS = 0, 1  # whose random numbers
 
@@ -53,8 +57,8 @@ class SafeTrainer:
         reward_funcs: one or several rewards: callables `(prompts, completions, **columns) -> list[float]`, or names.
             Default: `args.reward`.
         args: the settings.
-        train_dataset, eval_dataset: rows with a `prompt` field, text or chat messages, or the name of such a data set.
-            Default: those `args` names.
+        train_dataset, eval_dataset: rows with prompts (a list of dicts, a DataFrame, or a Dataset, DatasetDict or
+            IterableDataset of `datasets`), or the name of a data set. Default: those `args` names.
         processing_class: the tokenizer; loaded with the model when that is a name.
         peft_config: replaces the LoRA settings of `args`; not for a `PeftModel`, whose active adapter is trained on.
         callbacks: each is called after every step, behind its checkpoint, as `callback(trainer, metrics)`, on every
@@ -100,6 +104,10 @@ class SafeTrainer:
         self.folder_lock.acquire()
         set_seed(args.seed)
         self.tokenizer = load_tokenizer(args) if processing_class is None else processing_class
+        if args.chat_template is not None:
+            self.tokenizer.chat_template = read_text("chat_template", args.chat_template)
+        if args.stop_tokens is not None:
+            stop_tokens(self.tokenizer, args.stop_tokens)
         self.prompts = self.prompt_dataset(train_dataset, "dataset")
         self.eval_prompts: PromptDataset | None = None
         if args.eval_every or eval_dataset is not None:  # else read when first asked for: a run may never need them
@@ -126,6 +134,10 @@ class SafeTrainer:
         self.trainable = self.engine.parameters
         self.mode = self.sampling_mode()
         self.sampler = make_sampler(self.policy, self.tokenizer, args, self.mode)
+        if parallel.is_main():
+            print(
+                described(self.tokenizer, end_tokens(self.policy, self.tokenizer, args), args.stop_strings), flush=True
+            )
         self.critic: Critic | None = None
         self.critic_optimizer: torch.optim.Optimizer | None = None
         if args.critic != "none":
@@ -150,16 +162,26 @@ class SafeTrainer:
         with self.engine.gathered():
             return choose_mode(self.policy, self.args)
 
-    def prompt_dataset(self, rows: Rows | str | None, setting: str) -> PromptDataset:
-        """The rows, or those that the setting names."""
+    def read_rows(self, rows: Any, setting: str) -> Source:
+        """The rows that were handed over, or those that the setting names."""
+        if rows is not None and not isinstance(rows, (str, Path)):
+            return from_python(rows, setting)
         name = getattr(self.args, setting)
-        if rows is None or isinstance(rows, str):
-            require_name(setting, name)
-            rows = load_rows(name)
+        require_name(setting, name)
+        return read(name, self.args.on_bad_row)
+
+    def prompt_dataset(self, rows: Any, setting: str) -> PromptDataset:
+        """Renders the prompts that the run will visit, and says what was found."""
+        args, is_held_out = self.args, setting != "dataset"
+        visits = args.eval_completions + parallel.size() if is_held_out else args.total_steps * args.prompts_per_step
         try:
-            return PromptDataset(rows, self.tokenizer, self.args.max_prompt_tokens, self.args.seed)
+            source = self.read_rows(rows, setting)
+            prompts = make_prompts(source, self.tokenizer, args, is_held_out=is_held_out, visits=visits)
         except ConfigError as error:
-            raise ConfigError(f"{setting} {name}: {error}") from error
+            raise ConfigError(f"{setting} {getattr(args, setting)}: {error}") from error
+        if parallel.is_main():
+            print(prompts.summary(setting), flush=True)
+        return prompts
 
     @releasing(always=True)
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ class VLLMSampler:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt]) -> Rollout:
-        eos_ids = end_tokens(self.policy, self.tokenizer)
+        eos_ids = end_tokens(self.policy, self.tokenizer, self.args)
         # One seed a completion, from the run's own random numbers: a resumed run samples the same.
         seeds = torch.randint(2**31, (len(prompts),)).tolist()
         with self.awake():

@@ -108,8 +108,8 @@ def raising(error, **changes):
 
 
 def wrong_split(here):
-    def load_dataset(name, split, **options):
-        raise ValueError(f"Unknown split \"{split}\". Should be one of ['train', 'test'].")
+    def load_dataset(name, *_, **options):
+        raise ValueError(f"Unknown split \"{options['split']}\". Should be one of ['train', 'test'].")
 
     here.monkeypatch.setattr("datasets.load_dataset", load_dataset)
     return here.pairs(dataset="org/rows:trian")
@@ -174,7 +174,7 @@ GATED = OSError(
 
 MISTAKES = {
     "wrong path": (lambda here: here.pairs(dataset="rowz.jsonl"), "'rowz.jsonl'"),
-    "wrong split": (wrong_split, "cannot load the data set 'org/rows:trian': .*Should be one of"),
+    "wrong split": (wrong_split, "cannot load the data set 'org/rows:trian' .*Should be one of"),
     "wrong column": (file("other.jsonl", '{"why": "x"}\n', dataset=1), "dataset /.*jsonl: .*'prompt' field .*'why'"),
     "reward that names too little": (reward("names_too_little"), "cannot be called with the keywords .*answer"),
     "reward that wants a column": (reward("wants_more"), "missing a required argument: 'solution'"),
@@ -295,11 +295,11 @@ def test_everything_cheap_comes_before_everything_slow(here):
     from safe_train import trainer
 
     noting(folder_lock, "locked")
-    for name in ("load_tokenizer", "load_rows", "load_rewards", "load_model", "make_policy"):
+    for name in ("load_tokenizer", "read", "load_rewards", "load_model", "make_policy"):
         noting(trainer, name)
     noting(start, "try_reward")
     assert main(["run", *here.pairs()]) == 0
-    assert order == ["locked", "load_tokenizer", "load_rows", "load_rewards", "try_reward", "load_model", "make_policy"]
+    assert order == ["locked", "load_tokenizer", "read", "load_rewards", "try_reward", "load_model", "make_policy"]
 
 
 def test_classifiers_are_loaded_after_functions_and_keep_their_place(monkeypatch):

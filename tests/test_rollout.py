@@ -1,6 +1,7 @@
 """Sampling: from the policy itself, whatever the checkpoint's settings say, and the same as what is scored."""
 
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,7 @@ from safe_train.rollout import (
     sample,
     static_cache,
 )
+from safe_train.stopping import StopStrings
 
 
 def rollout_of(model, rows=tiny.PROMPTS, copies=1, seed=0, **settings):
@@ -357,3 +359,42 @@ def test_a_sampler_with_another_temperature_stops_the_run(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match="LlamaForCausalLM cannot be sampled from: padded, log-probs differ by"):
         tiny.trainer(tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_stop_tokens_and_strings_end_completions():
+    """A string may span tokens; one that the prompt has, or began, does not count."""
+    tokenizer, policy = tiny.tokenizer(), make_policy(tiny.model(), SafeConfig())
+    prompts = [prompt for prompt in PromptDataset(tiny.PROMPTS, tokenizer, 16).at(0, 5) for _ in range(20)]
+    plain = sample(policy, tokenizer, prompts, SafeConfig(max_new_tokens=8)).completions
+    pairs = Counter(pair for tokens in plain for pair in zip(tokens, tokens[1:], strict=False) if 5 not in pair)
+    (first, second), _ = next(pair for pair in pairs.most_common() if 1 not in pair[0])
+    args = SafeConfig(max_new_tokens=8, stop_tokens=["dog"], stop_strings=[f"{tiny.WORDS[first]} {tiny.WORDS[second]}"])
+    assert end_tokens(policy, tokenizer, args) == [5]
+    began = [{"prompt": f"{args.stop_strings[0]} {tiny.WORDS[first]}"}]
+    prompts += [prompt for prompt in PromptDataset(began, tokenizer, 16).at(0, 1) for _ in range(60)]
+    rollout = sample(policy, tokenizer, prompts, args)
+
+    def is_end(tokens):
+        return tokens[-1] == 5 or tokens[-2:] == [first, second]
+
+    ends = set()
+    for tokens, recorded, ended in zip(rollout.completions, rollout.sampler_logprobs, rollout.ended, strict=True):
+        assert ended == is_end(tokens) and (ended or len(tokens) == 8) and len(recorded) == len(tokens)
+        assert not any(is_end(tokens[:end]) for end in range(1, len(tokens)))
+        ends.add(tokens[-1] if ended else None)
+    assert ends == {5, second, None}
+    assert any(tokens[0] == second and len(tokens) > 1 for tokens in rollout.completions[100:])
+
+
+def test_a_stop_string_is_completed_by_the_last_token_of_the_completion_alone():
+    stops = StopStrings(tiny.tokenizer(), ["a cat"])
+    rows = torch.tensor([tiny.tokenizer()(text)["input_ids"] for text in ("the a cat", "a cat the", "dog the cat")])
+    assert [stops.behind(width)(rows, None).tolist() for width in (1, 2)] == [[True, False, False], [False] * 3]
+    assert stops.through_first(rows[:2].flatten().tolist()) == (rows[0].tolist(), True)
+
+
+def test_a_stop_token_that_the_model_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="stop_tokens: '<end>' is no token .* stop_strings takes any text"):
+        tiny.trainer(tmp_path, stop_tokens=["<end>"])
+    with pytest.raises(ConfigError, match="stop_strings must be null with generation vllm"):
+        SafeConfig(generation="vllm", stop_strings=["a"])

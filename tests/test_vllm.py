@@ -174,6 +174,7 @@ def test_the_engine_gets_the_memory_and_length_of_the_settings(vllm, monkeypatch
     assert sampler.engine.settings["gpu_memory_utilization"] == 0.4 and sampler.engine.settings["max_model_len"] == 22
     assert "distributed_executor_backend" not in sampler.engine.settings
     monkeypatch.setattr("safe_train.parallel.size", lambda: 2)
+    monkeypatch.setattr("safe_train.parallel.rank", lambda: 0)
     assert setting()[2].engine.settings["distributed_executor_backend"] == "external_launcher"
 
 
