@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 RANDOM = ("drop", "jitter", "noise")  # parts of the names of rates: residual_dropout, layerdrop, router_jitter_noise
 
+# Rates that decide in evaluation mode, too: experts whose scores differ by less than PhiMoE's share a token's weight.
+READ_IN_EVALUATION = {"phimoe": "router_jitter_noise"}
+
 FORWARDS = 16
 
 
@@ -44,12 +47,13 @@ def switch_off_randomness(model: nn.Module) -> None:
     Models keep its rates in their modules and, to be read at each forward, in their configs.
     """
     configs = {id(config): config for module in model.modules() for config in configs_of(module)}
+    kept = {READ_IN_EVALUATION.get(config.model_type) for config in configs.values()}
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
     for holder in (*model.modules(), *configs.values()):
         for name, value in list(vars(holder).items()):
-            if isinstance(value, float) and any(part in name for part in RANDOM):
+            if isinstance(value, float) and name not in kept and any(part in name for part in RANDOM):
                 setattr(holder, name, 0.0)
 
 

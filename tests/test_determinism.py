@@ -47,7 +47,6 @@ MODELS = {
     "OPT": opt,
     "GPT-Neo": gpt_neo,
     "Falcon": falcon,
-    "Phimoe": lambda: tiny_of("Phimoe", num_local_experts=4, router_jitter_noise=0.5, input_jitter_noise=0.5),
     "Mixtral": lambda: tiny_of("Mixtral", num_local_experts=4, router_jitter_noise=0.5),
 }
 
@@ -59,6 +58,29 @@ def test_two_forwards_in_training_mode_are_bit_equal(name, checkpointing):
     policy = make_policy(MODELS[name](), SafeConfig(gradient_checkpointing=checkpointing, lora_r=0))
     policy.train()
     assert torch.equal(policy(BATCH), policy(BATCH))
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.5])
+def test_a_rate_that_decides_in_evaluation_stays(rate):
+    """PhiMoE's `router_jitter_noise` is a threshold; its other jitter goes."""
+    model = tiny_of("Phimoe", vocab_size=64, num_local_experts=4, router_jitter_noise=rate, input_jitter_noise=0.5)
+    ids = torch.arange(60).view(3, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        policy = make_policy(model, SafeConfig(lora_r=0))
+        for found in (policy.causal_lm, *policy.frozen_copies):
+            torch.testing.assert_close(found(ids).logits, expected, rtol=0, atol=1e-5)
+    assert {config.router_jitter_noise for config in (model.config, policy.causal_lm.config)} == {rate}
+    assert policy.causal_lm.config.input_jitter_noise == 0
+
+
+def test_a_model_that_samples_its_experts_in_training_is_refused_with_gradient_checkpointing(tmp_path):
+    def phimoe():
+        return tiny_of("Phimoe", num_local_experts=4, router_jitter_noise=0.5)
+
+    tiny.trainer(tmp_path, policy=phimoe(), lora_r=0)
+    with pytest.raises(ConfigError, match="two forwards of PhimoeForCausalLM .* set gradient_checkpointing to false"):
+        tiny.trainer(tmp_path, policy=phimoe(), lora_r=0, gradient_checkpointing=True)
 
 
 def shaken(by, probability=1.0):
