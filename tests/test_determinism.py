@@ -1,7 +1,9 @@
 """What is random in a model is off, by whatever name; and switches of PyTorch that the run would obey are refused."""
 
 import contextlib
+import random
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,6 +13,7 @@ from architectures import tiny_of
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
 from safe_train.models import make_policy
+from safe_train.randomness import python_generators
 
 BATCH = TokenBatch.pack([[2, 3, 4], [9]], [[5, 6, 7, 8], [10, 1]])
 
@@ -83,30 +86,35 @@ def test_a_model_that_samples_its_experts_in_training_is_refused_with_gradient_c
         tiny.trainer(tmp_path, policy=phimoe(), lora_r=0, gradient_checkpointing=True)
 
 
-def shaken(by, probability=1.0):
+DRAWS = {"torch": lambda: torch.rand(()).item(), "python": random.random, "numpy": np.random.rand}
+
+
+def shaken(by, probability=1.0, draw=DRAWS["torch"]):
     """A model that is random in training, now and then, in a way that no name tells."""
     model = tiny.model()
     model.model.norm.register_forward_hook(
-        lambda module, _, output: output + by * (module.training and torch.rand(()).item() < probability)
+        lambda module, _, output: output + by * (module.training and draw() < probability)
     )
     return model
 
 
+@pytest.mark.parametrize("source", DRAWS)
 @pytest.mark.parametrize("probability", [0.5, 0.25])
-def test_what_is_random_under_another_name_is_refused(probability, tmp_path):
-    torch.manual_seed(0)
+def test_what_is_random_under_another_name_is_refused(probability, source, tmp_path):
+    draw = DRAWS[source]
     with pytest.raises(ConfigError, match="two forwards of LlamaForCausalLM on the same tokens differ by"):
-        tiny.trainer(tmp_path, policy=shaken(1e-3, probability), gradient_checkpointing=True)
-    tiny.trainer(tmp_path, policy=shaken(1e-3, probability))  # in evaluation mode, in which it is off
+        tiny.trainer(tmp_path, policy=shaken(1e-3, probability, draw), gradient_checkpointing=True)
+    tiny.trainer(tmp_path, policy=shaken(1e-3, probability, draw))  # in evaluation mode, in which it is off
 
 
-def test_numbers_that_are_drawn_to_no_effect_are_none_of_the_runs(tmp_path):
+@pytest.mark.parametrize("source", DRAWS)
+def test_numbers_that_are_drawn_to_no_effect_are_none_of_the_runs(source, tmp_path):
     states = []
     for by in (None, 0.0):
-        model = tiny.model() if by is None else shaken(by)
+        model = tiny.model() if by is None else shaken(by, draw=DRAWS[source])
         tiny.trainer(tmp_path, policy=model, gradient_checkpointing=True)
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
+        states.append((torch.get_rng_state().tolist(), python_generators()))
+    assert states[0] == states[1]
 
 
 @contextlib.contextmanager
