@@ -51,6 +51,7 @@ class Engine:
     def clip(self, max_norm: float) -> Tensor:
         """Scales the gradient to at most `max_norm` and returns its norm before, the same on every process."""
         parallel.sum_gradients(sharding.unsharded(self.parameters))
+        require_some(sum(p.grad is not None for p in self.parameters))
         return sharding.number(clip_grad_norm_(self.parameters, max_norm))
 
     def step(self) -> None:
@@ -83,6 +84,15 @@ class Engine:
             parameter = self.parameters[index]
             saved["state"][index] = {name: sharding.shard_like(x, parameter) for name, x in moments.items()}
         self.optimizer.load_state_dict(saved)
+
+
+def require_some(gradients: int) -> None:
+    """Stops all processes when what is trained has no gradient: its norm would be 0, and no step would change it."""
+    if not parallel.total_number(gradients):
+        raise ConfigError(
+            "no trained parameter receives a gradient: the loss does not depend on what the optimizer was given. If a "
+            "reward or a callback chose another adapter (set_adapter) or changed requires_grad, let it undo that"
+        )
 
 
 def make_engine(policy: Policy, device: torch.device, args: SafeConfig) -> Engine:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from safe_train import parallel
 
+AUTOCAST = ("cpu", "cuda")
 DEVICES = ("cuda", "xpu")  # kinds of which a process can use several
 
 
@@ -94,16 +95,31 @@ def seeded(seed: int) -> Iterator[None]:
 def guest(*numbers: int) -> Iterator[None]:
     """For functions of the user's, a reward or a callback, that are called inside of a run.
 
-    They get random numbers that `numbers` and this process's rank decide. Afterwards the run's own go on, and the
-    default dtype and whether PyTorch records gradients are what they were.
+    They get random numbers that `numbers` and this process's rank decide. Afterwards the run's own go on, and
+    PyTorch's switches are as they were.
     """
-    dtype, has_gradients = torch.get_default_dtype(), torch.is_grad_enabled()
-    with seeded(seed_of(*numbers, parallel.rank())):
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
-            torch.set_grad_enabled(has_gradients)
+    with seeded(seed_of(*numbers, parallel.rank())), same_switches():
+        yield
+
+
+@contextmanager
+def same_switches() -> Iterator[None]:
+    """Afterwards the default dtype and device, whether gradients are recorded, and autocast are what they were."""
+    dtype, device, has_gradients = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in AUTOCAST}
+    is_cached = torch.is_autocast_cache_enabled()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)  # a set one slows each call down
+        torch.set_grad_enabled(has_gradients)
+        for kind, (is_enabled, own_dtype) in autocast.items():
+            torch.set_autocast_enabled(kind, is_enabled)
+            torch.set_autocast_dtype(kind, own_dtype)
+        torch.set_autocast_cache_enabled(is_cached)
+        torch.clear_autocast_cache()  # copies of the policy's weights, which the next step changes
 
 
 def fingerprint() -> int:

@@ -56,7 +56,7 @@ class Rewards:
     def __call__(self, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]) -> dict[str, Tensor]:
         """Scores [B] of each reward by name, and their weighted sum under "reward", in float64."""
         scores = {name: score(name, f, prompts, completions, columns) for name, f in self.functions.items()}
-        total = torch.zeros(len(completions), dtype=torch.float64)
+        total = torch.zeros(len(completions), dtype=torch.float64, device="cpu")
         for weight, values in zip(self.weights, scores.values(), strict=True):
             total = total + weight * values
         for row, value in enumerate(total.tolist()):
@@ -87,7 +87,7 @@ def score(name: str, function: RewardFunction, prompts: list, completions: list,
                 f"reward {name!r} returned {value!r:.200} for the completion {text_of(completion)!r:.200} (row {row}); "
                 f"it must be a finite number of at most {LARGEST:.3g}, which is what float32 holds"
             )
-    return torch.tensor([float(value) for value in values], dtype=torch.float64)
+    return torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
 
 
 def copies(values: list[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from safe_train import parallel
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
-from safe_train.engine import Engine, adamw
+from safe_train.engine import Engine, adamw, require_some
 from safe_train.models import Policy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -115,6 +115,7 @@ class Zero2Engine(Engine):
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
+        require_some(sum(p.requires_grad for p in self.parameters))  # ZeRO moves the gradients elsewhere
         self.zero.finalize_gradient_accumulation_boundary()
         gradients = [g for group in self.zero.averaged_gradients.values() for g in group]
         # Sums, not means: the loss is normalised by the tokens of all processes already.

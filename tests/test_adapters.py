@@ -14,6 +14,7 @@ from safe_train import SafeTrainer, adapters
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
 from safe_train.models import make_policy
+from safe_train.zero import Zero2Engine
 
 BATCH = TokenBatch.pack([[2, 3, 4], [9]], [[5, 6, 7, 8], [10, 1]])
 IDS = torch.tensor([[2, 3, 4, 5, 6, 7]])
@@ -354,6 +355,29 @@ def test_a_run_that_no_gradient_reaches_stops(tmp_path):
     run = trainer(tmp_path, model, lora_r=0)
     with pytest.raises(ConfigError, match="no trained parameter receives a gradient"):
         run.train()
+
+
+def freezes(model):
+    for parameter in model.parameters():
+        parameter.requires_grad_(not parameter.requires_grad)
+
+
+MEDDLING = {"another adapter": lambda model: model.set_adapter("other"), "requires_grad": freezes}
+
+
+@pytest.mark.parametrize("case", MEDDLING)
+def test_a_run_stops_when_a_callback_takes_the_gradient_from_what_is_trained(case, tmp_path):
+    model = tiny.trained_adapter(base())
+    model.add_adapter("other", lora(init_lora_weights=False))
+    run = trainer(tmp_path, model)
+    run.callbacks = [lambda trainer, _: MEDDLING[case](trainer.policy.model)]
+    with pytest.raises(ConfigError, match=r"no trained parameter receives a gradient: .* \(set_adapter\)"):
+        run.train()
+    assert [row["step"] for row in metrics(tmp_path)] == [1]
+    with pytest.raises(ConfigError, match="no trained parameter"):  # before DeepSpeed is asked for anything
+        zero = object.__new__(Zero2Engine)
+        zero.parameters = run.engine.parameters
+        zero.clip(1.0)
 
 
 @pytest.mark.parametrize(("lora_r", "frozen"), [(4, True), (0, False)])

@@ -1,7 +1,9 @@
 """What is random in a model is off, by whatever name; and switches of PyTorch that the run would obey are refused."""
 
 import contextlib
+import random
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,6 +13,7 @@ from architectures import tiny_of
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
 from safe_train.models import make_policy
+from safe_train.randomness import python_generators
 
 BATCH = TokenBatch.pack([[2, 3, 4], [9]], [[5, 6, 7, 8], [10, 1]])
 
@@ -47,7 +50,6 @@ MODELS = {
     "OPT": opt,
     "GPT-Neo": gpt_neo,
     "Falcon": falcon,
-    "Phimoe": lambda: tiny_of("Phimoe", num_local_experts=4, router_jitter_noise=0.5, input_jitter_noise=0.5),
     "Mixtral": lambda: tiny_of("Mixtral", num_local_experts=4, router_jitter_noise=0.5),
 }
 
@@ -61,30 +63,58 @@ def test_two_forwards_in_training_mode_are_bit_equal(name, checkpointing):
     assert torch.equal(policy(BATCH), policy(BATCH))
 
 
-def shaken(by, probability=1.0):
+@pytest.mark.parametrize("rate", [0.01, 0.5])
+def test_a_rate_that_decides_in_evaluation_stays(rate):
+    """PhiMoE's `router_jitter_noise` is a threshold; its other jitter goes."""
+    model = tiny_of("Phimoe", vocab_size=64, num_local_experts=4, router_jitter_noise=rate, input_jitter_noise=0.5)
+    ids = torch.arange(60).view(3, 20)
+    with torch.no_grad():
+        expected = model(ids).logits
+        policy = make_policy(model, SafeConfig(lora_r=0))
+        for found in (policy.causal_lm, *policy.frozen_copies):
+            torch.testing.assert_close(found(ids).logits, expected, rtol=0, atol=1e-5)
+    assert {config.router_jitter_noise for config in (model.config, policy.causal_lm.config)} == {rate}
+    assert policy.causal_lm.config.input_jitter_noise == 0
+
+
+def test_a_model_that_samples_its_experts_in_training_is_refused_with_gradient_checkpointing(tmp_path):
+    def phimoe():
+        return tiny_of("Phimoe", num_local_experts=4, router_jitter_noise=0.5)
+
+    tiny.trainer(tmp_path, policy=phimoe(), lora_r=0)
+    with pytest.raises(ConfigError, match="two forwards of PhimoeForCausalLM .* set gradient_checkpointing to false"):
+        tiny.trainer(tmp_path, policy=phimoe(), lora_r=0, gradient_checkpointing=True)
+
+
+DRAWS = {"torch": lambda: torch.rand(()).item(), "python": random.random, "numpy": np.random.rand}
+
+
+def shaken(by, probability=1.0, draw=DRAWS["torch"]):
     """A model that is random in training, now and then, in a way that no name tells."""
     model = tiny.model()
     model.model.norm.register_forward_hook(
-        lambda module, _, output: output + by * (module.training and torch.rand(()).item() < probability)
+        lambda module, _, output: output + by * (module.training and draw() < probability)
     )
     return model
 
 
+@pytest.mark.parametrize("source", DRAWS)
 @pytest.mark.parametrize("probability", [0.5, 0.25])
-def test_what_is_random_under_another_name_is_refused(probability, tmp_path):
-    torch.manual_seed(0)
+def test_what_is_random_under_another_name_is_refused(probability, source, tmp_path):
+    draw = DRAWS[source]
     with pytest.raises(ConfigError, match="two forwards of LlamaForCausalLM on the same tokens differ by"):
-        tiny.trainer(tmp_path, policy=shaken(1e-3, probability), gradient_checkpointing=True)
-    tiny.trainer(tmp_path, policy=shaken(1e-3, probability))  # in evaluation mode, in which it is off
+        tiny.trainer(tmp_path, policy=shaken(1e-3, probability, draw), gradient_checkpointing=True)
+    tiny.trainer(tmp_path, policy=shaken(1e-3, probability, draw))  # in evaluation mode, in which it is off
 
 
-def test_numbers_that_are_drawn_to_no_effect_are_none_of_the_runs(tmp_path):
+@pytest.mark.parametrize("source", DRAWS)
+def test_numbers_that_are_drawn_to_no_effect_are_none_of_the_runs(source, tmp_path):
     states = []
     for by in (None, 0.0):
-        model = tiny.model() if by is None else shaken(by)
+        model = tiny.model() if by is None else shaken(by, draw=DRAWS[source])
         tiny.trainer(tmp_path, policy=model, gradient_checkpointing=True)
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
+        states.append((torch.get_rng_state().tolist(), python_generators()))
+    assert states[0] == states[1]
 
 
 @contextlib.contextmanager

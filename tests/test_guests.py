@@ -12,6 +12,7 @@ import torch
 from safe_train import parallel
 from safe_train.checkpoint import Checkpoints
 from safe_train.losses import group_advantages
+from safe_train.randomness import guest
 from safe_train.report import read_metrics
 from safe_train.rewards import load_reward
 from safe_train.run_folder import append, keep_rows, strict_json
@@ -42,6 +43,8 @@ DISTURBANCES = {
     "draws": lambda *_: (torch.rand(3), np.random.rand(3), random.random(), torch.randperm(5)),
     "dtype": lambda *_: torch.set_default_dtype(torch.float64),
     "gradients": lambda *_: torch.set_grad_enabled(False),
+    "device": lambda *_: torch.set_default_device("meta"),
+    "autocast": lambda *_: (torch.set_autocast_enabled("cpu", True), torch.set_autocast_cache_enabled(False)),
     "evaluates": lambda trainer, _: trainer.evaluate() if trainer is not None else None,
 }
 
@@ -63,6 +66,24 @@ def test_a_run_is_the_same_whatever_a_guest_does(disturbance, place, tmp_path):
 
     assert same(run("quiet", nothing), run("loud", DISTURBANCES[disturbance]))
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+    assert torch.get_default_device().type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_is_as_it_was_and_keeps_no_copy_of_a_weight():
+    weight, x = torch.nn.Parameter(torch.ones(4, 4)), torch.ones(4, 4)
+    before = {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda")}
+    with torch.autocast("cpu"), guest(0):
+        torch.mm(x, weight)  # caches the weight in bfloat16
+        with torch.no_grad():
+            weight.fill_(3.0)
+        for kind, dtype in before.items():
+            torch.set_autocast_dtype(kind, torch.float16 if dtype == torch.bfloat16 else torch.bfloat16)
+        torch.autocast("cpu").__enter__()
+    torch.autocast_decrement_nesting()  # as leaving it would have done
+    with torch.autocast("cpu"):
+        assert torch.mm(x, weight)[0, 0] == 12
+    assert {kind: torch.get_autocast_dtype(kind) for kind in before} == before
+    assert not torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
 
 
 def test_a_file_that_seeds_when_it_is_imported_does_not_seed_the_run(tmp_path):
@@ -90,8 +111,6 @@ def test_the_random_numbers_of_a_reward_differ_from_step_to_step_and_repeat_with
 
 
 def test_generators_of_all_devices_go_on_as_before(monkeypatch):
-    from safe_train.randomness import guest
-
     states = {"cuda": [torch.tensor([1]), torch.tensor([2])]}
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.get_rng_state", lambda: states["cuda"][0])
@@ -104,8 +123,6 @@ def test_generators_of_all_devices_go_on_as_before(monkeypatch):
 
 
 def test_a_device_that_a_guest_uses_first_starts_from_the_seed_of_the_run(monkeypatch):
-    from safe_train.randomness import guest
-
     seeds = []
     monkeypatch.setattr("torch.cuda.manual_seed_all", seeds.append)
     torch.manual_seed(5)
