@@ -33,6 +33,7 @@ from safe_train.metrics import step_metrics
 from safe_train.models import Policy, load_model, make_policy, use_tensor_cores
 from safe_train.preview import Preview
 from safe_train.randomness import guest, own_random_numbers, seed_of, seeded
+from safe_train.reference import identity
 from safe_train.rewards import RewardFunction, Rewards, load_reward
 from safe_train.rollout import MODES, Mode, Rollout, choose_mode, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
@@ -125,7 +126,7 @@ class SafeTrainer:
             print(note, flush=True)
         models = (self.policy, *self.policy.frozen_copies)
         parallel.broadcast(parameter for each in models for parameter in each.parameters())
-        self.reference_fingerprint = self.policy.fingerprint()  # while the weights are whole
+        self.identity = identity(self.policy, self.tokenizer, args.reference)  # while the weights are whole
         if parallel.is_main() and (left_out := untrained_experts(self.policy.causal_lm)):
             print(left_out, flush=True)
         self.engine = make_engine(self.policy, self.device, args)

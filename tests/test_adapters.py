@@ -8,7 +8,8 @@ import pytest
 import tiny
 import torch
 from architectures import tiny_of
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from safe_train import SafeTrainer, adapters
 from safe_train.config import ConfigError, SafeConfig
@@ -178,9 +179,43 @@ def test_a_run_is_not_resumed_on_another_model(lora_r, tmp_path):
         trainer(tmp_path, other, lora_r=lora_r).train(resume_from_checkpoint=True)
 
 
-def test_weights_in_another_dtype_are_no_other_model(tmp_path):
-    trainer(tmp_path, base(), total_steps=1).train()
-    trainer(tmp_path, base().to(torch.bfloat16), total_steps=1).train(resume_from_checkpoint=True)
+def swapped_rows():
+    model = base()
+    rows = model.model.embed_tokens.weight.data
+    rows[[3, 4]] = rows[[4, 3]]
+    return model
+
+
+def another_tokenizer():
+    words = tiny.tokenizer().backend_tokenizer.to_str().replace('"dog"', '"cow"')
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(words), pad_token="<pad>", eos_token="<eos>")
+
+
+OTHERS = {
+    "bfloat16": (lambda: base().to(torch.bfloat16), {}, "is in bfloat16, at the run's beginning it was in float32"),
+    "order": (swapped_rows, {}, "1 of the weights .* such as .*embed_tokens"),
+    "rope": (
+        lambda: base(rope_parameters={"rope_theta": 50.0, "rope_type": "default"}), {}, "its config has rope_parameters"
+    ),
+    "norm": (lambda: base(rms_norm_eps=0.1), {}, "its config has rms_norm_eps 0.1, at the run's beginning 1e-06"),
+    "reference": (base, {"reference": "base"}, "a run with reference initial, this one has base"),
+    "vocabulary": (base, {"tokenizer": another_tokenizer()}, "does not fit the tokenizer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_run_is_not_resumed_on_what_would_move_its_reference(case, tmp_path):
+    make, changes, message = OTHERS[case]
+    trainer(tmp_path, base(), lora(), total_steps=1).train()
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, make(), lora(), total_steps=1, **changes).train(resume_from_checkpoint=True)
+
+
+def test_a_run_is_resumed_on_its_model_from_files(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    trainer(tmp_path / "run", base(), total_steps=1).train()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    trainer(tmp_path / "run", loaded, total_steps=1).train(resume_from_checkpoint=True)
 
 
 def test_one_of_several_adapters_is_trained_and_saved(tmp_path):
