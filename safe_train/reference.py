@@ -21,7 +21,8 @@ Identity = dict[str, Any]
 
 # Settings in a model's config that no logit of the run depends on. Rates of dropout are 0 by the time it is read.
 NOT_COMPUTED = set(
-    "_name_or_path architectures bos_token_id dtype eos_token_id pad_token_id torch_dtype transformers_version use_cache".split()
+    "_name_or_path architectures bos_token_id dtype eos_token_id pad_token_id torch_dtype transformers_version "
+    "use_cache".split()
 )
 CHUNK = 2**20
 

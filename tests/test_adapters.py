@@ -344,6 +344,34 @@ def compiled_inside():
     return model
 
 
+def tied_by_hand():
+    model = base()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def untied_by_hand():
+    model = base(tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def with_a_bias():
+    model = base()
+    model.lm_head.bias = torch.nn.Parameter(torch.ones(len(tiny.WORDS)))
+    return model
+
+
+def without_a_norm():
+    model = base()
+    model.model.layers[1].input_layernorm = torch.nn.Identity()
+    return model
+
+
+def in_bfloat16():
+    return base().to(torch.bfloat16)
+
+
 TUNING = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 REFUSED = {
     "prefix tuning": (base, lambda: peft.PrefixTuningConfig(**TUNING), {}, "PREFIX_TUNING cannot be trained here"),
@@ -367,6 +395,15 @@ REFUSED = {
     "mixed": (lambda: peft.get_peft_model(base(), lora(), mixed=True), None, {}, "is a PeftMixedModel"),
     "DataParallel": (lambda: torch.nn.DataParallel(base()), None, {}, "is a DataParallel, .* pass its .module"),
     "compiled inside": (compiled_inside, None, {}, "a part of the model is compiled"),
+    "nested": (
+        lambda: peft.get_peft_model(tiny.trained_adapter(base()), lora()), None, {}, "a PeftModel around a PeftModel"
+    ),
+    "tied by hand": (tied_by_hand, None, {"lora_r": 0}, "lm_head.weight and .* are one tensor in the model, and not"),
+    "untied by hand": (untied_by_hand, None, {"lora_r": 0}, "lm_head.weight and .* are not one tensor in the model"),
+    "a bias by hand": (with_a_bias, None, {"lora_r": 0}, r"lm_head.bias is \[22\] in the model, and not in the Llama"),
+    "a layer less": (without_a_norm, None, {"lora_r": 0}, r"1.input_layernorm.weight is not in the model, and \[32\]"),
+    "bfloat16 modules": (in_bfloat16, lambda: lora(modules_to_save=["norm"]), {}, "such as the layers in modules_to"),
+    "bfloat16": (in_bfloat16, None, {"lora_r": 0, "dtype": "bfloat16"}, "must be float32, .*; or train LoRA on it"),
     "base of PiSSA": (
         base, lambda: lora(init_lora_weights="pissa"), {"reference": "base"}, "reference must be initial with init_lora"
     ),
@@ -384,9 +421,9 @@ def test_what_cannot_be_trained_is_refused_before_the_first_rollout(case, tmp_pa
 
 
 def test_a_run_that_no_gradient_reaches_stops(tmp_path):
-    model = base().requires_grad_(False)
-    model.unused = torch.nn.Parameter(torch.zeros(3))
-    run = trainer(tmp_path, model, lora_r=0)
+    model = base()
+    model.unused = torch.nn.Linear(3, 3)
+    run = trainer(tmp_path, model, lora(target_modules=["unused"]))
     with pytest.raises(ConfigError, match="no trained parameter receives a gradient"):
         run.train()
 
