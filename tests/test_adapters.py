@@ -9,7 +9,7 @@ import tiny
 import torch
 from architectures import tiny_of
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from safe_train import SafeTrainer, adapters
 from safe_train.config import ConfigError, SafeConfig
@@ -426,6 +426,21 @@ def test_a_run_that_no_gradient_reaches_stops(tmp_path):
     run = trainer(tmp_path, model, lora(target_modules=["unused"]))
     with pytest.raises(ConfigError, match="no trained parameter receives a gradient"):
         run.train()
+
+
+class ReadsNumbers(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.rates = torch.linspace(0, 1, 2).tolist()
+
+
+def test_a_class_that_reads_numbers_when_it_is_made_has_its_head_checked(tmp_path, capsys):
+    model = ReadsNumbers(base().config)
+    trainer(tmp_path, model, lora_r=0)
+    assert "not checked that a checkpoint has all weights: no ReadsNumbers on meta" in capsys.readouterr().out
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(ConfigError, match="the embeddings and the head are one tensor in the model, and not"):
+        trainer(tmp_path, model, lora_r=0)
 
 
 @pytest.mark.parametrize(("lora_r", "frozen"), [(4, True), (0, False)])
