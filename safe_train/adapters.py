@@ -64,6 +64,11 @@ def unwrapped(model: Any) -> Any:
     if not has_adapter(model) and not hasattr(model, "get_output_embeddings"):
         hint = "pass its .module" if hasattr(model, "module") else "pass one of transformers"
         raise ConfigError(f"the model is a {kind}, which is not a causal language model; {hint}")
+    if has_adapter(model) and has_adapter(model.get_base_model()):
+        raise ConfigError(
+            "the model is a PeftModel around a PeftModel, whose inner adapter no checkpoint would hold: merge the "
+            "inner one first (merge_and_unload()), or add the second with add_adapter"
+        )
     if any(hasattr(module, "_orig_mod") for module in model.modules()):
         raise ConfigError(
             "a part of the model is compiled by torch.compile, whose names no checkpoint has: compile nothing"

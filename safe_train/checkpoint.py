@@ -31,7 +31,7 @@ from safe_train.config import ConfigError
 from safe_train.engine import Engine, options
 from safe_train.models import Policy, load_weights
 from safe_train.randomness import python_generators, restore_generators, torch_generators
-from safe_train.reference import Fingerprint, HandedOver, check_fingerprint
+from safe_train.reference import HandedOver, Identity, check_identity
 
 if TYPE_CHECKING:
     from safe_train.trainer import SafeTrainer
@@ -52,7 +52,7 @@ class Contents(NamedTuple):
     optimizers: dict[str, Any]
     random: dict[str, Tensor]
     handed_over: Mapping[str, Tensor]  # the adapter that the reference is; empty for a reference without one
-    fingerprint: Fingerprint  # of the reference's other weights; empty in checkpoints of before
+    identity: Identity  # of the model, the reference and the tokenizer
 
 
 class Checkpoints:
@@ -186,7 +186,7 @@ def write_files(folder: Path, trainer: SafeTrainer, policy: dict[str, Tensor], o
         save_file(trainer.critic.state_dict(), folder / "critic.safetensors")
     if handed_over is not None:
         save_file(handed_over.adapter, folder / "reference.safetensors")
-    (folder / "reference.json").write_text(json.dumps(trainer.reference_fingerprint))
+    (folder / "reference.json").write_text(json.dumps(trainer.identity))
     save_file(torch_generators(), folder / "random.safetensors")
     (folder / "state.json").write_text(json.dumps(state(trainer), indent=2))
     for path in (folder, *folder.rglob("*")):
@@ -201,7 +201,7 @@ def read(path: Path, policy: Policy) -> Contents:
         kind = "full weights" if policy.is_lora else "LoRA adapters"
         raise ConfigError(f"{path} does not fit this run's settings: it holds {kind}")
     critic, reference = path / "critic.safetensors", path / "reference.safetensors"
-    fingerprint = path / "reference.json"
+    identity = path / "reference.json"
     try:
         settings = json.loads((path / "policy" / "adapter_config.json").read_text()) if policy.is_lora else {}
         contents = Contents(
@@ -211,7 +211,7 @@ def read(path: Path, policy: Policy) -> Contents:
             optimizers=torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True),
             random=load_file(path / "random.safetensors"),
             handed_over=load_file(reference) if reference.exists() else {},
-            fingerprint=json.loads(fingerprint.read_text()) if fingerprint.exists() else {},
+            identity=json.loads(identity.read_text()) if identity.exists() else {},
         )
     except UNREADABLE as error:
         raise Damaged(f"{path} is damaged: {type(error).__name__}: {error}") from error
@@ -261,8 +261,10 @@ def position(trainer: SafeTrainer, saved: Mapping[str, Any]) -> int:
 def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     check_seed(trainer, contents.state, path)
     sharding.reshard(trainer.policy)
-    if contents.fingerprint:
-        check_fingerprint(contents.fingerprint, trainer.reference_fingerprint, path)
+    if "weights" in contents.identity:
+        check_identity(contents.identity, trainer.identity, path)
+    else:
+        say(f"{path} is of an earlier version: whether the model is that of the run's beginning is not checked")
     try:
         restore_reference(trainer, contents.handed_over)
         with trainer.engine.writable():

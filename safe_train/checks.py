@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from safe_kernels.integrations.transformers import logit_transform, own_logits, text_config
-from safe_train import losses
+from safe_train import losses, parallel
 from safe_train.attention import as_published
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.layout import check_causal, probes
+from safe_train.randomness import seeded
 
 if TYPE_CHECKING:
     from safe_train.models import Policy
@@ -69,6 +73,65 @@ def check_head(policy: Policy) -> None:
             f"the head of {type(model).__name__}: on the same hidden states its own log-probs differ by {gap:.2g} "
             f"nats from those of the kernels with {policy.logit_transform}; at most {LARGEST_HEAD_GAP} is rounding"
         )
+
+
+def check_saved_class(model: Any) -> None:
+    """Refuses weights or ties that a checkpoint of all weights would lose: it loads as the class makes its config.
+
+    Raises:
+        ConfigError: the model has weights, or weights that are one tensor, that are not in its class and config.
+    """
+    kind, config = type(model), copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
+    try:
+        with seeded(0), torch.device("meta"):
+            loaded = kind(config)
+    except Exception as error:  # code of any model, which may read numbers that a meta device does not have
+        if parallel.is_main():
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"not checked that a checkpoint has all weights: no {kind.__name__} on meta ({reason})", flush=True)
+        check_tied_head(model)
+        return
+    own, made = shapes(model), shapes(loaded)
+    differ = sorted(name for name in own.keys() | made.keys() if own.get(name) != made.get(name))
+    if differ:
+        raise ConfigError(
+            f"{differ[0]} is {own.get(differ[0], 'not')} in the model, and {made.get(differ[0], 'not')} in the "
+            f"{kind.__name__} of its config, as which a checkpoint loads: change the config, or load the model again"
+        )
+    check_ties(kind.__name__, ties_of(model), ties_of(loaded))
+
+
+def check_tied_head(model: Any) -> None:
+    """The same for the head alone, by what the config says."""
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    tied = {frozenset({"the head", "the embeddings"})}
+    config = model.config if hasattr(model.config, "tie_word_embeddings") else text_config(model)
+    is_said = getattr(config, "tie_word_embeddings", False)
+    check_ties(type(model).__name__, tied if head is embeddings else set(), tied if is_said else set())
+
+
+def check_ties(kind: str, own: set[frozenset[str]], made: set[frozenset[str]]) -> None:
+    if own == made:
+        return
+    names = min(own ^ made, key=sorted)
+    said = "one tensor in the model, and not" if names in own else "not one tensor in the model, but"
+    raise ConfigError(
+        f"{' and '.join(sorted(names))} are {said} in the {kind} of its config, as which a checkpoint loads; set "
+        "tie_word_embeddings in the config to what the model is"
+    )
+
+
+def shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def ties_of(model: nn.Module) -> set[frozenset[str]]:
+    """The names of weights that are one tensor."""
+    names = defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].add(name)
+    return {frozenset(each) for each in names.values() if len(each) > 1}
 
 
 @torch.no_grad()

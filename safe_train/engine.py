@@ -113,9 +113,13 @@ def adamw(policy: Policy, device: torch.device, args: SafeConfig) -> torch.optim
     trainable = [p for p in policy.parameters() if p.requires_grad]
     others = sorted({str(p.dtype) for p in trainable} - {"torch.float32"})
     if others:
+        hint = "set dtype float32, or load the model with dtype=torch.float32"
+        if policy.is_lora:
+            hint += "; or make what is trained float32, such as the layers in modules_to_save (p.data = p.data.float())"
+        else:
+            hint += "; or train LoRA on it"
         raise ConfigError(
-            f"the trained weights must be float32, got {', '.join(others)}, which rounds most updates away: load the "
-            "model with dtype=torch.float32 (dtype auto or float32), or train LoRA on it"
+            f"the trained weights must be float32, got {', '.join(others)}, which rounds most updates away: {hint}"
         )
     return torch.optim.AdamW(trainable, **options(policy, device, args))
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from safe_kernels.integrations.transformers import head_module, output_head, silent_modules, text_config
 from safe_train import adapters
 from safe_train.attention import as_published, choose_attention, use_attention
-from safe_train.checks import check_head, check_positions
+from safe_train.checks import check_head, check_positions, check_saved_class
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
 from safe_train.determinism import switch_off_randomness
@@ -158,6 +158,8 @@ def make_policy(
         adapters.check_adapter(model, args.reference)
     elif args.reference == "base":
         raise ConfigError("reference must be initial with lora_r 0, which leaves no base beside the policy")
+    else:
+        check_saved_class(model)
     switch_off_randomness(model)
     policy = Policy(model, args.reference)
     policy.compute_dtype = dtype or base.dtype

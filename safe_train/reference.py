@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -14,7 +16,15 @@ from safe_train import parallel
 from safe_train.adapters import adapter_state
 from safe_train.config import ConfigError
 
-Fingerprint = dict[str, list[Any]]  # of each tensor: its dtype, and the sum of its bits as integers
+Fingerprint = dict[str, list[Any]]  # of each tensor: its dtype, and a checksum of its bits
+Identity = dict[str, Any]
+
+# Settings in a model's config that no logit of the run depends on. Rates of dropout are 0 by the time it is read.
+NOT_COMPUTED = set(
+    "_name_or_path architectures bos_token_id dtype eos_token_id pad_token_id torch_dtype transformers_version "
+    "use_cache".split()
+)
+CHUNK = 2**20
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -77,23 +87,70 @@ def stored(parameter: Tensor) -> Tensor:
     return part.to_local().data if isinstance(part, DTensor) else part.data
 
 
+def identity(policy: Any, tokenizer: Any, reference: str) -> Identity:
+    """What a run must have again to go on: the reference's weights, the model's config, the tokenizer's vocabulary."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        "weights": policy.fingerprint(),
+        "config": json.loads(json.dumps(computed(policy.causal_lm.config.to_dict()), default=str)),
+        "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "reference": reference,
+    }
+
+
+def computed(settings: Any) -> Any:
+    """The settings of a model, and of its parts, on which its logits may depend."""
+    if not isinstance(settings, dict):
+        return settings
+    return {str(name): computed(x) for name, x in settings.items() if name not in NOT_COMPUTED}
+
+
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:
     """What tells weights from others: exact, the same on every device, and cheap."""
-    return {name: [str(x.dtype).removeprefix("torch."), bits(x)] for name, x in tensors}
+    return {name: [str(x.dtype).removeprefix("torch."), checksum(x)] for name, x in tensors}
 
 
-def bits(tensor: Tensor) -> int:
-    return int(tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64))
+def checksum(tensor: Tensor) -> int:
+    """A sum, modulo 2^64, of the bits of the numbers, each times an odd factor that depends on its position."""
+    chunks = tensor.detach().contiguous().view(-1).view(INTEGERS[tensor.element_size()]).split(CHUNK)
+    longest = max(len(chunks), len(chunks[0]))
+    factors = torch.arange(1, longest + 1, device=tensor.device) * 0x1E3779B97F4A7C15
+    factors = (factors ^ (factors >> 29)) | 1
+    sums = torch.stack([(chunk * factors[: len(chunk)]).sum() for chunk in chunks])
+    return int((sums * factors[: len(sums)]).sum())
+
+
+def check_identity(saved: Identity, own: Identity, where: object) -> None:
+    """Raises if the run that is to go on has another model or reference than the one that was saved."""
+    if saved["reference"] != own["reference"]:
+        raise ConfigError(
+            f"{where} is of a run with reference {saved['reference']}, this one has {own['reference']}: set it back"
+        )
+    check_fingerprint(saved["weights"], own["weights"], where)
+    there, here = saved["config"], own["config"]
+    differ = sorted(x for x in there.keys() | here.keys() if there.get(x) != here.get(x))
+    if differ:
+        name = differ[0]
+        raise ConfigError(
+            f"{where} does not fit the model: its config has {name} {here.get(name)}, at the run's beginning "
+            f"{there.get(name)}; pass the model that the run was started with"
+        )
+    if saved["vocabulary"] != own["vocabulary"]:
+        raise ConfigError(
+            f"{where} does not fit the tokenizer: its vocabulary is not that of the run's beginning; pass the "
+            "tokenizer that the run was started with"
+        )
 
 
 def check_fingerprint(saved: Fingerprint, own: Fingerprint, where: object) -> None:
-    """Raises if the run that is to go on has another reference than the one that was saved.
-
-    Weights in another dtype differ by rounding alone, as far as can be told.
-    """
     names = sorted(saved.keys() ^ own.keys())
-    differ = [name for name in saved.keys() & own.keys() if saved[name] != own[name] and saved[name][0] == own[name][0]]
-    found = names or sorted(differ)
+    cast = sorted(name for name in saved.keys() & own.keys() if saved[name][0] != own[name][0])
+    if cast and not names:
+        raise ConfigError(
+            f"{where} does not fit the model: {cast[0]} is in {own[cast[0]][0]}, at the run's beginning it was in "
+            f"{saved[cast[0]][0]}; set dtype, or load the model in it"
+        )
+    found = names or sorted(name for name in saved if saved[name] != own[name])
     if found:
         raise ConfigError(
             f"{where} does not fit the model: {len(found)} of the weights that are not trained, or of the reference, "

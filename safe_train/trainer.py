@@ -35,6 +35,7 @@ from safe_train.models import Policy, load_model, load_tokenizer, make_policy, u
 from safe_train.preview import Preview, mean_kl
 from safe_train.prompts import make_prompts
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
+from safe_train.reference import identity
 from safe_train.rewards import RewardFunction, Rewards
 from safe_train.rollout import MODES, Mode, Rollout, choose_mode, end_tokens, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
@@ -126,7 +127,7 @@ class SafeTrainer:
             print(note, flush=True)
         models = (self.policy, *self.policy.frozen_copies)
         parallel.broadcast(parameter for each in models for parameter in each.parameters())
-        self.reference_fingerprint = self.policy.fingerprint()  # while the weights are whole
+        self.identity = identity(self.policy, self.tokenizer, args.reference)  # while the weights are whole
         if parallel.is_main() and (left_out := untrained_experts(self.policy.causal_lm)):
             print(left_out, flush=True)
         self.engine = make_engine(self.policy, self.device, args)

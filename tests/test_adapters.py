@@ -8,7 +8,8 @@ import pytest
 import tiny
 import torch
 from architectures import tiny_of
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from safe_train import SafeTrainer, adapters
 from safe_train.config import ConfigError, SafeConfig
@@ -179,9 +180,43 @@ def test_a_run_is_not_resumed_on_another_model(lora_r, tmp_path):
         trainer(tmp_path, other, lora_r=lora_r).train(resume_from_checkpoint=True)
 
 
-def test_weights_in_another_dtype_are_no_other_model(tmp_path):
-    trainer(tmp_path, base(), total_steps=1).train()
-    trainer(tmp_path, base().to(torch.bfloat16), total_steps=1).train(resume_from_checkpoint=True)
+def swapped_rows():
+    model = base()
+    rows = model.model.embed_tokens.weight.data
+    rows[[3, 4]] = rows[[4, 3]]
+    return model
+
+
+def another_tokenizer():
+    words = tiny.tokenizer().backend_tokenizer.to_str().replace('"dog"', '"cow"')
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(words), pad_token="<pad>", eos_token="<eos>")
+
+
+OTHERS = {
+    "bfloat16": (lambda: base().to(torch.bfloat16), {}, "is in bfloat16, at the run's beginning it was in float32"),
+    "order": (swapped_rows, {}, "1 of the weights .* such as .*embed_tokens"),
+    "rope": (
+        lambda: base(rope_parameters={"rope_theta": 50.0, "rope_type": "default"}), {}, "its config has rope_parameters"
+    ),
+    "norm": (lambda: base(rms_norm_eps=0.1), {}, "its config has rms_norm_eps 0.1, at the run's beginning 1e-06"),
+    "reference": (base, {"reference": "base"}, "a run with reference initial, this one has base"),
+    "vocabulary": (base, {"tokenizer": another_tokenizer()}, "does not fit the tokenizer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_run_is_not_resumed_on_what_would_move_its_reference(case, tmp_path):
+    make, changes, message = OTHERS[case]
+    trainer(tmp_path, base(), lora(), total_steps=1).train()
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, make(), lora(), total_steps=1, **changes).train(resume_from_checkpoint=True)
+
+
+def test_a_run_is_resumed_on_its_model_from_files(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    trainer(tmp_path / "run", base(), total_steps=1).train()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    trainer(tmp_path / "run", loaded, total_steps=1).train(resume_from_checkpoint=True)
 
 
 def test_one_of_several_adapters_is_trained_and_saved(tmp_path):
@@ -310,6 +345,34 @@ def compiled_inside():
     return model
 
 
+def tied_by_hand():
+    model = base()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def untied_by_hand():
+    model = base(tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def with_a_bias():
+    model = base()
+    model.lm_head.bias = torch.nn.Parameter(torch.ones(len(tiny.WORDS)))
+    return model
+
+
+def without_a_norm():
+    model = base()
+    model.model.layers[1].input_layernorm = torch.nn.Identity()
+    return model
+
+
+def in_bfloat16():
+    return base().to(torch.bfloat16)
+
+
 TUNING = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 REFUSED = {
     "prefix tuning": (base, lambda: peft.PrefixTuningConfig(**TUNING), {}, "PREFIX_TUNING cannot be trained here"),
@@ -333,6 +396,15 @@ REFUSED = {
     "mixed": (lambda: peft.get_peft_model(base(), lora(), mixed=True), None, {}, "is a PeftMixedModel"),
     "DataParallel": (lambda: torch.nn.DataParallel(base()), None, {}, "is a DataParallel, .* pass its .module"),
     "compiled inside": (compiled_inside, None, {}, "a part of the model is compiled"),
+    "nested": (
+        lambda: peft.get_peft_model(tiny.trained_adapter(base()), lora()), None, {}, "a PeftModel around a PeftModel"
+    ),
+    "tied by hand": (tied_by_hand, None, {"lora_r": 0}, "lm_head.weight and .* are one tensor in the model, and not"),
+    "untied by hand": (untied_by_hand, None, {"lora_r": 0}, "lm_head.weight and .* are not one tensor in the model"),
+    "a bias by hand": (with_a_bias, None, {"lora_r": 0}, r"lm_head.bias is \[22\] in the model, and not in the Llama"),
+    "a layer less": (without_a_norm, None, {"lora_r": 0}, r"1.input_layernorm.weight is not in the model, and \[32\]"),
+    "bfloat16 modules": (in_bfloat16, lambda: lora(modules_to_save=["norm"]), {}, "such as the layers in modules_to"),
+    "bfloat16": (in_bfloat16, None, {"lora_r": 0, "dtype": "bfloat16"}, "must be float32, .*; or train LoRA on it"),
     "base of PiSSA": (
         base, lambda: lora(init_lora_weights="pissa"), {"reference": "base"}, "reference must be initial with init_lora"
     ),
@@ -350,9 +422,9 @@ def test_what_cannot_be_trained_is_refused_before_the_first_rollout(case, tmp_pa
 
 
 def test_a_run_that_no_gradient_reaches_stops(tmp_path):
-    model = base().requires_grad_(False)
-    model.unused = torch.nn.Parameter(torch.zeros(3))
-    run = trainer(tmp_path, model, lora_r=0)
+    model = base()
+    model.unused = torch.nn.Linear(3, 3)
+    run = trainer(tmp_path, model, lora(target_modules=["unused"]))
     with pytest.raises(ConfigError, match="no trained parameter receives a gradient"):
         run.train()
 
@@ -378,6 +450,21 @@ def test_a_run_stops_when_a_callback_takes_the_gradient_from_what_is_trained(cas
         zero = object.__new__(Zero2Engine)
         zero.parameters = run.engine.parameters
         zero.clip(1.0)
+
+
+class ReadsNumbers(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.rates = torch.linspace(0, 1, 2).tolist()
+
+
+def test_a_class_that_reads_numbers_when_it_is_made_has_its_head_checked(tmp_path, capsys):
+    model = ReadsNumbers(base().config)
+    trainer(tmp_path, model, lora_r=0)
+    assert "not checked that a checkpoint has all weights: no ReadsNumbers on meta" in capsys.readouterr().out
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(ConfigError, match="the embeddings and the head are one tensor in the model, and not"):
+        trainer(tmp_path, model, lora_r=0)
 
 
 @pytest.mark.parametrize(("lora_r", "frozen"), [(4, True), (0, False)])
