@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import signal
+import site
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -284,6 +285,8 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true")
     args = parser.parse_args()
     place = Place(args.rehearse, args.file, args.commit, args.site, args.wheels)
+    if args.site.is_dir() and args.site != Path():
+        site.addsitedir(str(args.site))  # PYTHONPATH alone leaves out the .pth files, which CUTLASS's DSL needs
     if args.part == "plan":
         print(plan())
         return 0

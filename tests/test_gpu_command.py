@@ -287,6 +287,22 @@ def test_a_rehearsed_part_is_named_beside_measured_ones():
     assert "**smoke: a rehearsal on a CPU" in gpu_page.page(parts)
 
 
+def test_a_package_with_a_pth_file_is_found(tmp_path):
+    (tmp_path / "behind").mkdir()
+    (tmp_path / "behind" / "only_behind_a_pth.py").write_text("")
+    (tmp_path / "found.pth").write_text("behind\n")
+    script = f"""
+import sys
+sys.path.insert(0, {str(BENCH)!r})
+import gpu_parts
+gpu_parts.PARTS["smoke"] = lambda place: __import__("only_behind_a_pth") and []
+sys.exit(gpu_parts.main())
+"""
+    command = [sys.executable, "-c", script, "smoke", "--rehearse", "--site", str(tmp_path), "--file"]
+    done = subprocess.run([*command, str(tmp_path / "found.jsonl")], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_runs_cannot_share_a_folder(tmp_path):
     with gpu.alone_in(tmp_path), pytest.raises(SystemExit, match="another run writes"), gpu.alone_in(tmp_path):
         pass
