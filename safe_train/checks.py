@@ -145,7 +145,8 @@ def head_gap(policy: Policy, sequences: list[list[int]] | None = None) -> float:
     for ids in sequences or probes(policy.causal_lm):
         ids_T = torch.tensor(ids, device=policy.causal_lm.device)
         inputs = {"input_ids": ids_T[None], "attention_mask": torch.ones_like(ids_T)[None]}
-        hidden_BTH, logits_BTV = own_logits(policy.causal_lm, **inputs)
+        with as_published(policy.causal_lm):  # `varlen` runs on packed sequences alone
+            hidden_BTH, logits_BTV = own_logits(policy.causal_lm, **inputs)
         own = logits_BTV[0, :-1].log_softmax(-1).gather(-1, ids_T[1:, None])[:, 0]
         gaps.append((losses.logprobs(hidden_BTH[0, :-1], policy.head(), ids_T[1:]) - own).abs().max())
     return torch.stack(gaps).max().item()

@@ -233,6 +233,19 @@ def test_generation_pads_and_caches_whatever_trains(architecture, name, stand_in
     torch.testing.assert_close(logprob_L.detach(), sampled, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora_r": 0, "gradient_checkpointing": True, "eval_every": 1}])
+@pytest.mark.parametrize("name", ["varlen", "flash_attention_2"])
+def test_a_run_where_only_packed_forwards_are_possible(name, changes, stand_ins, monkeypatch, tmp_path):
+    """Checks, sampling, training, evaluation and resuming, as on a GPU."""
+    monkeypatch.setattr(attention, "obstacle", lambda chosen, *_: "")
+    settings = {"attn_implementation": name, "total_steps": 2, "save_every": 1, "liger_kernel": "false"} | changes
+    run = tiny.trainer(tmp_path, policy=tiny.model(), **settings)
+    run.train()
+    assert run.policy.layout == "packed" and run.policy.causal_lm.config._attn_implementation == name
+    resumed = tiny.trainer(tmp_path, policy=tiny.model(), **settings | {"total_steps": 3})
+    assert len(resumed.train(resume_from_checkpoint=True)) >= 1 and resumed.step == 3
+
+
 def test_generation_attention():
     for name, expected in (("sdpa", "sdpa"), ("eager", "eager"), ("varlen", "sdpa")):
         model = model_of("Llama")
