@@ -74,7 +74,8 @@ def fused_kernel(
     first, end = split * SPLIT, tl.minimum((split + 1) * SPLIT, vocabulary)
     end = tl.where(tl.max(live.to(tl.int32), axis=0) > 0, end, first)  # rows that are all masked cost nothing
     x = rows_of(hidden, row_tile * M, N, stride_hidden, H, M)
-    policy, a_token = empty_policy(M), tl.zeros([M], tl.float32)
+    a_token = tl.zeros([M], tl.float32)
+    policy = empty_policy(a_token)
     state = carry + split.to(tl.int64) * CARRIED * N + row
 
     if ref_hidden is None:
@@ -87,7 +88,8 @@ def fused_kernel(
             policy = update_policy(policy, a, inverse)
     else:
         x_ref = rows_of(ref_hidden, row_tile * M, N, stride_ref_hidden, ref_H, M)
-        reference, a_ref_token = empty_reference(M), tl.zeros([M], tl.float32)
+        a_ref_token = tl.zeros([M], tl.float32)
+        reference = empty_reference(a_ref_token)
         for start in range(first, end, C):
             columns = start + tl.arange(0, C)[None, :]
             zero = tl.zeros([M, C], tl.float32)
@@ -130,9 +132,11 @@ def merge_kernel(
     token = tl.load(tokens + row, mask=inside, other=0)
     known = (token >= 0) & (token < vocabulary)
     step = tl.full([], CARRIED, tl.int64) * N
-    policy, a_token = empty_policy(R), tl.zeros([R], tl.float32)
+    a_token = tl.zeros([R], tl.float32)
+    policy = empty_policy(a_token)
     if REFERENCE:
-        reference, a_ref_token = empty_reference(R), tl.zeros([R], tl.float32)
+        a_ref_token = tl.zeros([R], tl.float32)
+        reference = empty_reference(a_ref_token)
         for split in range(0, splits):
             state = carry + split * step + row
             other, a_here = load_policy(state, N, live)

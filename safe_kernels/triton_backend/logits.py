@@ -73,7 +73,7 @@ class Asked(NamedTuple):
             "temperature": 1.0 if per_row else self.temperature,
             "mask": None if self.mask_N is None else self.mask_N.view(torch.uint8),
             "N": len(self.tokens_N),
-            "logit_scale": self.logit_scale,
+            "logit_scale": None if self.logit_scale == 1.0 else self.logit_scale,
             "softcap": self.softcap,
         }
 

@@ -1,15 +1,16 @@
 """Statistics of rows of logits from one pass over tiles, and the gradient back: each written once, for every kernel.
 
 A tile is [R, C]: R rows, C columns of the vocabulary, float32 logits `a` of the policy and `a_ref` of the reference.
-Columns past the vocabulary are -inf. With T the temperature, a row's state after any set of its columns is
+Columns past the vocabulary are -inf. A tile [R, L, C] has L lanes a row, each with a state of its own until `union`. With T the temperature, a row's state after any set of its columns is
 
-    policy     m = max a,      s = sum e^x,    b = sum e^x x           x = (a - m) / T
-    reference  n = max a_ref,  r = sum e^y                             y = (a_ref - n) / T
-    both       c = sum e^x (x - y)
+    policy     m = max a,      s = sum 2^x,    b = sum 2^x x           x = (a - m) / (T ln 2)
+    reference  n = max a_ref,  r = sum 2^y                             y = (a_ref - n) / (T ln 2)
+    both       c = sum 2^x (x - y)
 
-and at the end logprob = x_token - log s, entropy = log s - b / s, kl = c / s - log s + log r. Maxima are kept on `a`,
-and 1/T acts on differences: a large common offset costs no precision. A term whose weight e^x is 0 adds 0, whatever it
-is multiplied with. A NaN logit makes every statistic of its row NaN, and a row of -inf alone too.
+and at the end logprob = (a_token - m) / T - ln s, entropy = ln s - ln 2 b / s, kl = ln 2 c / s - ln s + ln r. Powers of
+two are what the hardware has. Maxima are kept on `a`, and 1/T acts on differences: a large common offset costs no
+precision. An exponent that is multiplied is LEAST at least, so that one whose weight 2^x is 0 adds 0. A NaN logit makes
+every statistic of its row NaN, and a row of -inf alone too.
 """
 
 from typing import NamedTuple
@@ -17,9 +18,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+LEAST = tl.constexpr(-1e20)  # of an exponent that is multiplied: the product with a weight of 0 is 0
+
 
 class Policy(NamedTuple):
-    m: tl.tensor  # [R] float32, all of them
+    m: tl.tensor  # [R] or [R, L] float32, all of them
     s: tl.tensor
     b: tl.tensor
 
@@ -28,55 +33,54 @@ class Reference(NamedTuple):
     n: tl.tensor
     r: tl.tensor
     c: tl.tensor
-    outside: tl.tensor  # > 0 where the reference is -inf and the policy is not: then kl is inf
+    outside: tl.tensor  # inf where the reference is -inf and the policy is not: then kl is inf
 
 
 @triton.jit
-def empty_policy(R: tl.constexpr):
-    zero = tl.zeros([R], tl.float32)
+def empty_policy(zero):
+    """`zero`: zeros of the state's shape."""
     return Policy(zero - float("inf"), zero, zero)
 
 
 @triton.jit
-def empty_reference(R: tl.constexpr):
-    zero = tl.zeros([R], tl.float32)
+def empty_reference(zero):
     return Reference(zero - float("inf"), zero, zero, zero)
 
 
 @triton.jit
 def centred(a, peak, inverse_temperature):
-    """(a - peak) / T for rows of a tile; -inf where a is, even while the peak itself is."""
+    """(a - peak) / (T ln 2); -inf where a is, even while the peak itself is."""
     finite_peak = tl.where(peak == -float("inf"), 0.0, peak)
-    return (a - finite_peak[:, None]) * inverse_temperature[:, None]
+    return (a - finite_peak) * (inverse_temperature * LOG2_E)
 
 
 @triton.jit
 def moved(old, new, total, inverse_temperature):
     """What a moved maximum adds to every exponent so far; 0 as long as there is none."""
-    return tl.where(total > 0, (old - new) * inverse_temperature, 0.0)
+    return tl.where(total > 0, (old - new) * (inverse_temperature * LOG2_E), 0.0)
 
 
 @triton.jit
 def update_policy(state, a, inverse_temperature):
-    m = tl.maximum(state.m, tl.max(a, axis=1))
-    x = centred(a, m, inverse_temperature)
-    e = tl.exp(x)
+    m = tl.maximum(state.m, tl.max(a, axis=-1))
+    x = centred(a, tl.expand_dims(m, -1), tl.expand_dims(inverse_temperature, -1))
+    e = tl.exp2(x)
     before = moved_policy(state, m, inverse_temperature)
-    return Policy(m, before.s + tl.sum(e, axis=1), before.b + tl.sum(tl.where(e > 0, e * x, 0.0), axis=1))
+    return Policy(m, before.s + tl.sum(e, axis=-1), before.b + tl.sum(e * tl.maximum(x, LEAST), axis=-1))
 
 
 @triton.jit
 def update(policy, reference, a, a_ref, inverse_temperature):
     """Both states after a tile."""
     after = update_policy(policy, a, inverse_temperature)
-    n = tl.maximum(reference.n, tl.max(a_ref, axis=1))
-    x, y = centred(a, after.m, inverse_temperature), centred(a_ref, n, inverse_temperature)
-    e = tl.exp(x)
-    is_outside = (a_ref == -float("inf")) & (a > -float("inf"))
-    terms = tl.where((e > 0) & (is_outside == 0), e * (x - y), 0.0)
-    outside = tl.maximum(reference.outside, tl.max(is_outside.to(tl.float32), axis=1))
+    n = tl.maximum(reference.n, tl.max(a_ref, axis=-1))
+    inverse = tl.expand_dims(inverse_temperature, -1)
+    x, y = centred(a, tl.expand_dims(after.m, -1), inverse), centred(a_ref, tl.expand_dims(n, -1), inverse)
+    terms = tl.exp2(x) * (tl.maximum(x, LEAST) - tl.maximum(y, LEAST))
+    # inf where the reference alone is -inf; NaN, which a maximum leaves out, where both are.
+    outside = tl.maximum(reference.outside, tl.max(a - a_ref, axis=-1))
     before = moved_reference(policy, reference, after.m, n, inverse_temperature)
-    return after, Reference(n, before.r + tl.sum(tl.exp(y), axis=1), before.c + tl.sum(terms, axis=1), outside)
+    return after, Reference(n, before.r + tl.sum(tl.exp2(y), axis=-1), before.c + tl.sum(terms, axis=-1), outside)
 
 
 @triton.jit
@@ -102,7 +106,7 @@ def merge(policy, reference, other_policy, other_reference, inverse_temperature)
 def moved_policy(state, m, inverse_temperature):
     """The same columns under a maximum that is no smaller."""
     shift = moved(state.m, m, state.s, inverse_temperature)
-    scale = tl.exp(shift)
+    scale = tl.exp2(shift)
     return Policy(m, state.s * scale, (state.b + shift * state.s) * scale)
 
 
@@ -110,48 +114,73 @@ def moved_policy(state, m, inverse_temperature):
 def moved_reference(policy, reference, m, n, inverse_temperature):
     shift = moved(policy.m, m, policy.s, inverse_temperature)
     ref_shift = moved(reference.n, n, reference.r, inverse_temperature)
-    c = (reference.c + (shift - ref_shift) * policy.s) * tl.exp(shift)
-    return Reference(n, reference.r * tl.exp(ref_shift), c, reference.outside)
+    c = (reference.c + (shift - ref_shift) * policy.s) * tl.exp2(shift)
+    return Reference(n, reference.r * tl.exp2(ref_shift), c, reference.outside)
+
+
+@triton.jit
+def union_policy(state, inverse_temperature):
+    """The states [R, L] of the lanes of each row, as the states [R] of the rows. `inverse_temperature` is [R, 1]."""
+    m = tl.max(state.m, axis=-1)
+    parts = moved_policy(state, tl.expand_dims(m, -1), inverse_temperature)
+    return Policy(m, tl.sum(parts.s, axis=-1), tl.sum(parts.b, axis=-1))
+
+
+@triton.jit
+def union(policy, reference, inverse_temperature):
+    whole, n = union_policy(policy, inverse_temperature), tl.max(reference.n, axis=-1)
+    m_R1, n_R1 = tl.expand_dims(whole.m, -1), tl.expand_dims(n, -1)
+    parts = moved_reference(policy, reference, m_R1, n_R1, inverse_temperature)
+    outside = tl.max(parts.outside, axis=-1)
+    return whole, Reference(n, tl.sum(parts.r, axis=-1), tl.sum(parts.c, axis=-1), outside)
 
 
 @triton.jit
 def finish_policy(policy, a_token, inverse_temperature):
     """(logprob, entropy, log s)."""
     log_s = tl.log(policy.s)
-    return (a_token - policy.m) * inverse_temperature - log_s, log_s - policy.b / policy.s, log_s
+    return (a_token - policy.m) * inverse_temperature - log_s, log_s - (policy.b / policy.s) * LN_2, log_s
 
 
 @triton.jit
 def finish_reference(policy, reference, a_ref_token, inverse_temperature):
     """(ref_logprob, kl, log r)."""
     log_r = tl.log(reference.r)
-    kl = reference.c / policy.s - tl.log(policy.s) + log_r
+    kl = (reference.c / policy.s) * LN_2 - tl.log(policy.s) + log_r
     infinity = tl.where(reference.r > 0, float("inf"), float("nan"))  # a reference that is -inf alone has no KL
-    kl = tl.where((reference.outside > 0) & (kl == kl), infinity, kl)
+    kl = tl.where((reference.outside == float("inf")) & (kl == kl), infinity, kl)
     return (a_ref_token - reference.n) * inverse_temperature - log_r, kl, log_r
 
 
 @triton.jit
-def log_probabilities(a, peak, log_total, inverse_temperature):
-    """log p of a tile from its row's maximum and log of its sum; their sum, the usual log-sum-exp, would cancel."""
-    return centred(a, peak, inverse_temperature) - log_total[:, None]
+def log2_probabilities(a, peak, log_total, inverse_temperature):
+    """log2 p of a row from its maximum and log of its sum; their sum, the usual log-sum-exp, would cancel."""
+    return centred(a, peak, inverse_temperature) - log_total * LOG2_E
 
 
 @triton.jit
-def logit_gradient(log_p, is_token, entropy, grad_logprob, grad_entropy):
-    """d loss / d (a / T) of logprob and entropy: g_l (onehot - p) - g_H p (log p + H). None is no gradient."""
-    p = tl.exp(log_p)
-    gradient = tl.zeros_like(p)
+def constant_slope(entropy, kl, grad_logprob, grad_entropy, grad_kl):
+    """What every entry of a row's gradient has in common, divided by its p; None is no gradient."""
+    constant = tl.zeros_like(entropy)
     if grad_logprob is not None:
-        gradient += grad_logprob[:, None] * (is_token.to(tl.float32) - p)
+        constant -= grad_logprob
     if grad_entropy is not None:
-        gradient -= grad_entropy[:, None] * p * tl.where(p > 0, log_p + entropy[:, None], 0.0)
-    return gradient
+        constant -= grad_entropy * entropy
+    if grad_kl is not None:  # NaN where the KL is infinite
+        constant -= grad_kl * tl.where(kl == float("inf"), float("nan"), kl)
+    return constant
 
 
 @triton.jit
-def kl_gradient(log_p, log_q, kl, grad_kl):
-    """d loss / d (a / T) of the KL: g_K p (log p - log q - KL). NaN where the KL is infinite."""
-    p = tl.exp(log_p)
-    finite_kl = tl.where(kl == float("inf"), float("nan"), kl)[:, None]
-    return grad_kl[:, None] * p * (tl.where(p > 0, log_p - log_q, 0.0) - finite_kl)
+def logit_gradient(log2_p, log2_q, is_token, constant, grad_logprob, grad_entropy, grad_kl):
+    """d loss / d (a / T) = g_l (onehot - p) - g_H p (log p + H) + g_K p (log p - log q - KL), in one product with p."""
+    finite = tl.maximum(log2_p, LEAST)
+    slope = tl.zeros_like(log2_p) + constant[:, None]
+    if grad_entropy is not None:
+        slope -= (grad_entropy * LN_2)[:, None] * finite
+    if grad_kl is not None:
+        slope += (grad_kl * LN_2)[:, None] * (finite - tl.maximum(log2_q, LEAST))
+    gradient = tl.exp2(log2_p) * slope
+    if grad_logprob is not None:
+        gradient = tl.where(is_token, gradient + grad_logprob[:, None], gradient)
+    return gradient

@@ -12,13 +12,17 @@ import triton.language as tl
 from .online_softmax import (
     Policy,
     Reference,
+    constant_slope,
     empty_policy,
     empty_reference,
     finish_policy,
     finish_reference,
-    kl_gradient,
-    log_probabilities,
+    log2_probabilities,
     logit_gradient,
+    merge,
+    merge_policy,
+    union,
+    union_policy,
     update,
     update_policy,
 )
@@ -44,22 +48,45 @@ def tanh(x):
 
 
 @triton.jit
-def load_logits(pointer_R, columns, inside, bias, first_column, logit_scale, softcap):
-    """Logits of some columns of a tile, -inf where not `inside`."""
-    u = tl.load(pointer_R[:, None] + columns, mask=inside, other=0.0).to(tl.float32)
-    return logits_of(u, first_column + columns, inside, bias, logit_scale, softcap)
+def load(pointer, inside):
+    """As float32, 0 where not `inside`; None is everywhere."""
+    if inside is None:
+        value = tl.load(pointer)
+    else:
+        value = tl.load(pointer, mask=inside, other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def load_logits(pointer, columns, inside, bias, first_column, logit_scale, softcap):
+    """Logits of some columns of a tile, -inf where not `inside`. `pointer` is that of the row, of as many axes."""
+    return logits_of(load(pointer + columns, inside), first_column + columns, inside, bias, logit_scale, softcap)
 
 
 @triton.jit
 def logits_of(u, columns, inside, bias, logit_scale, softcap):
-    """softcap tanh(logit_scale (u + bias) / softcap), -inf where not `inside`."""
+    """softcap tanh(logit_scale (u + bias) / softcap), -inf where not `inside`. None is no bias, scale, softcap."""
     a = u
     if bias is not None:
-        a += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    a *= logit_scale
+        a += load(bias + columns, inside)
+    if logit_scale is not None:
+        a *= logit_scale
     if softcap is not None:
         a = softcap * tanh(a / softcap)
-    return tl.where(inside, a, -float("inf"))
+    if inside is not None:
+        a = tl.where(inside, a, -float("inf"))
+    return a
+
+
+@triton.jit
+def lane_columns(L: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr):
+    """[1, L, K] columns: K of a lane side by side where those are loaded at once, else L of different lanes."""
+    lane, at = tl.arange(0, L)[None, :, None], tl.arange(0, K)[None, None, :]
+    if ALIGNED:
+        columns = lane * K + at
+    else:
+        columns = at * L + lane
+    return columns
 
 
 @triton.jit
@@ -189,42 +216,51 @@ def statistics_kernel(
         width = width // 16 * 16
     token = tl.load(tokens + row, mask=inside, other=0)
     known = (token >= 0) & (token < vocabulary)
-    local = (token - first_column)[:, None]
-    is_here = (local >= 0) & (local < W) & live[:, None]
-    here = tl.max(is_here.to(tl.int32), axis=1) > 0
-    pointer = row_pointers(logits, row, rows_inner, stride_outer, stride_inner, ALIGNED)
-    a_token = tl.sum(load_logits(pointer, local, is_here, bias, first_column, logit_scale, softcap), axis=1)
+    local = token - first_column
+    is_here = (local >= 0) & (local < W) & live
+    row_read = tl.minimum(row, N - 1)
+    pointer = row_pointers(logits, row_read, rows_inner, stride_outer, stride_inner, ALIGNED)
+    a_token = load_logits(pointer, local, is_here, bias, first_column, logit_scale, softcap)
     out = stats + row
     state = out
     if carry is not None:
         state = carry + row
-    if FIRST:
-        policy = empty_policy(R)
-    else:
-        policy, carried = load_policy(state, stride_stats, inside)
-        a_token = tl.where(here, a_token, carried)
+    if not FIRST:
+        carried_policy, carried = load_policy(state, stride_stats, inside)
+        a_token = tl.where(is_here, a_token, carried)
+    if ref_logits is not None:
+        ref_pointer = row_pointers(ref_logits, row_read, ref_rows_inner, ref_stride_outer, ref_stride_inner, ALIGNED)
+        a_ref_token = load_logits(ref_pointer, local, is_here, ref_bias, first_column, logit_scale, softcap)
+        if not FIRST:
+            carried_reference, ref_carried = load_reference(state, stride_stats, inside)
+            a_ref_token = tl.where(is_here, a_ref_token, ref_carried)
+
+    K: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # 16 bytes
+    zero = tl.zeros([R, C // K], tl.float32)
+    policy, reference, inverse_R1 = empty_policy(zero), empty_reference(zero), inverse[:, None]
+    whole = width // C * C
+    for REST in tl.static_range(2):  # without masks as far as tiles are whole
+        for start in range(whole if REST else 0, width if REST else whole, C):
+            columns, seen = start + lane_columns(C // K, K, ALIGNED), None
+            if REST:
+                seen = (columns < width) & live[:, None, None]
+            a = load_logits(pointer[:, None, None], columns, seen, bias, first_column, logit_scale, softcap)
+            if ref_logits is None:
+                policy = update_policy(policy, a, inverse_R1)
+            else:
+                a_ref = load_logits(
+                    ref_pointer[:, None, None], columns, seen, ref_bias, first_column, logit_scale, softcap
+                )
+                policy, reference = update(policy, reference, a, a_ref, inverse_R1)
 
     if ref_logits is None:
-        for start in range(0, width, C):
-            columns = start + tl.arange(0, C)[None, :]
-            seen = (columns < width) & live[:, None]
-            a = load_logits(pointer, columns, seen, bias, first_column, logit_scale, softcap)
-            policy = update_policy(policy, a, inverse)
+        policy = union_policy(policy, inverse_R1)
+        if not FIRST:
+            policy = merge_policy(carried_policy, policy, inverse)
     else:
-        ref_pointer = row_pointers(ref_logits, row, ref_rows_inner, ref_stride_outer, ref_stride_inner, ALIGNED)
-        a_ref_token = load_logits(ref_pointer, local, is_here, ref_bias, first_column, logit_scale, softcap)
-        a_ref_token = tl.sum(a_ref_token, axis=1)
-        if FIRST:
-            reference = empty_reference(R)
-        else:
-            reference, ref_carried = load_reference(state, stride_stats, inside)
-            a_ref_token = tl.where(here, a_ref_token, ref_carried)
-        for start in range(0, width, C):
-            columns = start + tl.arange(0, C)[None, :]
-            seen = (columns < width) & live[:, None]
-            a = load_logits(pointer, columns, seen, bias, first_column, logit_scale, softcap)
-            a_ref = load_logits(ref_pointer, columns, seen, ref_bias, first_column, logit_scale, softcap)
-            policy, reference = update(policy, reference, a, a_ref, inverse)
+        policy, reference = union(policy, reference, inverse_R1)
+        if not FIRST:
+            policy, reference = merge(carried_policy, carried_reference, policy, reference, inverse)
         if LAST:
             kl = store_reference_stats(out, stride_stats, policy, reference, a_ref_token, inverse, known, live, inside)
             if v1 is not None:
@@ -298,37 +334,49 @@ def gradient_kernel(
     inverse = 1.0 / tl.where(live, load_rows(temperatures, temperature, row, inside), 1.0)
     token = tl.load(tokens + row, mask=inside, other=0)  # where it lies in another rank's part, in no column
     saved = stats + row
-    g_logprob = grad_logprob
-    g_entropy = grad_entropy
-    if grad_logprob is not None:
-        logprob = tl.load(saved, mask=inside)
-        g_logprob = tl.where(logprob == logprob, load_rows(grad_logprob, 0.0, row, inside), float("nan"))
-    if grad_entropy is not None:
-        g_entropy = load_rows(grad_entropy, 0.0, row, inside)
     entropy, peak = tl.load(saved + stride_stats, mask=inside), tl.load(saved + 2 * stride_stats, mask=inside)
     log_total = tl.load(saved + 3 * stride_stats, mask=inside)
-    pointer = row_pointers(logits, row, rows_inner, stride_outer, stride_inner, ALIGNED)
-    grad_pointer = row_pointers(grad_logits, row, grad_rows_inner, grad_stride_outer, grad_stride_inner, ALIGNED)
+    scale = inverse  # of u in a / T
+    if logit_scale is not None:
+        scale *= logit_scale
+    g_logprob, g_entropy, g_kl, kl = grad_logprob, grad_entropy, None, entropy
+    if grad_logprob is not None:
+        logprob = tl.load(saved, mask=inside)
+        g_logprob = tl.where(logprob == logprob, scale * load_rows(grad_logprob, 0.0, row, inside), float("nan"))
+    if grad_entropy is not None:
+        g_entropy = scale * load_rows(grad_entropy, 0.0, row, inside)
+    row_read = tl.minimum(row, N - 1)
+    pointer = row_pointers(logits, row_read, rows_inner, stride_outer, stride_inner, ALIGNED)
+    grad_pointer = row_pointers(grad_logits, row_read, grad_rows_inner, grad_stride_outer, grad_stride_inner, ALIGNED)
     if ref_logits is not None:
-        ref_pointer = row_pointers(ref_logits, row, ref_rows_inner, ref_stride_outer, ref_stride_inner, ALIGNED)
-        g_kl, kl = load_rows(grad_kl, 0.0, row, inside), tl.load(saved + 5 * stride_stats, mask=inside)
+        ref_pointer = row_pointers(ref_logits, row_read, ref_rows_inner, ref_stride_outer, ref_stride_inner, ALIGNED)
+        g_kl, kl = scale * load_rows(grad_kl, 0.0, row, inside), tl.load(saved + 5 * stride_stats, mask=inside)
         ref_peak = tl.load(saved + 6 * stride_stats, mask=inside)
         ref_log_total = tl.load(saved + 7 * stride_stats, mask=inside)
+    constant = constant_slope(entropy, kl, g_logprob, g_entropy, g_kl)
     width = W
     if ALIGNED:
         width = W // 16 * 16
-    for start in range(0, width, C):
-        columns = start + tl.arange(0, C)[None, :]
-        seen = (columns < width) & live[:, None]
-        a = load_logits(pointer, columns, seen, bias, first_column, logit_scale, softcap)
-        is_token = (columns + first_column) == token[:, None]
-        log_p = log_probabilities(a, peak, log_total, inverse)
-        da = logit_gradient(log_p, is_token, entropy, g_logprob, g_entropy)
-        if ref_logits is not None:
-            a_ref = load_logits(ref_pointer, columns, seen, ref_bias, first_column, logit_scale, softcap)
-            da += kl_gradient(log_p, log_probabilities(a_ref, ref_peak, ref_log_total, inverse), kl, g_kl)
-        du = da * inverse[:, None] * logit_scale
-        if softcap is not None:
-            du *= 1.0 - (a / softcap) * (a / softcap)
-        stored = (columns < width) & inside[:, None]
-        tl.store(grad_pointer[:, None] + columns, tl.where(seen, du, 0.0), mask=stored)
+    is_here = (token >= first_column) & (token < first_column + W)
+    local = tl.where(is_here, token - first_column, -1).to(tl.int32)
+    whole = tl.where(tl.min(live.to(tl.int32), axis=0) > 0, width // C * C, 0)
+    for REST in tl.static_range(2):  # without masks as far as tiles are whole
+        for start in range(whole if REST else 0, width if REST else whole, C):
+            columns, seen = start + tl.arange(0, C)[None, :], None
+            if REST:
+                seen = (columns < width) & live[:, None]
+            a = load_logits(pointer[:, None], columns, seen, bias, first_column, logit_scale, softcap)
+            log2_p = log2_probabilities(a, peak[:, None], log_total[:, None], inverse[:, None])
+            log2_q = None
+            if ref_logits is not None:
+                a_ref = load_logits(ref_pointer[:, None], columns, seen, ref_bias, first_column, logit_scale, softcap)
+                log2_q = log2_probabilities(a_ref, ref_peak[:, None], ref_log_total[:, None], inverse[:, None])
+            is_token = tl.arange(0, C)[None, :] == (local - start)[:, None]  # in 32 bits
+            du = logit_gradient(log2_p, log2_q, is_token, constant, g_logprob, g_entropy, g_kl)
+            if softcap is not None:
+                du *= 1.0 - (a / softcap) * (a / softcap)
+            if REST:
+                stored = (columns < width) & inside[:, None]
+                tl.store(grad_pointer[:, None] + columns, tl.where(seen, du, 0.0), mask=stored)
+            else:
+                tl.store(grad_pointer[:, None] + columns, du)
