@@ -190,10 +190,10 @@ PARTS: dict[str, Callable[[Place], list[Item]]] = {
 }
 
 
-WIDE = ((1024, 4), (2048, 4))  # columns and warps of a row kernel
+ROWS = ((1024, 8), (2048, 4))  # columns and warps of a row kernel
 TILES = {  # rows, columns, inner, warps and stages of the fused kernel
-    "statistics": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3)),
-    "with reference": ((128, 128, 64, 8, 3), (64, 128, 64, 8, 4)),
+    "statistics": ((128, 128, 64, 8, 4), (256, 128, 64, 8, 3)),
+    "with reference": ((128, 64, 64, 8, 4), (64, 128, 64, 4, 4)),
 }
 TINY_TILES = {"statistics": ((16, 16, 16, 1, 1),)}
 
@@ -204,12 +204,13 @@ def few_choices(place: Place) -> list[tuple[tune.Knob, tuple[str, ...]]]:
     logits, hidden = (
         [place.shrink(qwen(entrance, kl=kl)) for kl in (False, True)] for entrance in ("logits", "hidden")
     )
-    wide = [launch.RowChoice(1, columns, warps) for columns, warps in (WIDE[:1] if place.tiny else WIDE)]
-    found = [(tune.Knob("WIDE_ROWS", None, tuple(wide), tuple(logits)), (FORWARD, BACKWARD))]
+    rows = [launch.RowChoice(1, columns, warps) for columns, warps in (ROWS[:1] if place.tiny else ROWS)]
+    found = [(tune.Knob("ROWS", None, tuple(rows), tuple(logits)), (FORWARD, BACKWARD))]
     for (kind, tiles), workload in zip((TINY_TILES if place.tiny else TILES).items(), hidden, strict=False):
         key, names = (place.target, kind, 16), ("rows", "columns", "inner", "num_warps", "num_stages")
-        tried = [replace(launch.GEMMS[key], **dict(zip(names, tile, strict=True))) for tile in tiles]
-        knob = tune.Knob("GEMMS", key, tuple(tried), (workload,), (("batch_invariant", True),))
+        table = "PLAIN" if key in launch.PLAIN else "GEMMS"
+        tried = [replace(getattr(launch, table)[key], **dict(zip(names, tile, strict=True))) for tile in tiles]
+        knob = tune.Knob(table, key, tuple(tried), (workload,), (("batch_invariant", True),))
         found.append((knob, (FORWARD,)))
     return found
 

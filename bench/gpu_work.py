@@ -131,6 +131,7 @@ def check_versions(place: Place) -> Iterator[Record]:
         **dict.fromkeys(("pytest", "hypothesis"), "no tests of the suite in part correctness"),
         "transformers": "no training step",
         "peft": "no training step",
+        "datasets": "no training step",
         "flash-attn": "the step takes PyTorch's varlen attention",
         **dict.fromkeys(("trl", "liger-kernel", "verl", "cut-cross-entropy", "quack-kernels"), "no row of it"),
     }
@@ -383,18 +384,18 @@ def compile_for_hopper(knobs: list[tune.Knob]) -> Iterator[Record]:
 
 def inspected(inspect: Any, knob: tune.Knob, choice: Any) -> list[Record]:
     with contextlib.ExitStack() as stack:
-        if knob.name == "WIDE_ROWS":
-            stack.enter_context(mock.patch.object(inspect, "ROW_CHOICES", (choice,)))
-            cases = list(inspect.row_cases())
+        if knob.name == "ROWS":
+            cases = list(inspect.row_cases(choice))
         elif knob.name == "SCAN":
             stack.enter_context(mock.patch.object(inspect, "SCAN", choice))
             cases = list(inspect.scan_cases())[:1]
-        elif knob.name == "GEMMS":
-            stack.enter_context(mock.patch.dict(inspect.GEMMS, {knob.key: choice}))
+        elif knob.name in ("GEMMS", "PLAIN"):
+            stack.enter_context(mock.patch.dict(getattr(inspect, knob.name), {knob.key: choice}))
             work = knob.key[1]
             cases = list(inspect.product_cases("sm_90") if work == "product" else inspect.fused_cases("sm_90"))
             wanted = {"statistics": ("none",), "with reference": ("shared", "own"), "product": (None,)}[work]
             cases = [case for case in cases if case.label["bits"] == 16 and case.label.get("reference") in wanted]
+            cases = [case for case in cases if case.label.get("plain", False) == (knob.name == "PLAIN")]
         else:
             return []  # a size of memory or an order: no kernel's constant that could fail
         return [inspect.measured("sm_90", case, optional) for case in cases for optional in case.optional]

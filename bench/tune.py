@@ -88,7 +88,7 @@ def knobs(device: torch.device) -> list[Knob]:
              if 1 <= t // (32 * w) <= 16]  # fmt: skip
     logits, hidden, loss = (_pair(entrance) for entrance in ("logits", "hidden", "loss"))
     found = [
-        Knob("WIDE_ROWS", None, tuple(rows), logits),
+        Knob("ROWS", None, tuple(rows), logits),
         Knob("TILE_BYTES", None, tuple(n << 20 for n in (48, 64, 96, 128, 192, 256)), hidden),
         Knob("ROWS_OF_A_TILE", None, (2048, 4096, 8192), hidden),
         Knob("SWEEP_BYTES", None, tuple(n << 20 for n in (128, 256, 384, 512, 768, 1024)), loss),
@@ -98,7 +98,8 @@ def knobs(device: torch.device) -> list[Knob]:
     works = (("statistics", hidden[:1], 1), ("with reference", hidden[1:], 2), ("product", hidden[:1], 1))
     for work, workload, sums in works:
         key = (target, work, 16)
-        found.append(Knob("GEMMS", key, _gemms(launch.GEMMS[key], sums), workload, invariant))
+        table = "PLAIN" if key in launch.PLAIN else "GEMMS"  # the workloads have neither bias nor softcap
+        found.append(Knob(table, key, _gemms(getattr(launch, table)[key], sums), workload, invariant))
     found.append(Knob("ROW_TILES_TOGETHER", None, (4, 8, 16, 32, 64), hidden[:1], invariant))
     return found
 

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,17 @@ from triton.compiler import ASTSource
 
 from .triton_backend.fused import CARRY, POLICY_CARRY, fused_kernel, merge_kernel
 from .triton_backend.gemm import product_kernel
-from .triton_backend.launch import GEMMS, LOOK_UP, MERGE, ROW_CHOICES, ROW_TILES_TOGETHER, SCAN, GemmChoice
+from .triton_backend.launch import (
+    GEMMS,
+    LOOK_UP,
+    MERGE,
+    PLAIN,
+    ROW_TILES_TOGETHER,
+    ROWS_BY_WARP,
+    SCAN,
+    GemmChoice,
+    RowChoice,
+)
 from .triton_backend.rows import gradient_kernel, statistics_kernel
 from .triton_backend.values import gae_kernel, terms_kernel
 
@@ -53,6 +63,7 @@ ABSENT = {  # of the fused kernel, by its reference
     "shared": ("ref_weight",),
     "own": (),
 }
+NOT_PLAIN = ("bias", "ref_bias", "softcap")
 INSTRUCTIONS = {"wgmma": "HGMMA", "bulk_loads": "UTMALDG", "tcgen05": r"UTC\w*MMA", "mfma": "v_mfma"}
 
 
@@ -87,14 +98,19 @@ def measured(target: str, case: Case, optional: bool) -> dict[str, Any]:
 
 
 def cases_of(target: str) -> Iterator[Case]:
-    yield from (*row_cases(), *scan_cases(), *merge_cases(), *fused_cases(target), *product_cases(target))
+    yield from (
+        *row_cases(ROWS_BY_WARP[TARGETS[target].warp_size]),
+        *scan_cases(),
+        *merge_cases(),
+        *fused_cases(target),
+        *product_cases(target),
+    )
 
 
-def row_cases() -> Iterator[Case]:
+def row_cases(choice: RowChoice) -> Iterator[Case]:
     for kernel in (statistics_kernel, gradient_kernel):
-        for choice in ROW_CHOICES:
-            constants = {"ALIGNED": True, "R": choice.rows, "C": choice.columns}
-            yield Case(kernel, {"columns": choice.columns}, constants, {"num_warps": choice.num_warps})
+        constants = {"ALIGNED": True, "R": choice.rows, "C": choice.columns}
+        yield Case(kernel, {"columns": choice.columns}, constants, {"num_warps": choice.num_warps})
 
 
 def scan_cases() -> Iterator[Case]:
@@ -114,16 +130,22 @@ def merge_cases() -> Iterator[Case]:
 
 def fused_cases(target: str) -> Iterator[Case]:
     for reference, absent in ABSENT.items():
+        work = "statistics" if reference == "none" else "with reference"
         for bits in (16, 32):
-            choice = GEMMS[target, "statistics" if reference == "none" else "with reference", bits]
-            operands = dict.fromkeys(("hidden", "ref_hidden"), choice.rows)
-            operands |= dict.fromkeys(("weight", "ref_weight"), choice.columns)
-            types = {name: operand(choice, bits, height, choice.inner) for name, height in operands.items()}
-            constants = gemm_constants(choice) | {"CARRIED": carried(reference != "none"), "SPLIT": choice.split}
-            constants |= dict.fromkeys(absent)
-            label = {"reference": reference, "bits": bits}
             optional = (False, True) if bits == 16 else (True,)  # the slowest to compile, and used least
-            yield Case(fused_kernel, label, constants, gemm_options(choice), types, ("carry",), optional)
+            yield fused_case(GEMMS[target, work, bits], {"reference": reference, "bits": bits}, absent, optional)
+            if (target, work, bits) in PLAIN:
+                label = {"reference": reference, "bits": bits, "plain": True}
+                yield fused_case(PLAIN[target, work, bits], label, (*absent, *NOT_PLAIN), optional)
+
+
+def fused_case(choice: GemmChoice, label: dict[str, Any], absent: Sequence[str], optional: tuple[bool, ...]) -> Case:
+    operands = dict.fromkeys(("hidden", "ref_hidden"), choice.rows)
+    operands |= dict.fromkeys(("weight", "ref_weight"), choice.columns)
+    types = {name: operand(choice, label["bits"], height, choice.inner) for name, height in operands.items()}
+    constants = gemm_constants(choice) | {"CARRIED": carried(label["reference"] != "none"), "SPLIT": choice.split}
+    constants |= dict.fromkeys(absent)
+    return Case(fused_kernel, label, constants, gemm_options(choice), types, ("carry",), optional)
 
 
 def product_cases(target: str) -> Iterator[Case]:

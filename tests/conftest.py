@@ -59,8 +59,7 @@ def make_small(monkeypatch):
     monkeypatch.setattr(triton_linear, "ROWS_OF_A_TILE", 8)
     monkeypatch.setattr(triton_linear, "TILE_BYTES", 512)
     monkeypatch.setattr(triton_linear, "SWEEP_BYTES", 2048)
-    monkeypatch.setattr(launch, "NARROW_ROWS", launch.RowChoice(rows=8, columns=16, num_warps=1))
-    monkeypatch.setattr(launch, "WIDE_ROWS", launch.RowChoice(rows=8, columns=16, num_warps=1))
+    monkeypatch.setattr(launch, "ROWS", launch.RowChoice(rows=8, columns=16, num_warps=1))
     gemm = launch.GemmChoice(rows=16, columns=16, inner=16, num_warps=1, num_stages=1, split=32)
     monkeypatch.setattr(launch, "gemm_choice", lambda *_: gemm)
     monkeypatch.setattr(values, "SCAN", launch.ScanChoice(tokens=16, num_warps=1))
@@ -72,8 +71,7 @@ def coarse(kernels, monkeypatch):
     from safe_kernels.triton_backend import launch, values
     from safe_kernels.triton_backend import linear as triton_linear
 
-    monkeypatch.setattr(launch, "NARROW_ROWS", launch.RowChoice(rows=64, columns=1024, num_warps=4))
-    monkeypatch.setattr(launch, "WIDE_ROWS", launch.RowChoice(rows=8, columns=8192, num_warps=8))
+    monkeypatch.setattr(launch, "ROWS", launch.RowChoice(rows=32, columns=1024, num_warps=4))
     monkeypatch.setattr(triton_linear, "ROWS_OF_A_TILE", 64)
     monkeypatch.setattr(triton_linear, "TILE_BYTES", 64 * 512 * 4)
     monkeypatch.setattr(triton_linear, "SWEEP_BYTES", 32 * 1000 * 4)
@@ -85,5 +83,4 @@ def all_rows_in_one_program(kernels, monkeypatch):
     """Still several tiles a row; the interpreter's time goes with the number of tiles."""
     from safe_kernels.triton_backend import launch
 
-    for name in ("NARROW_ROWS", "WIDE_ROWS"):
-        monkeypatch.setattr(launch, name, launch.RowChoice(rows=64, columns=32, num_warps=1))
+    monkeypatch.setattr(launch, "ROWS", launch.RowChoice(rows=64, columns=32, num_warps=1))

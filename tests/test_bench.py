@@ -216,18 +216,18 @@ def test_tuning_ranks_what_ran_and_keeps_what_failed(monkeypatch, tmp_path, caps
     monkeypatch.setattr(tune, "SECONDS", 0.0)
     launch = importlib.import_module("safe_kernels.triton_backend.launch")
     good, bad = launch.RowChoice(2, 128, 4), launch.RowChoice(1, 100, 4)  # a block that is no power of two
-    shipped = launch.WIDE_ROWS
+    shipped = launch.ROWS
     toy = workloads.Workload("logits", "toy", 2, 8, 1100)
-    knob = tune.Knob("WIDE_ROWS", None, (good, bad), (toy,))
+    knob = tune.Knob("ROWS", None, (good, bad), (toy,))
     assert tune.tune([knob], "cpu", 1, "abc", tmp_path) == 0
     (path,) = tmp_path.glob("*.jsonl")
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    by_choice = {str(c): [r for r in found if r["choice"] == f"WIDE_ROWS = {c}"] for c in (shipped, good, bad)}
+    by_choice = {str(c): [r for r in found if r["choice"] == f"ROWS = {c}"] for c in (shipped, good, bad)}
     assert [len(x) for x in by_choice.values()] == [2, 2, 1]
     assert by_choice[str(bad)][0]["status"] == "failed" and "power" in by_choice[str(bad)][0]["reason"]
     assert all(set(row) == FIELDS and row["suite"] == "tune" for row in found)
-    assert "WIDE_ROWS = RowChoice(" in capsys.readouterr().out.splitlines()[-1]
-    assert launch.WIDE_ROWS == shipped
+    assert "ROWS = RowChoice(" in capsys.readouterr().out.splitlines()[-1]
+    assert launch.ROWS == shipped
 
 
 def test_every_launch_choice_that_is_searched_exists():

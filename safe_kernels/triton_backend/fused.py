@@ -7,6 +7,9 @@ As in `gemm.py`, the bits of a row do not depend on the other rows.
 Shapes: N tokens, V vocabulary, H hidden width; M rows, C columns and K of the width at a time.
 """
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -167,15 +170,32 @@ def fused_statistics(
     if len(asked.tokens_N) == 0:
         return
     matrices = [None if x is None else by_row(x) for x in (hidden_NH, weight_VH, ref_hidden_NH, ref_weight_VH)]
-    given = [x for x in matrices if x is not None]
-    choice = launch.gemm_choice(
-        hidden_NH.device, "statistics" if ref_hidden_NH is None else "with reference", operand_bits(*given)
-    )
+    choice = choice_for(matrices, bias_V, ref_bias_V, asked)
     carried = POLICY_CARRY if ref_hidden_NH is None else len(CARRY)
     splits = triton.cdiv(asked.vocabulary, choice.split)
     carry = stats.new_empty(splits, carried, len(asked.tokens_N))
     multiply(matrices, bias_V, ref_bias_V, asked, carry, choice)
     merge_splits(carry, asked, stats)
+
+
+def choice_for(
+    matrices: Sequence[Tensor | None], bias_V: Tensor | None, ref_bias_V: Tensor | None, asked: Asked
+) -> launch.GemmChoice:
+    kind = kind_of(matrices)
+    return plain_choice_for(matrices, bias_V, ref_bias_V, asked) or launch.gemm_choice(*kind)
+
+
+def plain_choice_for(
+    matrices: Sequence[Tensor | None], bias_V: Tensor | None, ref_bias_V: Tensor | None, asked: Asked
+) -> launch.GemmChoice | None:
+    """The choice with which the fused kernel is also the fastest, where there is one."""
+    is_plain = bias_V is None and ref_bias_V is None and asked.softcap is None
+    return launch.plain_choice(*kind_of(matrices)) if is_plain else None
+
+
+def kind_of(matrices: Sequence[Tensor | None]) -> tuple[torch.device, str, int]:
+    given = [x for x in matrices if x is not None]
+    return given[0].device, "statistics" if matrices[2] is None else "with reference", operand_bits(*given)
 
 
 def multiply(

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..inputs import LinearInputs, Terms, take
 from ..objective import Objective
-from .fused import fused_statistics
+from .fused import fused_statistics, plain_choice_for
 from .gemm import product as product_of_rows
-from .launch import PART_BYTES, ROWS_OF_A_TILE, SWEEP_BYTES, TILE_BYTES
+from .launch import INNER, PART_BYTES, ROWS_OF_A_TILE, ROWS_OF_A_TRAINED_TILE, SWEEP_BYTES, TILE_BYTES
 from .logits import Asked, Rows, gradient, new_stats, statistics
 from .rows import CARRY
 from .values import terms_of
@@ -29,9 +29,10 @@ MOST = 100  # the largest power of two that a row of float16 is scaled by
 def linear_statistics(inputs: LinearInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
     asked, with_reference = asked_of(inputs), inputs.ref_hidden_NH is not None
     stats = new_stats(inputs.tokens_N, with_reference)
-    if inputs.batch_invariant:
-        matrices = (inputs.hidden_NH, inputs.weight_VH, inputs.ref_hidden_NH, inputs.ref_weight_VH)
-        fused_statistics(*matrices, *biases(inputs).values(), asked, stats)
+    matrices = (inputs.hidden_NH, inputs.weight_VH, inputs.ref_hidden_NH, inputs.ref_weight_VH)
+    bias_V, ref_bias_V = biases(inputs).values()
+    if inputs.batch_invariant or plain_choice_for(matrices, bias_V, ref_bias_V, asked):
+        fused_statistics(*matrices, bias_V, ref_bias_V, asked, stats)
     else:
         carry = stats.new_empty(len(CARRY), len(inputs.tokens_N))
         for tile in tiles(inputs, with_reference, ROWS_OF_A_TILE, TILE_BYTES):
@@ -44,7 +45,8 @@ def linear_gradients(
 ) -> list[Tensor | None]:
     """Gradients of (hidden, weight, bias), in float32; None where none is needed."""
     asked, sums = asked_of(inputs), GradientSums(inputs, needed)
-    for tile in tiles(inputs, slopes[2] is not None, ROWS_OF_A_TILE, TILE_BYTES):
+    row_limit = ROWS_OF_A_TRAINED_TILE if needed[1] else ROWS_OF_A_TILE
+    for tile in tiles(inputs, slopes[2] is not None, row_limit, TILE_BYTES):
         part = tuple(None if x is None else x[tile.rows] for x in slopes)
         sums.add(tile, *tile.gradient(inputs, asked, stats, part))
     return sums.sums
@@ -131,7 +133,8 @@ def biases(inputs: LinearInputs) -> dict[str, Tensor | None]:
 def tiles(inputs: LinearInputs, with_reference: bool, row_limit: int, tile_bytes: int | None) -> Iterator[Tile]:
     """Tiles with their products, row by row of tiles; `tile_bytes` None takes whole rows. All share one memory."""
     count, vocabulary = len(inputs.tokens_N), len(inputs.weight_VH)
-    row_limit = row_limit // 16 * 16 or max(1, row_limit)  # so that vectors of a tile's rows begin at 16 bytes
+    # Whole tiles of a product; vectors of a tile's rows begin at 16 bytes.
+    row_limit = row_limit // 128 * 128 or row_limit // 16 * 16 or max(1, row_limit)
     row_step = max(1, min(row_limit, count))
     height = row_limit if inputs.batch_invariant else row_step  # then the columns of a tile do not depend on N either
     widest = vocabulary if tile_bytes is None else max(16, tile_bytes // (4 * height) // 16 * 16)
@@ -174,15 +177,20 @@ def product_for(inputs: LinearInputs) -> Callable[..., None]:
 
 
 def blas_product(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """On NVIDIA's GPUs alone PyTorch sums 16-bit factors into a float32 result; elsewhere our own product does."""
+    """16-bit factors are summed into a float32 result by PyTorch where it can, elsewhere by our own product."""
     if x.dtype == torch.float32:
         torch.mm(x, y, out=out)
-    elif x.is_cuda and torch.version.hip is None:
+    elif sums_in_float32(x):
         torch.mm(x, y, out_dtype=torch.float32, out=out)
     elif x.device.type == "cpu":  # the interpreter, whose products of bfloat16 are wrong
         torch.mm(x.float(), y.float(), out=out)
     else:
         product_of_rows(x, y, out)
+
+
+def sums_in_float32(x: Tensor) -> bool:
+    """Whether PyTorch's products take `out_dtype`: on NVIDIA's GPUs alone."""
+    return x.is_cuda and torch.version.hip is None
 
 
 class GradientSums:
@@ -219,8 +227,12 @@ def add_product(total: Tensor, product: Callable[..., None], x: Tensor, y: Tenso
 
     `factor` has an entry for each row, or is 0-dim.
     """
-    if x.dtype == torch.float32 and product is blas_product:
-        total.addmm_(x, y)
+    if product is blas_product and x.dtype == torch.float32:
+        for first in range(0, x.shape[1], INNER):
+            total.addmm_(x[:, first : first + INNER], y[first : first + INNER])
+        return
+    if product is blas_product and sums_in_float32(x) and factor is None:
+        torch.addmm(total, x, y, out_dtype=torch.float32, out=total)
         return
     step = max(1, PART_BYTES // (4 * total.shape[1]))
     part = total.new_empty(min(step, len(total)), total.shape[1])

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..inputs import LogitsInputs, Terms
-from .launch import row_choice
+from . import launch
 from .rows import STATS, gradient_kernel, statistics_kernel
 from .values import terms_arguments
 
@@ -92,7 +92,7 @@ def statistics(
 ) -> None:
     """Fill `stats` from a tile; with `carry` [9, N], from the state of the tile before, for the tile after."""
     width, reference = logits.tensor.shape[-1], ref_logits or logits
-    choice = row_choice(asked.vocabulary)
+    choice = launch.ROWS
     statistics_kernel[(triton.cdiv(len(asked.tokens_N), choice.rows),)](
         logits=logits.tensor,
         ref_logits=None if ref_logits is None else ref_logits.tensor,
@@ -138,7 +138,7 @@ def gradient(
     grad_logprob, grad_entropy, grad_kl = (None if x is None else x.contiguous() for x in slopes)
     reference = ref_logits if ref_logits is not None and grad_kl is not None else None
     read = reference or logits
-    choice = row_choice(asked.vocabulary)
+    choice = launch.ROWS
     gradient_kernel[(triton.cdiv(len(asked.tokens_N), choice.rows),)](
         logits=logits.tensor,
         ref_logits=None if reference is None else reference.tensor,

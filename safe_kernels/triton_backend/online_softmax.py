@@ -1,7 +1,8 @@
 """Statistics of rows of logits from one pass over tiles, and the gradient back: each written once, for every kernel.
 
 A tile is [R, C]: R rows, C columns of the vocabulary, float32 logits `a` of the policy and `a_ref` of the reference.
-Columns past the vocabulary are -inf. A tile [R, L, C] has L lanes a row, each with a state of its own until `union`. With T the temperature, a row's state after any set of its columns is
+Columns past the vocabulary are -inf. A tile may be [R, L, C], with L lanes a row: each has a state of its own until
+their `union`. With T the temperature, a row's state after any set of its columns is
 
     policy     m = max a,      s = sum 2^x,    b = sum 2^x x           x = (a - m) / (T ln 2)
     reference  n = max a_ref,  r = sum 2^y                             y = (a_ref - n) / (T ln 2)
