@@ -228,7 +228,8 @@ def following(parts: Parts) -> list[str]:
     low = [name for name, share in roof_shares(parts).items() if share < NEAR_THE_ROOF]
     if low or slower(parts):
         tune = options.replace("--out", "--results")
-        found.append(f"Slow kernels: `python3 bench/tune.py --minutes 4 --only 'ROWS|GEMMS|PLAIN' {tune}`, then launch.py.")
+        which = "'ROWS|GEMMS|PLAIN'"
+        found.append(f"Slow kernels: `python3 bench/tune.py --minutes 4 --only {which} {tune}`, then launch.py.")
     if records_of(parts, "row") and not any(r["rehearsal"] for r in starts):
         found.append("Commit the files under bench/results/, and bring the README's table up to date.")
     return found

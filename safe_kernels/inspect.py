@@ -1,7 +1,8 @@
 """`python -m safe_kernels.inspect`: what every shipped choice of the kernels compiles to, without a GPU.
 
 Prints registers and bytes of shared and spilled memory a thread or block, for each target, with no optional argument
-and with all; of the matrix products also what they are made of. `--json` prints the same for programs.
+and with all; of the matrix products also what they are made of. `--counts` prints instead what the row kernels spend on
+an element on sm_90, in instructions, and what follows for GPUs. `--json` prints the same for programs.
 """
 
 from __future__ import annotations
@@ -9,18 +10,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .machine_code import GPUS, counts, cuobjdump, least_seconds
 from .triton_backend.fused import CARRY, POLICY_CARRY, fused_kernel, merge_kernel
 from .triton_backend.gemm import product_kernel
 from .triton_backend.launch import (
@@ -56,8 +55,16 @@ FLOATS = ("temperature", "logit_scale", "softcap", "gamma", "decay", "alpha", "t
 VALUES = ("v1", "v2", "rewards", "target_v1", "target_v2", "terms")
 OPTIONAL = (
     *("ref_logits", "temperatures", "mask", "bias", "ref_bias", "carry", "softcap", "grad_entropy", "grad_kl"),
-    *("cu_seqlens", "bootstrap", "threshold_tensor", *VALUES),
+    *("cu_seqlens", "bootstrap", "threshold_tensor", "logit_scale", *VALUES),
 )
+COUNTED = {  # kernel, and which of its optional arguments are there
+    "statistics": (statistics_kernel, ()),
+    "statistics with a reference": (statistics_kernel, ("ref_logits",)),
+    "gradient": (gradient_kernel, ("grad_entropy",)),
+    "gradient with KL": (gradient_kernel, ("ref_logits", "grad_entropy", "grad_kl")),
+    "statistics with a reference and softcap": (statistics_kernel, ("ref_logits", "softcap")),
+}
+ROWS, VOCABULARY = 8192, 151_936  # that the times are derived for
 ABSENT = {  # of the fused kernel, by its reference
     "none": ("ref_hidden", "ref_weight", "ref_bias"),
     "shared": ("ref_weight",),
@@ -78,11 +85,27 @@ class Case(NamedTuple):
 
 
 def main() -> None:
+    rows = counted() if "--counts" in sys.argv else measure()
     if "--json" in sys.argv:
-        print(json.dumps(list(measure())))
+        print(json.dumps(list(rows)))
         return
-    for row in measure():
+    for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
+
+
+def counted(target: str = "sm_90") -> Iterator[dict[str, Any]]:
+    """The row kernels on bfloat16 logits: instructions an element, and the times that memory and issue slots allow."""
+    choice = ROWS_BY_WARP[TARGETS[target].warp_size]
+    for name, (kernel, present) in COUNTED.items():
+        case = next(x for x in row_cases(choice) if x.kernel is kernel)._replace(required=present)
+        binary = compiled(case, TARGETS[target], False)
+        found: dict[str, Any] = resources(binary)
+        streams = 1 + ("ref_logits" in present)
+        found |= counts(binary.asm["cubin"], found["registers"], choice.num_warps, logit_bytes=2, streams=streams)
+        for gpu, rates in GPUS.items():
+            least = least_seconds(found, rates, ROWS * VOCABULARY)
+            found[gpu] = {f"{bound}_ms": round(1e3 * seconds, 2) for bound, seconds in least.items()}
+        yield {"counted": name, "target": target, **found}
 
 
 def measure() -> Iterator[dict[str, Any]]:
@@ -215,11 +238,12 @@ def resources(binary: Any) -> dict[str, int]:
         registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", listing))
         vector_loads = len(re.findall(r"load_dwordx4", listing))
     else:
-        usage, ptx = cuobjdump(binary, "--dump-resource-usage"), binary.asm["ptx"]
+        usage, ptx = cuobjdump(binary.asm["cubin"], "--dump-resource-usage"), binary.asm["ptx"]
         found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
         spilled, registers = found["STACK"] + found["LOCAL"], found["REG"]
         vector_loads = len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", ptx))
-        listing = cuobjdump(binary, "--dump-sass") if "cp.async.bulk" in ptx else ""  # which takes a second
+        with_bulk_loads = "cp.async.bulk" in ptx  # a listing takes a second
+        listing = cuobjdump(binary.asm["cubin"], "--dump-sass") if with_bulk_loads else ""
     counts = {name: len(re.findall(rf"\b{pattern}", listing)) for name, pattern in INSTRUCTIONS.items()}
     return {
         "registers": registers,
@@ -228,14 +252,6 @@ def resources(binary: Any) -> dict[str, int]:
         "vector_loads": vector_loads,
         **{name: count for name, count in counts.items() if count},
     }
-
-
-def cuobjdump(binary: Any, what: str) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        return subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

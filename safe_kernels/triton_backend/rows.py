@@ -40,11 +40,11 @@ NOT_SPECIALIZED += ["ref_rows_inner", "ref_stride_outer", "ref_stride_inner"]
 @triton.jit
 def tanh(x):
     """To float32 precision everywhere: (1 - t) / (1 + t) loses its digits near 0."""
-    t = tl.exp(-2.0 * tl.abs(x))
+    t = tl.exp2(tl.abs(x) * -2.8853900817779268)  # e^(-2 |x|)
     far = (1.0 - t) / (1.0 + t)
     q = x * x
-    near = tl.abs(x) * (1.0 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835 - q * (1382 / 155925))))))
-    return tl.where(x < 0, -1.0, 1.0) * tl.where(q < 0.09, near, far)
+    near = x * (1.0 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835)))))
+    return tl.where(q < 0.0625, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def logits_of(u, columns, inside, bias, logit_scale, softcap):
     if logit_scale is not None:
         a *= logit_scale
     if softcap is not None:
-        a = softcap * tanh(a / softcap)
+        a = softcap * tanh(a * (1.0 / softcap))
     if inside is not None:
         a = tl.where(inside, a, -float("inf"))
     return a
@@ -374,7 +374,8 @@ def gradient_kernel(
             is_token = tl.arange(0, C)[None, :] == (local - start)[:, None]  # in 32 bits
             du = logit_gradient(log2_p, log2_q, is_token, constant, g_logprob, g_entropy, g_kl)
             if softcap is not None:
-                du *= 1.0 - (a / softcap) * (a / softcap)
+                share = a * (1.0 / softcap)
+                du *= 1.0 - share * share
             if REST:
                 stored = (columns < width) & inside[:, None]
                 tl.store(grad_pointer[:, None] + columns, tl.where(seen, du, 0.0), mask=stored)
