@@ -195,17 +195,62 @@ def _register(name: str, signature: Signature, outputs: str, mutates: str = "") 
                 return body(*signature.restore(flat))
 
         schema = signature.schema.replace(f"Tensor {mutates},", f"Tensor(a!) {mutates},", 1)
-        mutates_args = (mutates,) if mutates else ()
-        return torch.library.custom_op(
-            f"safe_kernels::{name}", run, mutates_args=mutates_args, schema=f"({schema}) -> {outputs}"
-        )
+        _LIBRARY.define(f"{name}({schema}) -> {outputs}", tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        op = getattr(torch.ops.safe_kernels, name).default
+        if mutates:
+            _LIBRARY.impl(name, _mutating(op, signature.names.index(mutates)), "ADInplaceOrView", with_keyset=True)
+        return op
 
     return register
+
+
+def _mutating(op: Any, index: int) -> Callable[..., Any]:
+    """Tells autograd that the argument has changed."""
+
+    def run(keyset: Any, *flat: Any) -> Any:
+        torch.autograd.graph.increment_version(flat[index])
+        return op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *flat)
+
+    return run
+
+
+def _differentiable(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """What `torch.library.register_autograd` does, without its time quadratic in the number of arguments."""
+
+    def forward_below(*flat_and_keyset: Any) -> Any:
+        *flat, keyset = flat_and_keyset
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *flat)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *flat_and_keyset: Any) -> Any:
+            found = forward_below(*flat_and_keyset)
+            setup_context(ctx, flat_and_keyset[:-1], found)
+            return found
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            return *backward(ctx, *grads), None
+
+    def run(keyset: Any, *flat: Any) -> Any:
+        wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in flat)
+        return Differentiable.apply(*flat, keyset) if wanted else forward_below(*flat, keyset)
+
+    _LIBRARY.impl(op.name().partition("::")[2], run, "Autograd", with_keyset=True)
+
+
+def _fake(op: Any) -> Callable[..., Any]:
+    """What the op returns for tensors without memory."""
+    return torch.library.register_fake(op.name(), lib=_LIBRARY)
 
 
 def _backend(name: str) -> Any:
     return importlib.import_module(f"safe_kernels.{name}_backend")
 
+
+_LIBRARY = torch.library.Library("safe_kernels", "DEF")
 
 # What the two statistics return: logprob, entropy, ref_logprob, kl, kl_penalty, value, value_target, stats.
 _STATISTICS = f"({', '.join(['Tensor'] * 8)})"
@@ -255,13 +300,13 @@ def _results(stats: Tensor) -> tuple[Tensor, ...]:
     return (stats[0], stats[1], stats[4], stats[5]) if len(stats) == 8 else (stats[0], stats[1], absent, absent)
 
 
-@_logits_op.register_fake
+@_fake(_logits_op)
 def _(*flat: Any) -> tuple[Tensor, ...]:
     inputs, terms, _, _ = _LOGITS.restore(flat)
     return _fake_outputs(inputs.logits, inputs.tokens_N, inputs.ref_logits is not None, terms is not None)
 
 
-@_linear_op.register_fake
+@_fake(_linear_op)
 def _(*flat: Any) -> tuple[Tensor, ...]:
     inputs, terms, _ = _LINEAR.restore(flat)
     return _fake_outputs(inputs.hidden_NH, inputs.tokens_N, inputs.ref_hidden_NH is not None, terms is not None)
@@ -307,17 +352,17 @@ def _linear_backward_op(inputs: LinearInputs, backend: str, stats: Tensor, *rest
     return tuple(stats.new_empty(0) if x is None else x for x in sums)
 
 
-@_logits_backward_op.register_fake
+@_fake(_logits_backward_op)
 def _(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@_logits_backward_inplace_op.register_fake
+@_fake(_logits_backward_inplace_op)
 def _(*_: Any) -> None:
     return None
 
 
-@_linear_backward_op.register_fake
+@_fake(_linear_backward_op)
 def _(*flat: Any) -> tuple[Tensor, ...]:
     inputs, _, stats, *rest = _LINEAR_BACKWARD.restore(flat)
     leaves = zip(inputs[:3], rest[3:], strict=True)
@@ -370,12 +415,12 @@ def _linear_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
 def _refuse_second_derivative(op: Any) -> None:
     """In the words of ours; without, PyTorch names an op that no caller knows."""
 
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise RuntimeError(
-            f"{op._name.removesuffix('_backward').replace('::', '.')} has no second derivative: use backend='reference'"
-        )
+    name = op.name().removesuffix("_backward").replace("::", ".")
 
-    op.register_autograd(backward)
+    def backward(ctx: Any, *grads: Tensor | None) -> None:
+        raise RuntimeError(f"{name} has no second derivative: use backend='reference'")
+
+    _differentiable(op, lambda *_: None, backward)
 
 
 def _first_derivative_only(what: str) -> None:
@@ -413,8 +458,8 @@ def _with_value_gradients(
 
 _refuse_second_derivative(_logits_backward_op)
 _refuse_second_derivative(_linear_backward_op)
-_logits_op.register_autograd(_logits_backward, setup_context=_statistics_context(_LOGITS, 1))
-_linear_op.register_autograd(_linear_backward, setup_context=_statistics_context(_LINEAR, 3))
+_differentiable(_logits_op, _statistics_context(_LOGITS, 1), _logits_backward)
+_differentiable(_linear_op, _statistics_context(_LINEAR, 3), _linear_backward)
 
 
 @_register("linear_policy_loss", _LOSS, f"({', '.join(['Tensor'] * 9)})")
@@ -429,7 +474,7 @@ def _loss_op(inputs: LinearInputs, objective: Objective, *rest: Any) -> tuple[Te
     return loss_N.sum(), clip_fraction, *(x.clone() for x in _results(stats)), *gradients_or_empty
 
 
-@_loss_op.register_fake
+@_fake(_loss_op)
 def _(*flat: Any) -> tuple[Tensor, ...]:
     inputs, _, *needed, _ = _LOSS.restore(flat)
     dtype = compute_dtype(inputs.hidden_NH)
@@ -462,12 +507,12 @@ def _scaled_op(gradient: Tensor, factor: Tensor, dtype: str) -> Tensor:
     return torch.mul(gradient, factor, out=out)
 
 
-@_scaled_op.register_fake
+@_fake(_scaled_op)
 def _(gradient: Tensor, factor: Tensor, dtype: str) -> Tensor:
     return torch.empty_like(gradient, dtype=getattr(torch, dtype.removeprefix("torch.")))
 
 
-_loss_op.register_autograd(_loss_backward, setup_context=_save_loss)
+_differentiable(_loss_op, _save_loss, _loss_backward)
 
 
 @_register("vocabulary_bounds", _BOUNDS, "Tensor")
@@ -475,7 +520,7 @@ def _bounds_op(like: Tensor, width: int, group: str) -> Tensor:
     return vocab_parallel.bounds_of(like, width, vocab_parallel.group_of(group))
 
 
-@_bounds_op.register_fake
+@_fake(_bounds_op)
 def _(like: Tensor, width: int, group: str) -> Tensor:
     return like.new_empty(vocab_parallel.group_of(group).size() + 1, dtype=torch.int64)
 
@@ -486,7 +531,7 @@ def _gae_op(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_backend(backend).soft_min_gae(*values))
 
 
-@_gae_op.register_fake
+@_fake(_gae_op)
 def _(v1: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(v1.new_empty(v1.shape, dtype=compute_dtype(v1)) for _ in range(3))
 

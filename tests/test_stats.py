@@ -32,6 +32,35 @@ def test_any_vocabulary(backend, coarse, vocabulary):
     hold_to_reference(token_stats, case, backend, wrt=["logits"], vocabulary=vocabulary)
 
 
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -1e38, -1e30, -1e4])
+@pytest.mark.parametrize("allowed", [[3, 9], [0], [40, 41, 63]])
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 1e3])
+def test_a_finite_mask_has_no_mass(any_backend, low, allowed, temperature):
+    """As trainers mask logits; most lanes of a row then hold nothing but masked columns, and so do whole tiles."""
+    case = logits_case((3,), 64, temperature=temperature)
+    case["tokens"] = torch.tensor(allowed)[case["tokens"] % len(allowed)]
+    restricted = {name: case[name][..., allowed] for name in ("logits", "ref_logits")}
+    restricted["tokens"] = (case["tokens"][:, None] == torch.tensor(allowed)).int().argmax(-1)
+    expected = evaluate(token_stats, case | restricted, any_backend, ["logits"])
+    for name in ("logits", "ref_logits"):
+        case[name] = torch.full_like(case[name], low).index_copy(-1, torch.tensor(allowed), restricted[name])
+    if temperature == 1e3 and low > -1e5:
+        pytest.skip("at this temperature such a logit has mass")
+    actual = evaluate(token_stats, case, any_backend, ["logits"])
+    actual["d logits"] = actual["d logits"][..., allowed]
+    for name, x in actual.items():
+        torch.testing.assert_close(x, expected[name], msg=name)
+
+
+def test_one_row_has_the_bits_that_it_has_among_others(backend):
+    """Also where rows do not begin at 16 bytes."""
+    for seed in range(10):
+        logits = 3 * torch.randn(2, 2051, generator=torch.Generator().manual_seed(seed))[:, :2048]
+        tokens = torch.tensor([5, 7])
+        together, alone = (token_stats(logits[:n], tokens[:n], backend=backend) for n in (2, 1))
+        assert torch.equal(together.logprob[:1], alone.logprob) and torch.equal(together.entropy[:1], alone.entropy)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("offset", [-200.0, 5000.0, -1e4])
 def test_large_offsets_cost_nothing(any_backend, offset, temperature):

@@ -15,7 +15,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .gemm import add_products, add_products_of_two, by_row, loads_of, operand_bits, place, rows_of, source_of
+from .gemm import (
+    add_products,
+    add_products_of_two,
+    by_row,
+    loads_of,
+    operand_bits,
+    place,
+    rows_of,
+    source_of,
+    takes_descriptor,
+)
 from .logits import Asked
 from .online_softmax import empty_policy, empty_reference, merge, merge_policy, update, update_policy
 from .rows import (
@@ -188,9 +198,10 @@ def choice_for(
 def plain_choice_for(
     matrices: Sequence[Tensor | None], bias_V: Tensor | None, ref_bias_V: Tensor | None, asked: Asked
 ) -> launch.GemmChoice | None:
-    """The choice with which the fused kernel is also the fastest, where there is one."""
+    """The choice with which the fused kernel is also the fastest, where there is one: it needs bulk loads."""
     is_plain = bias_V is None and ref_bias_V is None and asked.softcap is None
-    return launch.plain_choice(*kind_of(matrices)) if is_plain else None
+    fits = is_plain and all(x is None or (x.stride(1) == 1 and takes_descriptor(x)) for x in matrices)
+    return launch.plain_choice(*kind_of(matrices)) if fits else None
 
 
 def kind_of(matrices: Sequence[Tensor | None]) -> tuple[torch.device, str, int]:

@@ -23,6 +23,7 @@ from .logits import Asked, Rows, gradient, new_stats, statistics
 from .rows import CARRY
 from .values import terms_of
 
+ADDS_IN_FLOAT32 = torch.__version__ >= (2, 10)  # torch.addmm of 16-bit factors to a float32 sum
 MOST = 100  # the largest power of two that a row of float16 is scaled by
 
 
@@ -231,7 +232,7 @@ def add_product(total: Tensor, product: Callable[..., None], x: Tensor, y: Tenso
         for first in range(0, x.shape[1], INNER):
             total.addmm_(x[:, first : first + INNER], y[first : first + INNER])
         return
-    if product is blas_product and sums_in_float32(x) and factor is None:
+    if product is blas_product and sums_in_float32(x) and ADDS_IN_FLOAT32 and factor is None:
         torch.addmm(total, x, y, out_dtype=torch.float32, out=total)
         return
     step = max(1, PART_BYTES // (4 * total.shape[1]))

@@ -57,8 +57,8 @@ def centred(a, peak, inverse_temperature):
 
 @triton.jit
 def moved(old, new, total, inverse_temperature):
-    """What a moved maximum adds to every exponent so far; 0 as long as there is none."""
-    return tl.where(total > 0, (old - new) * (inverse_temperature * LOG2_E), 0.0)
+    """What a moved maximum adds to every exponent so far, which is multiplied; 0 as long as there is none."""
+    return tl.where(total > 0, tl.maximum((old - new) * (inverse_temperature * LOG2_E), LEAST), 0.0)
 
 
 @triton.jit
