@@ -250,12 +250,28 @@ def check_seed(trainer: SafeTrainer, saved: Mapping[str, Any], path: Path) -> No
 
 def position(trainer: SafeTrainer, saved: Mapping[str, Any]) -> int:
     """Where the stream of prompts goes on; another data set begins at its beginning."""
-    before = saved.get("prompts") or {"position": trainer.position(saved["step"]), "rows": trainer.prompts.known_length}
-    if before["rows"] == trainer.prompts.known_length:
-        return before["position"]
-    now, then = (rows or "an unknown number of" for rows in (trainer.prompts.known_length, before["rows"]))
-    say(f"the data set has {now} rows, and had {then}: it starts from its beginning")
-    return 0
+    prompts = trainer.prompts
+    before = saved.get("prompts") or {"position": trainer.position(saved["step"]), "rows": prompts.known_length}
+    if before["rows"] != prompts.known_length:
+        now, then = (rows or "an unknown number of" for rows in (prompts.known_length, before["rows"]))
+        say(f"the data set has {now} rows, and had {then}: it starts from its beginning")
+        return 0
+    visited = before.get("visited")
+    if visited is not None and before["fingerprint"] != prompts.fingerprint(visited):
+        say("the data set has other prompts than before, or has them in another order: it starts from its beginning")
+        return 0
+    return before["position"]
+
+
+def prompts_state(trainer: SafeTrainer) -> dict[str, Any]:
+    """Where the stream of prompts is, and what tells it from another."""
+    prompts = trainer.prompts
+    return {
+        "position": trainer.position(trainer.step),
+        "rows": prompts.known_length,
+        "visited": prompts.visited,
+        "fingerprint": prompts.fingerprint(prompts.visited),
+    }
 
 
 def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
@@ -315,7 +331,7 @@ def state(trainer: SafeTrainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
         "seed": trainer.args.seed,
-        "prompts": {"position": trainer.position(trainer.step), "rows": trainer.prompts.known_length},
+        "prompts": prompts_state(trainer),
         "bad_steps": trainer.bad_steps,
         "best_reward": trainer.best_reward,
         "reward_moments": asdict(trainer.reward_moments),

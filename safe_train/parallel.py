@@ -43,6 +43,7 @@ def start(args: SafeConfig) -> Accelerator:
             project_dir=args.output_dir,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
         )
+    check_launch()
     if accelerator.distributed_type not in SUPPORTED:
         known = ", ".join(kind.value for kind in SUPPORTED)
         raise ConfigError(f"distributed_type must be one of {known}, got {accelerator.distributed_type.value}")
@@ -51,6 +52,24 @@ def start(args: SafeConfig) -> Accelerator:
             f"prompts_per_step must be at least the {size()} processes: each samples some, got {args.prompts_per_step}"
         )
     return accelerator
+
+
+def check_launch() -> None:
+    """Says when fewer processes work together than were started, or were asked for."""
+    started, is_launched = os.environ.get("WORLD_SIZE", "1"), "LOCAL_RANK" in os.environ
+    if is_launched and int(started) > size():
+        raise ConfigError(
+            f"{started} processes were started, and each of them would do the whole run alone: they found no GPU to "
+            "work on together. Set use_cpu=true to share the work on CPUs, or start one process"
+        )
+    # accelerate's launcher for one process sets an address where it was asked for several.
+    if not is_launched and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+        print(
+            "warning: accelerate launch was asked for several processes and started this one alone, which does the "
+            "whole run. On CPUs, `torchrun --nproc-per-node 2 -m safe_train.cli run ... use_cpu=true` starts several; "
+            "on GPUs, `accelerate launch --multi_gpu`",
+            flush=True,
+        )
 
 
 @contextmanager

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_train import parallel
+from safe_train import models, parallel
+from safe_train.checks import check_positions, check_vocabulary
 from safe_train.config import ConfigError, SafeConfig, recorded, require_name
 from safe_train.data import Prompt
+from safe_train.randomness import seeded
 from safe_train.rewards import (
     NotANumber,
     RewardFunction,
@@ -56,6 +58,30 @@ def asked_for(
         if isinstance(reward, str):
             require_name("reward", reward)
     return args, named
+
+
+def check_outline(args: SafeConfig, tokenizer: Any) -> None:
+    """What the config alone says of the model, before its weights are loaded: are there enough positions and tokens.
+
+    A model whose code reads weights while it is made has no outline; its weights are checked all the same.
+    """
+    if (model := outline(args)) is not None:
+        check_positions(model, args)
+        check_vocabulary(model, tokenizer)
+
+
+def outline(args: SafeConfig) -> Any:
+    """The model that the config describes, without memory for its weights; None where that cannot be made."""
+    from transformers import AutoConfig
+
+    with models.loading(args.model):
+        config = AutoConfig.from_pretrained(models.source(args), **models.where(args))
+        kind = models.model_class(args)
+    try:
+        with seeded(0), torch.device("meta"):
+            return kind.from_config(config, trust_remote_code=args.trust_remote_code)
+    except Exception:  # code of any model
+        return None
 
 
 def load_rewards(

@@ -41,7 +41,7 @@ from safe_train.rollout import MODES, Mode, Rollout, choose_mode, end_tokens, ma
 from safe_train.run_folder import RunFolder, refuse_existing
 from safe_train.self_check import check_sampler_gap, self_check
 from safe_train.signals import Stopped, StopSignals
-from safe_train.start import asked_for, check_space, load_rewards
+from safe_train.start import asked_for, check_outline, check_space, load_rewards
 from safe_train.stopping import described, stop_tokens
 
 Rows = Any  # a sequence of rows, a DataFrame, or what `datasets` has
@@ -109,6 +109,8 @@ class SafeTrainer:
             self.tokenizer.chat_template = read_text("chat_template", args.chat_template)
         if args.stop_tokens is not None:
             stop_tokens(self.tokenizer, args.stop_tokens)
+        if model is None or isinstance(model, str):
+            check_outline(args, self.tokenizer)
         self.prompts = self.prompt_dataset(train_dataset, "dataset")
         self.eval_prompts: PromptDataset | None = None
         if args.eval_every or eval_dataset is not None:  # else read when first asked for: a run may never need them

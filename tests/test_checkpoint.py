@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import tiny
@@ -598,6 +599,34 @@ def test_another_data_set_begins_at_its_beginning(tmp_path, capsys):
     assert set(seen_by(tmp_path, True, rows, total_steps=5, prompts_per_step=4)) == {row["prompt"] for row in rows}
     assert "the data set has 8 rows, and had 16" in capsys.readouterr().out
     assert seen_by(tmp_path, True, rows, total_steps=6) and "rows, and had" not in capsys.readouterr().out
+
+
+OTHER_PROMPTS = "has other prompts than before, or has them in another order: it starts from its beginning"
+
+
+@pytest.mark.parametrize("kind", ["list", "stream"])
+def test_other_prompts_of_the_same_number_begin_at_their_beginning(kind, tmp_path, capsys):
+    def rows(given):
+        table = datasets.Dataset.from_list(given)
+        return given if kind == "list" else table.to_iterable_dataset()
+
+    settings = {"total_steps": 3, "prompts_per_step": 2}
+    whole = seen_by(tmp_path / "whole", False, rows(SIXTEEN), **settings | {"total_steps": 5})
+    seen_by(tmp_path / "run", False, rows(SIXTEEN), **settings)
+    others = [{"prompt": f"{row['prompt']} very"} for row in SIXTEEN]
+    resumed = seen_by(tmp_path / "run", True, rows(others), **settings | {"total_steps": 5})
+    assert OTHER_PROMPTS in capsys.readouterr().out
+    assert resumed == [f"{text} very" for text in whole[:4]]
+
+
+def test_the_same_prompts_in_another_file_or_with_other_columns_or_settings_go_on(tmp_path, capsys):
+    whole = seen_by(tmp_path / "whole", False, total_steps=7, prompts_per_step=2)
+    seen_by(tmp_path / "run", False, total_steps=3, prompts_per_step=2)
+    table = datasets.Dataset.from_list([{**row, "tools": None, "answer": "x"} for row in SIXTEEN])
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    changed = {"total_steps": 7, "prompts_per_step": 2, "max_prompt_tokens": 9}
+    again = seen_by(tmp_path / "run", True, str(tmp_path / "rows.parquet"), **changed)
+    assert again == whole[6:] and OTHER_PROMPTS not in capsys.readouterr().out
 
 
 def test_another_seed_is_refused_on_resume(tmp_path):

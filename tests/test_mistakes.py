@@ -225,10 +225,36 @@ def test_a_port_in_use_is_named(here):
     assert "give another: accelerate launch --main_process_port" in found.stderr and "Traceback" not in found.stderr
 
 
-def test_a_prompt_longer_than_the_model_is_named(here, capsys):
-    tiny.model(max_position_embeddings=34).save_pretrained(here.folder / "model")
+TOO_LITTLE = {
+    "positions of the config": ({"max_position_embeddings": 34}, "max_new_tokens must be at most 34"),
+    "a RoPE that changes": (
+        {
+            "max_position_embeddings": 99,
+            "rope_parameters": {
+                "rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 20
+            },
+        },
+        "must be at most 20 for LlamaForCausalLM: its rope_type dynamic",
+    ),
+    "rows for the tokens": ({"vocab_size": 20}, "the tokenizer has 22 tokens, LlamaForCausalLM has rows for 20"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TOO_LITTLE)
+def test_what_the_config_says_is_too_little_is_named_before_the_weights_are_loaded(what, here, capsys):
+    changes, message = TOO_LITTLE[what]
+    tiny.model(**changes).save_pretrained(here.folder / "model")
+    here.monkeypatch.setattr("safe_train.trainer.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert main(["run", *here.pairs()]) == 2
-    assert "max_prompt_tokens + max_new_tokens must be at most 34" in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_model_without_an_outline_is_loaded_all_the_same(here):
+    def reads_weights(*_, **options):
+        raise NotImplementedError("aten::item on meta")
+
+    here.monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", reads_weights)
+    assert main(["run", *here.pairs()]) == 0
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_named(here, capsys):
