@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor.experimental import implicit_replication
 
-from safe_train import adapters, parallel, sharding
+from safe_train import adapters, events, parallel, sharding
 from safe_train.config import ConfigError
 from safe_train.engine import Engine, options
 from safe_train.models import Policy, load_weights
@@ -299,6 +299,7 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     trainer.known_position = values["step"], position(trainer, values)
     trainer.step, trainer.bad_steps = values["step"], values["bad_steps"]
     trainer.best_reward = values.get("best_reward")
+    events.load_state_dict(trainer, values.get("callbacks", {}))
     trainer.reward_moments = trainer.make_moments(**values["reward_moments"])
     trainer.controller.load_state_dict(values["controller"])
     restore_generators(contents.random, values["random"])
@@ -334,6 +335,7 @@ def state(trainer: SafeTrainer) -> dict[str, Any]:
         "prompts": prompts_state(trainer),
         "bad_steps": trainer.bad_steps,
         "best_reward": trainer.best_reward,
+        "callbacks": events.state_dict(trainer),
         "reward_moments": asdict(trainer.reward_moments),
         "controller": trainer.controller.state_dict(),
         "random": python_generators(),

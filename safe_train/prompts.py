@@ -144,7 +144,7 @@ class PromptDataset:
 
     def content(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What the prompt of a row is made of."""
-        return {name: row[name] for name in (self.format.prompt_column, *BESIDE) if name in row}
+        return {name: row[name] for name in (str(self.format.prompt_column), *BESIDE) if name in row}
 
     def order(self, epoch: int) -> list[int]:
         """The rows of an epoch, shuffled, without those that are left out."""
