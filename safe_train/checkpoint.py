@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 NOT_COMPARED = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError)
 
+UNFITTING = (RuntimeError, ValueError, KeyError, AttributeError)  # weights and states of another shape
+
 
 class Damaged(Exception):
     """A checkpoint that cannot be read: cut short, or overwritten."""
@@ -132,27 +134,32 @@ class Checkpoints:
     def load(self, trainer: SafeTrainer, path: Path | None = None) -> None:
         """Restores the given checkpoint, or the newest that can be read; a run that has none yet starts at step 0."""
         if path is not None:
-            try:
-                restore(trainer, path, read(path, trainer.policy))
-            except Damaged as error:
-                raise ConfigError(f"{error}; --resume takes the newest checkpoint that can be read") from error
+            restore(trainer, path, named(path, trainer.policy))
             self.step = trainer.step
             self.wind_back(path)
             return
+        found = self.newest(trainer.policy)
+        if found is None:
+            say(f"no checkpoint in {self.folder} yet: starting at step 0")
+            return
+        restore(trainer, *found)
+        self.step = trainer.step
+        say(f"continuing from {found[0]}")
+
+    def newest(self, policy: Policy) -> tuple[Path, Contents] | None:
+        """The newest checkpoint that can be read; None where there is none at all."""
         damaged: list[str] = []
         for candidate in self.candidates():
             try:
-                contents = read(candidate, trainer.policy)
+                contents = read(candidate, policy)
             except Damaged as error:
                 damaged.append(str(error))
                 continue
-            restore(trainer, candidate, contents)
-            self.step = trainer.step
-            say(*damaged, f"continuing from {candidate}")
-            return
+            say(*damaged)
+            return candidate, contents
         if damaged:
             raise ConfigError("no checkpoint can be read: " + "; ".join(damaged))
-        say(f"no checkpoint in {self.folder} yet: starting at step 0")
+        return None
 
     @parallel.main_only
     def wind_back(self, path: Path) -> None:
@@ -170,7 +177,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def say(*lines: str) -> None:
-    if parallel.is_main():
+    if lines and parallel.is_main():
         print(*lines, sep="\n", flush=True)
 
 
@@ -217,6 +224,14 @@ def read(path: Path, policy: Policy) -> Contents:
         raise Damaged(f"{path} is damaged: {type(error).__name__}: {error}") from error
     check_adapters(policy, settings, path)
     return contents
+
+
+def named(path: Path, policy: Policy) -> Contents:
+    """The contents of the one checkpoint that was asked for."""
+    try:
+        return read(path, policy)
+    except Damaged as error:
+        raise ConfigError(f"{error}; without its name the newest checkpoint is taken that can be read") from error
 
 
 def check_adapters(policy: Policy, saved: Mapping[str, Any], path: Path) -> None:
@@ -276,15 +291,8 @@ def prompts_state(trainer: SafeTrainer) -> dict[str, Any]:
 
 def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     check_seed(trainer, contents.state, path)
-    sharding.reshard(trainer.policy)
-    if "weights" in contents.identity:
-        check_identity(contents.identity, trainer.identity, path)
-    else:
-        say(f"{path} is of an earlier version: whether the model is that of the run's beginning is not checked")
+    restore_policy(trainer, path, contents)
     try:
-        restore_reference(trainer, contents.handed_over)
-        with trainer.engine.writable():
-            load_policy(trainer.policy, contents.policy)
         if trainer.critic is not None:
             trainer.critic.load_state_dict(contents.critic)
         # A run that goes on with another learning rate than before has to get it.
@@ -293,7 +301,7 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
         for name, saved in contents.optimizers.items():
             saved["param_groups"] = [group | own[name] for group in saved["param_groups"]]
             optimizers(trainer)[name].load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+    except UNFITTING as error:
         raise ConfigError(f"{path} does not fit this run's settings: {error}") from error
     values = contents.state
     trainer.known_position = values["step"], position(trainer, values)
@@ -303,6 +311,21 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     trainer.reward_moments = trainer.make_moments(**values["reward_moments"])
     trainer.controller.load_state_dict(values["controller"])
     restore_generators(contents.random, values["random"])
+
+
+def restore_policy(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
+    """The policy and its reference, which is all that an evaluation needs."""
+    sharding.reshard(trainer.policy)
+    if "weights" in contents.identity:
+        check_identity(contents.identity, trainer.identity, path)
+    else:
+        say(f"{path} is of an earlier version: whether the model is that of the run's beginning is not checked")
+    try:
+        restore_reference(trainer, contents.handed_over)
+        with trainer.engine.writable():
+            load_policy(trainer.policy, contents.policy)
+    except UNFITTING as error:
+        raise ConfigError(f"{path} does not fit this run's settings: {error}") from error
 
 
 def restore_reference(trainer: SafeTrainer, adapter: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The command `safe-train`: run, demo, eval, report, config."""
+"""The command `safe-train`: check, run, demo, eval, export, report, config."""
 
 from __future__ import annotations
 
@@ -76,8 +76,16 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("overrides", nargs="*", metavar="key=value")
     demo.set_defaults(command=command_demo)
 
-    evaluation = commands.add_parser("eval", help="evaluate a run's newest checkpoint on held-out prompts")
-    evaluation.add_argument("run", type=home_path)
+    evaluation = commands.add_parser(
+        "eval",
+        help="evaluate a run, a checkpoint or any model on held-out prompts",
+        description="Evaluate on the prompts of eval_dataset: a run's newest checkpoint, one of its checkpoints, or, "
+        "without a run, a model or an adapter (a folder, or a name of the Hub) with the settings given.",
+    )
+    evaluation.add_argument("what", metavar="RUN|CHECKPOINT|MODEL")
+    evaluation.add_argument("--checkpoint", metavar="STEP", help="of the run: a step's number, or best")
+    evaluation.add_argument("--config", help="settings for what is no run: YAML file, or the name of a shipped one")
+    evaluation.add_argument("--output", type=home_path, help="folder to write (default: eval/..., in the run if any)")
     evaluation.add_argument("overrides", nargs="*", metavar="key=value")
     evaluation.set_defaults(command=command_eval)
 
@@ -147,38 +155,29 @@ def command_demo(arguments: argparse.Namespace) -> None:
         remove_run(folder)
     trainer.train()
     after = trainer.evaluate()
-    print(f"\n{comparison(before, after)}\n")
+    print(f"\n{comparison({'before': before, 'after': after})}\n")
     for prompt, text in list(zip(after.rollout.prompts, after.rollout.texts, strict=True))[:4]:
         print(f"  {prompt.text!r} ->{text!r}")
     print(f"\n{perf_counter() - started:.0f} s; report: {folder / 'report.png'}")
 
 
 def command_eval(arguments: argparse.Namespace) -> None:
-    from safe_train import parallel
-    from safe_train.checkpoint import Checkpoints
-    from safe_train.evaluation import comparison
+    from safe_train import parallel, subject
+    from safe_train.evaluation import comparison, save
     from safe_train.paper import make_trainer
-    from safe_train.run_folder import strict_json
 
-    config = arguments.run / "config.yaml"
-    if not config.is_file():
-        raise ConfigError(f"{arguments.run} is not a run folder: it has no config.yaml")
-    args = SafeConfig.load(config, [f"output_dir={arguments.run}", *arguments.overrides])
-    checkpoints = Checkpoints(args.output_dir, args.keep_checkpoints)
-    if not checkpoints.complete():
-        raise ConfigError(f"{arguments.run} has no complete checkpoint")
+    found = subject.find(arguments.what, arguments.checkpoint, arguments.config, arguments.overrides)
     with tempfile.TemporaryDirectory() as elsewhere:  # the run may be going on, and goes on
-        # No training prompts are needed.
-        args = dataclasses.replace(args, dataset=args.eval_dataset or args.dataset, output_dir=elsewhere)
-        trainer = make_trainer(args)
-        before = trainer.evaluate()
-        checkpoints.load(trainer)
-        after = trainer.evaluate()
-    if not parallel.is_main():
-        return
-    print(comparison(before, after))
-    result = {"step": trainer.step, "before": before.numbers(), "after": after.numbers()}
-    (arguments.run / "evaluation.json").write_text(strict_json(result, indent=2) + "\n")
+        trainer = make_trainer(subject.for_evaluation(found, elsewhere), **found.objects())
+        evaluations, step = {"before" if found.run else "now": trainer.evaluate()}, 0
+        if found.run is not None:
+            step = found.restore(trainer)
+            evaluations["after"] = trainer.evaluate()
+    name = f"step-{step}" if found.run is not None else found.name
+    folder = arguments.output or (found.run or Path()) / "eval" / name
+    save(folder, evaluations, step)
+    if parallel.is_main():
+        print(f"{comparison(evaluations)}\n{folder / 'evaluation.jsonl'}")
 
 
 def command_report(arguments: argparse.Namespace) -> None:

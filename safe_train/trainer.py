@@ -232,7 +232,7 @@ class SafeTrainer:
                 try:
                     with checkpoints.keeping(self):
                         events.call(self, "on_step_end")
-                        metrics |= self.evaluation_metrics()
+                        metrics |= self.evaluation_metrics(folder)
                 finally:  # the step is done even when its evaluation fails
                     if self.step % args.samples_every == 0:
                         folder.log_samples(self.step, rollout, rewards["reward"])
@@ -263,12 +263,14 @@ class SafeTrainer:
         total, hidden = self.args.total_steps, not parallel.is_main()
         yield from tqdm(range(self.step, total), initial=self.step, total=total, unit="step", disable=hidden)
 
-    def evaluation_metrics(self) -> dict[str, float]:
+    def evaluation_metrics(self, folder: RunFolder) -> dict[str, float]:
         """Those of an evaluation, if it is time for one or a callback asked for it."""
         is_time = self.args.eval_every and self.step % self.args.eval_every == 0
         if not (is_time or self.control.should_evaluate):
             return {}
-        numbers = self.evaluate().numbers()
+        evaluation = self.evaluate()
+        folder.log_evaluation(self.step, evaluation)
+        numbers = evaluation.numbers()
         events.call(self, "on_evaluate", metrics={f"eval_{name}": value for name, value in numbers.items()})
         return {f"eval/{name}": value for name, value in numbers.items()}
 
@@ -331,10 +333,10 @@ class SafeTrainer:
         known_step, known_position = self.known_position
         return known_position + (step - known_step) * self.args.prompts_per_step
 
-    def complete(self, prompts: Sequence[Prompt]) -> Rollout:
-        """A completion for each of this process's prompts."""
+    def complete(self, prompts: Sequence[Prompt], **how: bool) -> Rollout:
+        """A completion for each of this process's prompts; with `greedy` the likeliest token each time."""
         with self.engine.gathered():
-            return self.sampler(prompts)
+            return self.sampler(prompts, **how)
 
     def update_controller(self, experience: Experience, reward_B: Tensor) -> Control:
         """Takes the rollout into the reward moments, then asks the controller for the update's coefficients."""

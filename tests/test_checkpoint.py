@@ -504,7 +504,7 @@ def test_evaluating_and_drawing_a_finished_run(tmp_path, capsys):
     assert main(["run", *settings, "eval_completions=4"]) == 0
     assert main(["eval", str(run)]) == 0
     assert "held-out completions" in capsys.readouterr().out
-    result = json.loads((run / "evaluation.json").read_text())
+    result = json.loads((run / "eval" / "step-2" / "evaluation.json").read_text())
     assert result["step"] == 2 and result["before"]["kl"] == pytest.approx(0, abs=1e-6) and result["after"]["kl"] > 0
     assert main(["report", str(run), "--output", str(tmp_path / "picture.png")]) == 0
     assert (tmp_path / "picture.png").exists()
@@ -547,7 +547,7 @@ def test_the_best_evaluation_keeps_its_checkpoint_also_through_a_resume(tmp_path
         trainer = tiny.trainer(
             tmp_path, total_steps=total_steps, save_best=True, eval_every=1, save_every=1, keep_checkpoints=1
         )
-        trainer.evaluate = lambda: SimpleNamespace(numbers=lambda: {"reward": rewards[trainer.step]})
+        trainer.evaluate = lambda: SimpleNamespace(numbers=lambda: {"reward": rewards[trainer.step]}, completions=[])
         trainer.train(**resume)
         return [path.name for path in (tmp_path / "best").iterdir()]
 
