@@ -20,6 +20,8 @@ except ModuleNotFoundError as error:
     sys.exit(f"safe-train needs the package {error.name!r}, which this brings: pip install 'safe-kernels[train]'")
 
 
+DTYPES = ("bf16", "fp16", "fp32", "bfloat16", "float16", "float32")
+
 EXIT_STATUSES = (
     "Exit status: 0 done; 1 failed, with a traceback; 2 a setting, model, data set, reward or folder that cannot be "
     "used, with the reason; 130 Ctrl-C and 143 SIGTERM, after the step and its checkpoint."
@@ -88,6 +90,22 @@ def parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--output", type=home_path, help="folder to write (default: eval/..., in the run if any)")
     evaluation.add_argument("overrides", nargs="*", metavar="key=value")
     evaluation.set_defaults(command=command_eval)
+
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint as a folder that transformers and vLLM load",
+        description="Write the policy of a run's newest checkpoint as a folder that transformers and vLLM load, with "
+        "tokenizer, chat template and generation config. It is loaded again and compared before it gets its name.",
+    )
+    export.add_argument("run", metavar="RUN|CHECKPOINT")
+    export.add_argument("output", type=home_path, metavar="OUT")
+    export.add_argument("--checkpoint", metavar="STEP", help="a step's number, or best (default: the newest)")
+    export.add_argument("--merge", action="store_true", help="a whole model, with the adapter added to its weights")
+    export.add_argument("--dtype", choices=DTYPES, help="of a whole model (default: as in training)")
+    export.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as model=NAME, for another base's place"
+    )
+    export.set_defaults(command=command_export)
 
     report = commands.add_parser("report", help="draw one run, or several overlaid")
     report.add_argument("runs", type=home_path, nargs="+")
@@ -178,6 +196,14 @@ def command_eval(arguments: argparse.Namespace) -> None:
     save(folder, evaluations, step)
     if parallel.is_main():
         print(f"{comparison(evaluations)}\n{folder / 'evaluation.jsonl'}")
+
+
+def command_export(arguments: argparse.Namespace) -> None:
+    from safe_train import subject
+    from safe_train.export import export
+
+    found = subject.find(arguments.run, arguments.checkpoint, None, arguments.overrides)
+    print(export(found, arguments.output, merge=arguments.merge, dtype=arguments.dtype))
 
 
 def command_report(arguments: argparse.Namespace) -> None:

@@ -113,7 +113,7 @@ TABLE = (
     Row("shuffle_dataset=true", note="always, anew in each epoch, by the seed"),
     Row("resume_from_checkpoint=true auto_resume_from_checkpoints", note="--resume, or in train()"),
     Row("overwrite_output_dir=true", note="--overwrite"),
-    Row("push_to_hub=true hub_model_id", note="upload checkpoints/step-N/policy with the `hf` command"),
+    Row("push_to_hub=true hub_model_id", note="`safe-train export`, then `hf upload`"),
     Row("fsdp=full_shard deepspeed fsdp_config n_gpus_per_node nnodes", note=LAUNCH),
 )  # fmt: skip
 

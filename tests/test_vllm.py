@@ -285,7 +285,7 @@ def test_a_run_and_its_evaluation_sample_by_vllm(vllm, tmp_path):
     assert trainer.sampler.engine.calls.count("generate") == 2
     assert all(row["sampler_gap_max"] < 2e-5 and abs(row["sampler_kl"]) < 1e-6 for row in history)
     trainer.evaluate()
-    assert trainer.sampler.engine.calls.count("generate") == 3
+    assert trainer.sampler.engine.calls.count("generate") == 4  # sampled and greedy
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch):
