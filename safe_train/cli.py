@@ -72,6 +72,17 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="key=value")
     run.set_defaults(command=command_run)
 
+    check = commands.add_parser(
+        "check",
+        help="all that a run does before its first step",
+        description="Check settings, folder, prompts, rewards and tokenizer, then the model, as `run` would; print "
+        "what the run would do, with the memory that it needs and the reward of one completion; and stop.",
+    )
+    check.add_argument("words", nargs="*", metavar="CONFIG key=value", help="the arguments of `run`")
+    check.add_argument("--config", help="YAML file, or the name of a shipped one")
+    check.add_argument("--overwrite", action="store_true", help="as if for a run that replaces the one in output_dir")
+    check.set_defaults(command=command_check, overrides=[])
+
     demo = commands.add_parser("demo", help="train a small model on this computer, in minutes")
     demo.add_argument("--model", help="a Hub model instead of the one that is installed with the demo")
     demo.add_argument("--control", action="store_true", help="the control experiment: shuffled advantages")
@@ -138,6 +149,26 @@ def command_run(arguments: argparse.Namespace) -> None:
     trainer.train(resume_from_checkpoint=resume)
     if parallel.is_main():
         print(f"report: {Path(args.output_dir) / 'report.png'}")
+
+
+def command_check(arguments: argparse.Namespace) -> None:
+    from safe_train import parallel
+    from safe_train.dry_run import check
+    from safe_train.paper import make_trainer
+    from safe_train.run_folder import refuse_existing, refuse_foreign
+
+    words, config = [*arguments.words, *arguments.overrides], arguments.config
+    if config is None and words and "=" not in words[0]:
+        config = words.pop(0)
+    args = SafeConfig.load(config, words)
+    (refuse_foreign if arguments.overwrite else refuse_existing)(Path(args.output_dir))
+    trainer = make_trainer(args, eval_dataset=args.eval_dataset)
+    try:
+        found = check(trainer)
+    finally:
+        trainer.folder_lock.release()
+    if parallel.is_main():
+        print(found)
 
 
 def run_settings(arguments: argparse.Namespace) -> SafeConfig:

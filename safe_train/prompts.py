@@ -37,12 +37,14 @@ class Seen:
 
     prompts: int = 0
     cut: int = 0
+    longest: int = 0  # in tokens
     texts: Counter[int] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
 
     def add(self, prompt: Prompt) -> None:
         self.prompts += 1
         self.cut += prompt.is_cut
+        self.longest = max(self.longest, len(prompt.ids))
         self.texts[hash(tuple(prompt.ids))] += 1
 
     @property
