@@ -74,7 +74,13 @@ def longest_sequence(trainer: SafeTrainer) -> int:
 
 
 def count(parameters: Iterable[Tensor]) -> int:
-    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    """Weights, also of parameters that are stored in parts (ZeRO-3) or two in a byte (bitsandbytes)."""
+
+    def weights(p: Any) -> int:
+        quantised = getattr(p, "quant_state", None)
+        return quantised.shape.numel() if quantised is not None else getattr(p, "ds_numel", p.numel())
+
+    return sum(map(weights, parameters))
 
 
 def needs(trainer: SafeTrainer, found: Memory) -> list[str]:

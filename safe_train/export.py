@@ -21,7 +21,7 @@ from safe_train import adapters
 from safe_train.checkpoint import Checkpoints
 from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.layout import largest_gap, probes
-from safe_train.models import Policy, load_model, load_weights, loading, model_class, source, where
+from safe_train.models import Policy, load_model, load_weights, loading, model_class, quantised, source, where
 from safe_train.reference import check_fingerprint
 from safe_train.rollout import end_tokens
 from safe_train.subject import Subject, adapted
@@ -83,6 +83,11 @@ def check_request(args: SafeConfig, target: Path, *, merge: bool, dtype: str | N
         raise ConfigError(f"{target.parent} is no folder: {target.name} would be made in it")
     if merge and not is_adapter:
         raise ConfigError("--merge is for adapters, and this run trained all weights (lora_r 0): leave it out")
+    if merge and args.load_in_4bit:
+        raise ConfigError(
+            "--merge is refused with load_in_4bit: the adapter was trained on weights rounded to 4 bits, and neither "
+            "those with it nor the original ones with it are the policy again; leave it out"
+        )
     if is_adapter and dtype and not merge:
         raise ConfigError("--dtype is for whole models: an adapter stays in float32, or add --merge")
     if is_adapter:
@@ -180,12 +185,15 @@ def check(
     """Loads the folder as anybody would, and returns how far its log-probs are from the right ones."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    own = dataclasses.replace(args, model=str(folder), revision=None)
+    own_args = dataclasses.replace(args, model=str(folder), revision=None)
     is_adapter = (folder / "adapter_config.json").is_file()
     try:
-        kind = model_class(args if is_adapter else own)
+        kind = model_class(args if is_adapter else own_args)
         options = {"trust_remote_code": args.trust_remote_code}
-        model = kind.from_pretrained(folder, dtype=precision if is_adapter else "auto", **options).eval()
+        own = (
+            {"dtype": precision, **quantised(args, precision, torch.device("cpu"))} if is_adapter else {"dtype": "auto"}
+        )
+        model = kind.from_pretrained(folder, **own, **options).eval()
         again = AutoTokenizer.from_pretrained(folder, **options)
         GenerationConfig.from_pretrained(folder)
         found = log_probs(model, sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import shutil
 import traceback
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_train import models, parallel
+from safe_train import models, parallel, sharding, zero
 from safe_train.checks import check_positions, check_vocabulary
 from safe_train.config import ConfigError, SafeConfig, recorded, require_name
 from safe_train.data import Prompt
@@ -58,6 +59,22 @@ def asked_for(
         if isinstance(reward, str):
             require_name("reward", reward)
     return args, named
+
+
+def check_4bit(args: SafeConfig, device: torch.device, is_named: bool) -> None:
+    """Whether the weights can be loaded in 4 bits."""
+    if not args.load_in_4bit:
+        return
+    if not is_named:
+        raise ConfigError("load_in_4bit is for a model that is named: pass its name, or the object as you loaded it")
+    if device.type != "cuda":
+        raise ConfigError(
+            f"load_in_4bit needs a GPU, the device is {device.type}: leave it out, or take a smaller model"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("load_in_4bit needs a package: pip install 'bitsandbytes>=0.46'")
+    if sharding.settings() is not None or zero.stage() == 3:
+        raise ConfigError("load_in_4bit needs whole weights on each GPU, not FSDP or ZeRO-3: use DDP or one process")
 
 
 def check_outline(args: SafeConfig, tokenizer: Any) -> None:

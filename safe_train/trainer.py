@@ -42,7 +42,7 @@ from safe_train.rollout import MODES, Mode, Rollout, choose_mode, end_tokens, ma
 from safe_train.run_folder import RunFolder, refuse_existing
 from safe_train.self_check import check_sampler_gap, self_check
 from safe_train.signals import Stopped, StopSignals
-from safe_train.start import asked_for, check_outline, check_space, load_rewards
+from safe_train.start import asked_for, check_4bit, check_outline, check_space, load_rewards
 from safe_train.stopping import described, stop_tokens
 
 Rows = Any  # a sequence of rows, a DataFrame, or what `datasets` has
@@ -103,6 +103,8 @@ class SafeTrainer:
         self.args, self.callbacks = args, events.instances(callbacks)
         self.accelerator = parallel.start(args)
         self.device = self.accelerator.device
+        is_named = model is None or isinstance(model, str)
+        check_4bit(args, self.device, is_named)
         self.folder_lock = FolderLock(Path(args.output_dir))
         self.folder_lock.acquire()
         set_seed(args.seed)
@@ -111,7 +113,7 @@ class SafeTrainer:
             self.tokenizer.chat_template = read_text("chat_template", args.chat_template)
         if args.stop_tokens is not None:
             stop_tokens(self.tokenizer, args.stop_tokens)
-        if model is None or isinstance(model, str):
+        if is_named:
             check_outline(args, self.tokenizer)
         self.prompts = self.prompt_dataset(train_dataset, "dataset")
         self.eval_prompts: PromptDataset | None = None
@@ -121,7 +123,7 @@ class SafeTrainer:
             functions = load_rewards(rewards, args, self.device, self.prompts.at(0, 2))
             self.rewards = Rewards(functions, args.reward_weights)
 
-        model = unwrapped(load_model(args, self.device) if model is None or isinstance(model, str) else model)
+        model = unwrapped(load_model(args, self.device) if is_named else model)
         dtype = sharding.compute_dtype(self.device, model.dtype, args)
         use_tensor_cores(self.device, dtype)
         model = place(model, self.device)

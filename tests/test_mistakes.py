@@ -197,6 +197,8 @@ MISTAKES = {
     "too old transformers": (old_transformers, r"transformers 4.57.1 is installed, .* --upgrade 'transformers>=5'"),
     "eval set without rows": (eval_set_without_rows, "eval_dataset /.*empty.jsonl: the prompt data set is empty"),
     "reward server down": (server_down, r"http://127.0.0.1:\d+/score gave no answer in 1 attempts.*Connection refused"),
+    "4 bits without a GPU": (lambda here: here.pairs(load_in_4bit="true"), "load_in_4bit needs a GPU, the device is"),
+    "4 bits of all weights": (lambda here: here.pairs(load_in_4bit="true", lora_r=0), "must be false with lora_r 0"),
     "seed too large": (lambda here: here.pairs(seed=2**32), "seed must be from 0 to 4294967295"),
 }  # fmt: skip
 
