@@ -50,10 +50,10 @@ def check(trainer: SafeTrainer) -> str:
 
 def described(trainer: SafeTrainer) -> list[str]:
     args, policy, rows = trainer.args, trainer.policy, trainer.prompts.known_length
-    model, size = policy.causal_lm, args.completions_per_step
+    model, completions = policy.causal_lm, args.completions_per_step
     trained = f"{count(trainer.trainable):,} of them" + (", an adapter" if policy.is_lora else "")
     new, longest = args.max_new_tokens, longest_sequence(trainer)
-    steps = -(-size // (args.minibatch_size or size)) * args.inner_epochs
+    steps = -(-completions // (args.minibatch_size or completions)) * args.inner_epochs
     epochs = f" ({args.total_steps * args.prompts_per_step / rows:.3g} epochs)" if rows else ""
     return [
         f"model: {args.model}, a {type(model).__name__} of {count(model.parameters()):,} weights in "
@@ -63,7 +63,7 @@ def described(trainer: SafeTrainer) -> list[str]:
         f"algorithm: {args.algorithm}; critic {args.critic}, controller {args.controller}, beta {args.beta:g}, "
         f"learning rate {learning_rate(policy, args):g}",
         f"a step: {args.prompts_per_step} prompts x {args.completions_per_prompt} completions, {steps} optimizer "
-        f"steps; at most {size * longest:,} tokens ({longest - new} + {new} each)",
+        f"steps; at most {completions * longest:,} tokens ({longest - new} + {new} each)",
         f"the run: {args.total_steps} steps{epochs} on {args.dataset}, in {args.output_dir}",
     ]
 
@@ -86,9 +86,9 @@ def count(parameters: Iterable[Tensor]) -> int:
 def needs(trainer: SafeTrainer, found: Memory) -> list[str]:
     """Memory and disk, beside what there is."""
     names = ("weights", "gradients and optimizers", "rollout", "micro-batch")
-    parts = ", ".join(f"{name} {gigabytes(value)}" for name, value in zip(names, found, strict=True))
+    parts = ", ".join(f"{name} {size(value)}" for name, value in zip(names, found, strict=True))
     has = total_memory(trainer.device)
-    args, lines = trainer.args, [f"memory, estimated: {gigabytes(found.peak)} of {gigabytes(has)} ({parts})"]
+    args, lines = trainer.args, [f"memory, estimated: {size(found.peak)} of {size(has)} ({parts})"]
     if found.peak > has:
         lines.append(
             "warning: that is more than there is; see max_tokens_per_microbatch, gradient_checkpointing, "
@@ -97,12 +97,14 @@ def needs(trainer: SafeTrainer, found: Memory) -> list[str]:
     written = needed_bytes([*trainer.trainable, *(trainer.critic.parameters() if trainer.critic is not None else ())])
     free = shutil.disk_usage(args.output_dir).free
     kept = args.keep_checkpoints + args.save_best
-    lines.append(f"disk: {gigabytes(written)} a checkpoint, {kept} are kept; {gigabytes(free)} free")
+    lines.append(f"disk: {size(written)} a checkpoint, {kept} are kept; {size(free)} free")
     return lines
 
 
-def gigabytes(number: int | None) -> str:
-    return "not estimated" if number is None else f"{number / 1e9:.3g} GB"
+def size(number: int | None) -> str:
+    if number is None:
+        return "not estimated"
+    return f"{number / 1e9:.3g} GB" if number >= 1e8 else f"{number / 1e6:.3g} MB"
 
 
 def total_memory(device: torch.device) -> int:

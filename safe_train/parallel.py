@@ -24,6 +24,8 @@ from safe_train.config import ConfigError, SafeConfig
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 BUCKET_BYTES = 64 * 2**20  # gradients that are summed in one exchange: large enough for bandwidth, small beside a model
 
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # how many processes mpirun started
+
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -56,11 +58,13 @@ def start(args: SafeConfig) -> Accelerator:
 
 def check_launch() -> None:
     """Says when fewer processes work together than were started, or were asked for."""
-    started, is_launched = os.environ.get("WORLD_SIZE", "1"), "LOCAL_RANK" in os.environ
-    if is_launched and int(started) > size():
+    is_launched = "LOCAL_RANK" in os.environ
+    names = ("WORLD_SIZE", *MPI_SIZES) if is_launched else MPI_SIZES
+    started = max(int(os.environ.get(name, 1)) for name in names)
+    if started > size():
         raise ConfigError(
-            f"{started} processes were started, and each of them would do the whole run alone: they found no GPU to "
-            "work on together. Set use_cpu=true to share the work on CPUs, or start one process"
+            f"{started} processes were started, and this one works in a group of {size()}: each group would do the "
+            "whole run again. Start them by `accelerate launch` or torchrun; on CPUs set use_cpu=true"
         )
     # accelerate's launcher for one process sets an address where it was asked for several.
     if not is_launched and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():

@@ -242,10 +242,7 @@ class SafeTrainer:
                 history.append(metrics)
                 if self.is_best(metrics):
                     best.save(self)
-                ends = (
-                    self.step == args.total_steps or self.is_beyond(metrics["kl"]) or self.control.should_training_stop
-                )
-                stop = signals.agreed()
+                ends, stop = self.is_last(metrics["kl"]), signals.agreed()
                 is_saved = ends or stop is not None or self.step % args.save_every == 0 or self.control.should_save
                 if is_saved:
                     checkpoints.save(self)
@@ -284,8 +281,11 @@ class SafeTrainer:
         self.best_reward = reward
         return self.args.save_best
 
+    def is_last(self, kl: float) -> bool:
+        """Whether the run ends with this step: it is the last, a callback asked for it, or the KL passed `stop_kl`."""
+        return self.step == self.args.total_steps or self.control.should_training_stop or self.is_beyond(kl)
+
     def is_beyond(self, kl: float) -> bool:
-        """Whether the KL passed `stop_kl`, at which the run ends as if it were done."""
         limit = self.args.stop_kl
         if limit is None or not parallel.from_main(kl > limit):
             return False

@@ -569,11 +569,22 @@ def test_the_trainer_takes_the_shipped_accelerate_configs(name, sharded, monkeyp
     assert arguments.num_processes == 8 and (sharding.settings() is not None) == sharded
 
 
-def test_processes_that_would_all_do_the_same_work_are_refused(monkeypatch):
-    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}.items():  # of torchrun, without a GPU
+@pytest.mark.parametrize("started", [{"OMPI_COMM_WORLD_SIZE": "2"}, {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}], ids=str)
+def test_processes_that_would_all_do_the_same_work_are_refused(started, monkeypatch):
+    for name, value in started.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="2 processes were started, .* found no GPU .* Set use_cpu=true"):
-        parallel.start(SafeConfig())
+    with pytest.raises(ConfigError, match="2 processes were started, and this one works in a group of 1: each group"):
+        parallel.check_launch()
+
+
+def without_asking_for_cpus(folder):
+    del os.environ["ACCELERATE_USE_CPU"]  # as torchrun leaves it
+    return [row["reward"] for row in tiny.trainer(folder, use_cpu=False).train()], parallel.size()
+
+
+def test_torchrun_without_a_gpu_shares_the_work_whether_cpus_were_asked_for_or_not(tmp_path):
+    first, second = processes.run(without_asking_for_cpus, 2, tmp_path)
+    assert first.error == second.error == "" and first.result == second.result and first.result[1] == 2
 
 
 @pytest.mark.parametrize(("processes_asked_for", "is_said"), [("2", True), ("1", False)])
