@@ -11,7 +11,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
+class Probe(NamedTuple):
+    """Some tokens, and their log-probs under the checkpoint's policy."""
+
+    sequences: list[list[int]]
+    logprobs: Tensor
+    dtype: torch.dtype
+
+
 def export(subject: Subject, target: Path, *, merge: bool, dtype: str | None) -> str:
     """Writes the folder, and returns what there is to say of it."""
     checkpoint = checkpoint_of(subject)
@@ -38,31 +46,42 @@ def export(subject: Subject, target: Path, *, merge: bool, dtype: str | None) ->
     args = as_trained(subject.args, checkpoint, is_adapter)
     model, tokenizer = load_policy(args, checkpoint, is_adapter), load_own_tokenizer(checkpoint, args)
     sequences = probes(model.get_base_model() if is_adapter else model)
-    right, precision = log_probs(model, sequences), model.dtype
+    probe = Probe(sequences, log_probs(model, sequences), model.dtype)
     generation = generation_config(args, model, tokenizer)
     unfinished = target.with_name(f"{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if is_adapter and not merge:
-        write_adapter(checkpoint / "policy", unfinished, args)
-    else:
-        whole = merged(model) if is_adapter else model
-        whole.generation_config = generation
-        whole.to(DTYPES[dtype] if dtype else whole.dtype).save_pretrained(unfinished)
-        del whole
-    tokenizer.save_pretrained(unfinished)
-    generation.save_pretrained(unfinished)
-    del model
-    gc.collect()
-    gap = check(unfinished, args, tokenizer, sequences, right, precision)
-    if target.exists():
-        target.rmdir()  # it is empty
-    unfinished.rename(target)
-    size = sum(path.stat().st_size for path in target.iterdir()) / 1e9
-    what = f"the adapter, for {args.model}" if is_adapter and not merge else "a whole model"
-    serve = f"{args.model} --enable-lora --lora-modules mine={target}" if is_adapter and not merge else f"{target}"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+    try:
+        unfinished.mkdir()
+        tokenizer.save_pretrained(unfinished)
+        generation.save_pretrained(unfinished)
+        if is_adapter and not merge:
+            write_adapter(checkpoint / "policy", unfinished, args)
+        else:
+            model = merged(model) if is_adapter else model
+            model.generation_config = generation
+            model.to(DTYPES[dtype] if dtype else model.dtype).save_pretrained(unfinished)
+        del model  # the check loads another one
+        gc.collect()
+        gap = check(unfinished, args, tokenizer, probe)
+        if target.exists():
+            target.rmdir()  # it is empty
+        unfinished.rename(target)
+    except OSError as error:
+        raise ConfigError(f"cannot write {target}: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return described(target, args, checkpoint, gap)
+
+
+def described(target: Path, args: SafeConfig, checkpoint: Path, gap: float) -> str:
+    is_adapter = (target / "adapter_config.json").is_file()
+    size = sum(path.stat().st_size for path in target.iterdir())
+    what, serve = "a whole model", str(target)
+    if is_adapter:
+        what, serve = f"the adapter, for {args.model}", f"{args.model} --enable-lora --lora-modules mine={target}"
     return (
-        f"{target}: {what}, {size:.2f} GB, of {checkpoint}; loaded again, its log-probs differ by {gap:.2g} nats on "
-        f"average from the policy's\ntransformers: AutoModelForCausalLM.from_pretrained({str(target)!r})\n"
+        f"{target}: {what}, {size / 1e6:,.1f} MB, of {checkpoint}; loaded again, its log-probs differ by {gap:.2g} "
+        f"nats on average from the policy's\ntransformers: AutoModelForCausalLM.from_pretrained({str(target)!r})\n"
         f"vLLM: vllm serve {serve}"
     )
 
@@ -170,7 +189,6 @@ def merged(model: Any) -> Any:
 
 def write_adapter(policy: Path, folder: Path, args: SafeConfig) -> None:
     """The checkpoint's adapter, with the model that it is for where it will be found."""
-    folder.mkdir(parents=True)
     for path in policy.glob("adapter_model*"):
         shutil.copy(path, folder)
     config = json.loads((policy / "adapter_config.json").read_text())
@@ -179,9 +197,7 @@ def write_adapter(policy: Path, folder: Path, args: SafeConfig) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def check(
-    folder: Path, args: SafeConfig, tokenizer: Any, sequences: list[list[int]], right: Tensor, precision: torch.dtype
-) -> float:
+def check(folder: Path, args: SafeConfig, tokenizer: Any, probe: Probe) -> float:
     """Loads the folder as anybody would, and returns how far its log-probs are from the right ones."""
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -191,18 +207,20 @@ def check(
         kind = model_class(args if is_adapter else own_args)
         options = {"trust_remote_code": args.trust_remote_code}
         own = (
-            {"dtype": precision, **quantised(args, precision, torch.device("cpu"))} if is_adapter else {"dtype": "auto"}
+            {"dtype": probe.dtype, **quantised(args, probe.dtype, torch.device("cpu"))}
+            if is_adapter
+            else {"dtype": "auto"}
         )
         model = kind.from_pretrained(folder, **own, **options).eval()
         again = AutoTokenizer.from_pretrained(folder, **options)
         GenerationConfig.from_pretrained(folder)
-        found = log_probs(model, sequences)
+        found = log_probs(model, probe.sequences)
     except Exception as error:
         advice = ": --merge writes a whole model" if is_adapter else ""
         raise ConfigError(f"{folder} cannot be loaded: {type(error).__name__}: {error}{advice}") from error
     if (again.chat_template, again.get_vocab()) != (tokenizer.chat_template, tokenizer.get_vocab()):
         raise ConfigError(f"the tokenizer in {folder} is another one when it is loaded again")
-    gap, limit = (found - right).abs().mean().item(), max(map(largest_gap, (model.dtype, precision)))
+    gap, limit = (found - probe.logprobs).abs().mean().item(), max(map(largest_gap, (model.dtype, probe.dtype)))
     if not gap <= limit:
         advice = "--dtype float32 rounds less, and without --merge nothing is added up"
         if is_adapter:

@@ -11,7 +11,7 @@ import torch
 
 from safe_train.checkpoint import Checkpoints, named, restore_policy
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.models import load_model, loading
+from safe_train.models import load_model, load_tokenizer, loading
 from safe_train.trainer import SafeTrainer
 
 
@@ -36,8 +36,9 @@ class Subject(NamedTuple):
         """The model and its tokenizer, where more than a name is needed for them."""
         if self.adapter is None:
             return {}
-        return {"model": adapted(load_model(self.args, torch.device("cpu")), self.adapter),
-                "processing_class": own_tokenizer(self.adapter, self.args)}  # fmt: skip
+        device = torch.device("cuda" if torch.cuda.is_available() and not self.args.use_cpu else "cpu")
+        model = adapted(load_model(self.args, device), self.adapter)
+        return {"model": model, "processing_class": own_tokenizer(self.adapter, self.args)}
 
 
 def find(what: str, checkpoint: str | None, config: str | None, overrides: Sequence[str]) -> Subject:
@@ -107,10 +108,11 @@ def adapted(base: Any, adapter: Path) -> Any:
     """The model with the adapter of a folder, which may have embeddings for more tokens than the model had."""
     import peft
 
-    weights = peft.load_peft_weights(str(adapter), device="cpu")
-    rows = {len(x) for name, x in weights.items() if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
-    if rows and rows != {base.get_input_embeddings().weight.shape[0]}:
-        base.resize_token_embeddings(rows.pop(), mean_resizing=False)
+    embeddings = base.get_input_embeddings()
+    name = next(name for name, module in base.named_modules() if module is embeddings)
+    own = peft.load_peft_weights(str(adapter), device="cpu").get(f"base_model.model.{name}.weight")
+    if own is not None and len(own) != len(embeddings.weight):
+        base.resize_token_embeddings(len(own), mean_resizing=False)
     with loading(str(adapter)):
         return peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
 
@@ -118,8 +120,6 @@ def adapted(base: Any, adapter: Path) -> Any:
 def own_tokenizer(folder: Path, args: SafeConfig) -> Any:
     """The folder's tokenizer; that of the model where it has none."""
     from transformers import AutoTokenizer
-
-    from safe_train.models import load_tokenizer
 
     if not (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(args)

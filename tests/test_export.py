@@ -1,5 +1,6 @@
 """`safe-train export`: what is written is the checkpoint's policy, for anyone who loads it."""
 
+import errno
 import json
 import shutil
 
@@ -10,8 +11,9 @@ import torch
 from test_checkpoint import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from safe_train import SafeTrainer
+from safe_train import SafeTrainer, cli
 from safe_train.cli import main
+from safe_train.export import DTYPES
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} {% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
@@ -146,11 +148,15 @@ def test_a_vocabulary_that_was_resized_needs_a_whole_model(tmp_path, capsys):
     named = f"model={tmp_path}/model"
     assert export(tmp_path) == 2 and "model is <python object" in capsys.readouterr().err
     assert export(tmp_path, named) == 2
-    assert "cannot be loaded" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "cannot be loaded" in capsys.readouterr().err and not list(tmp_path.glob("out*"))
     assert export(tmp_path, named, "--merge") == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.vocab_size == len(tokenizer)
     torch.testing.assert_close(logits(model), policy_of(trainer), atol=1e-5, rtol=0)
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def other_base(folder):
@@ -184,6 +190,10 @@ def test_what_would_not_be_the_policy_is_refused_and_leaves_no_folder(tmp_path, 
     ):
         assert main(["export", *arguments]) == 2
         assert message in capsys.readouterr().err
+    assert set(cli.DTYPES) == set(DTYPES)
+    with monkeypatch.context() as patch:
+        patch.setattr("safe_train.export.shutil.copy", full_disk)
+        assert export(tmp_path) == 2 and "cannot write" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         wrong_merge(patch)
         assert export(tmp_path, "--merge") == 2
@@ -193,6 +203,6 @@ def test_what_would_not_be_the_policy_is_refused_and_leaves_no_folder(tmp_path, 
     other_base(tmp_path)
     assert export(tmp_path, "--merge") == 2
     assert "are not those of the run's beginning" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
     assert export(tmp_path, f"model={kept}") == 0
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(kept)
