@@ -70,15 +70,16 @@ def export(subject: Subject, target: Path, *, merge: bool, dtype: str | None) ->
         raise ConfigError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return described(target, args, checkpoint, gap)
+    return described(target, checkpoint, gap)
 
 
-def described(target: Path, args: SafeConfig, checkpoint: Path, gap: float) -> str:
-    is_adapter = (target / "adapter_config.json").is_file()
+def described(target: Path, checkpoint: Path, gap: float) -> str:
+    config = target / "adapter_config.json"
     size = sum(path.stat().st_size for path in target.iterdir())
     what, serve = "a whole model", str(target)
-    if is_adapter:
-        what, serve = f"the adapter, for {args.model}", f"{args.model} --enable-lora --lora-modules mine={target}"
+    if config.is_file():
+        base = json.loads(config.read_text())["base_model_name_or_path"]
+        what, serve = f"the adapter, for {base}", f"{base} --enable-lora --lora-modules mine={target}"
     return (
         f"{target}: {what}, {size / 1e6:,.1f} MB, of {checkpoint}; loaded again, its log-probs differ by {gap:.2g} "
         f"nats on average from the policy's\ntransformers: AutoModelForCausalLM.from_pretrained({str(target)!r})\n"

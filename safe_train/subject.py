@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,10 +111,12 @@ def adapted(base: Any, adapter: Path) -> Any:
 
     embeddings = base.get_input_embeddings()
     name = next(name for name, module in base.named_modules() if module is embeddings)
-    own = peft.load_peft_weights(str(adapter), device="cpu").get(f"base_model.model.{name}.weight")
+    with loading(str(adapter)):
+        own = peft.load_peft_weights(str(adapter), device="cpu").get(f"base_model.model.{name}.weight")
     if own is not None and len(own) != len(embeddings.weight):
         base.resize_token_embeddings(len(own), mean_resizing=False)
-    with loading(str(adapter)):
+    with loading(str(adapter)), warnings.catch_warnings():  # peft asks transformers under a name that it drops
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         return peft.PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
 
 

@@ -198,6 +198,10 @@ def test_what_would_not_be_the_policy_is_refused_and_leaves_no_folder(tmp_path, 
         wrong_merge(patch)
         assert export(tmp_path, "--merge") == 2
         assert "has log-probs that differ by" in capsys.readouterr().err
+    weights = tmp_path / "run" / "checkpoints" / "step-1" / "policy" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert export(tmp_path, "--checkpoint", "1") == 2
+    assert "cut short or damaged" in capsys.readouterr().err
     kept = tmp_path / "kept"
     shutil.copytree(tmp_path / "model", kept)
     other_base(tmp_path)
