@@ -231,7 +231,9 @@ def named(path: Path, policy: Policy) -> Contents:
     try:
         return read(path, policy)
     except Damaged as error:
-        raise ConfigError(f"{error}; --resume takes the newest that can be read, as does eval without a name") from error
+        raise ConfigError(
+            f"{error}; --resume takes the newest that can be read, as does eval without a name"
+        ) from error
 
 
 def check_adapters(policy: Policy, saved: Mapping[str, Any], path: Path) -> None:

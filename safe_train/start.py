@@ -77,14 +77,18 @@ def check_4bit(args: SafeConfig, device: torch.device, is_named: bool) -> None:
         raise ConfigError("load_in_4bit needs whole weights on each GPU, not FSDP or ZeRO-3: use DDP or one process")
 
 
-def check_outline(args: SafeConfig, tokenizer: Any) -> None:
-    """What the config alone says of the model, before its weights are loaded: are there enough positions and tokens.
+def check_outline(args: SafeConfig, tokenizer: Any, peft_config: Any) -> None:
+    """What the config alone says of the model, before its weights are loaded: positions, tokens, the disk's room.
 
     A model whose code reads weights while it is made has no outline; its weights are checked all the same.
     """
     if (model := outline(args)) is not None:
         check_positions(model, args)
         check_vocabulary(model, tokenizer)
+        if (
+            args.lora_r == 0 and peft_config is None
+        ):  # what is trained of an adapter is known when it is made, and little
+            check_space(Path(args.output_dir), model.parameters())
 
 
 def outline(args: SafeConfig) -> Any:

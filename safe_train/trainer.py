@@ -114,7 +114,7 @@ class SafeTrainer:
         if args.stop_tokens is not None:
             stop_tokens(self.tokenizer, args.stop_tokens)
         if is_named:
-            check_outline(args, self.tokenizer)
+            check_outline(args, self.tokenizer, peft_config)
         self.prompts = self.prompt_dataset(train_dataset, "dataset")
         self.eval_prompts: PromptDataset | None = None
         if args.eval_every or eval_dataset is not None:  # else read when first asked for: a run may never need them

@@ -417,8 +417,9 @@ def test_a_run_from_python_is_never_continued_with_the_demos_model_prompts_or_re
     assert saved.model == "<python object LlamaForCausalLM>" and saved.dataset == "<python object list>"
     assert saved.reward == ["<python object good_words>", "vader"] and saved.eval_dataset is None
     given = [f"output_dir={tmp_path / 'run'}", "total_steps=2"]
+    evaluates = ["eval", str(tmp_path / "run"), f"eval_dataset={tmp_path / 'prompts.jsonl'}"]
     for kind in ("model", "reward", "dataset"):
-        for command in (["run", "--resume"], ["eval", str(tmp_path / "run")]):
+        for command in (["run", "--resume"], evaluates)[: 1 if kind == "dataset" else 2]:
             assert main([*command, *given]) == 2
             assert f"{kind} is <python object" in capsys.readouterr().err
         given += [pair for pair in names if pair.startswith(kind + "=")]

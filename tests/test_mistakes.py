@@ -265,6 +265,10 @@ def test_a_disk_without_room_for_a_checkpoint_is_named(here, capsys):
     assert main(["run", *here.pairs()]) == 2
     found = re.search(r"has 0.00 GB free, and a checkpoint takes (\S+) GB: make room", capsys.readouterr().err)
     assert found
+    with here.monkeypatch.context() as patch:  # of all weights it is known before they are loaded
+        patch.setattr("safe_train.trainer.load_model", lambda *_: pytest.fail("the model was loaded"))
+        assert main(["run", *here.pairs(lora_r=0)]) == 2
+    assert "a checkpoint takes 0.00 GB: make room" in capsys.readouterr().err
     room.free = 10**9
     assert main(["run", *here.pairs()]) == 0
     written = sum(path.stat().st_size for path in (here.folder / "run" / "checkpoints").rglob("*") if path.is_file())
