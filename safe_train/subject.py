@@ -34,7 +34,10 @@ class Subject(NamedTuple):
         return found[1].state["step"]
 
     def objects(self) -> dict[str, Any]:
-        """The model and its tokenizer, where more than a name is needed for them."""
+        """What a trainer takes beside the settings: the kind of a run's adapter; an adapter's model and tokenizer."""
+        if self.run is not None:
+            folder = (self.checkpoint or Checkpoints(self.run, keep=1).candidates()[0]) / "policy"
+            return {"peft_config": saved_kind(folder)} if (folder / "adapter_config.json").is_file() else {}
         if self.adapter is None:
             return {}
         device = torch.device("cuda" if torch.cuda.is_available() and not self.args.use_cpu else "cpu")
@@ -103,6 +106,16 @@ def adapters_settings(path: Path, config: str | None, overrides: Sequence[str]) 
     with loading(str(path)):
         base = peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path
     return SafeConfig.load(config, [f"model={base}", "reference=base", *overrides])
+
+
+def saved_kind(folder: Path) -> Any:
+    """The settings of a saved adapter, which may have been given in Python, for a new one."""
+    import peft
+
+    with loading(str(folder)):
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    return config
 
 
 def adapted(base: Any, adapter: Path) -> Any:

@@ -9,6 +9,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
+from safe_train import SafeTrainer
 from safe_train.checkpoint import Checkpoints
 from safe_train.cli import main
 from safe_train.report import read_rows
@@ -146,6 +147,17 @@ def test_a_checkpoint_is_the_same_with_its_run_and_without(more, tmp_path, monke
     assert [row["completion"] for row in own_rows] == [row["completion"] for row in rows if row["step"] == 2]
     # An adapter's KL is to the model that it is for; a whole model is its own reference.
     assert alone["now"]["kl"] == pytest.approx(0 if more else newest["after"]["kl"], abs=1e-5)
+
+
+def test_an_adapter_of_another_kind_is_evaluated_as_what_it_is(tmp_path):
+    settings = dict(pair.split("=", 1) for pair in files(tmp_path))
+    kind = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=True, task_type="CAUSAL_LM")
+    args = tiny.settings(tmp_path / "run", learning_rate=0.1, total_steps=2, eval_dataset=settings["eval_dataset"])
+    trainer = SafeTrainer(f"{tmp_path}/model", settings["reward"], args, tiny.PROMPTS, peft_config=kind)
+    trainer.train()
+    right = trainer.evaluate().numbers()
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    assert results(tmp_path / "run" / "eval" / "step-2")[0]["after"] == pytest.approx(right, abs=1e-5)
 
 
 def test_any_model_is_evaluated_without_a_run(tmp_path, monkeypatch, capsys):
