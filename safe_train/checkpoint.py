@@ -268,9 +268,9 @@ def check_seed(trainer: SafeTrainer, saved: Mapping[str, Any], path: Path) -> No
 def position(trainer: SafeTrainer, saved: Mapping[str, Any]) -> int:
     """Where the stream of prompts goes on; another data set begins at its beginning."""
     prompts = trainer.prompts
-    before = saved.get("prompts") or {"position": trainer.position(saved["step"]), "rows": prompts.known_length}
-    if before["rows"] != prompts.known_length:
-        now, then = (rows or "an unknown number of" for rows in (prompts.known_length, before["rows"]))
+    before = saved.get("prompts") or {"position": trainer.position(saved["step"]), "rows": prompts.total}
+    if before["rows"] != prompts.total:
+        now, then = (rows or "an unknown number of" for rows in (prompts.total, before["rows"]))
         say(f"the data set has {now} rows, and had {then}: it starts from its beginning")
         return 0
     visited = before.get("visited")
@@ -285,7 +285,7 @@ def prompts_state(trainer: SafeTrainer) -> dict[str, Any]:
     prompts = trainer.prompts
     return {
         "position": trainer.position(trainer.step),
-        "rows": prompts.known_length,
+        "rows": prompts.total,
         "visited": prompts.visited,
         "fingerprint": prompts.fingerprint(prompts.visited),
     }

@@ -133,6 +133,11 @@ class PromptDataset:
         return len(self)
 
     @property
+    def total(self) -> int | None:
+        """How many rows there are, with those that are left out, of which a longer run may find more."""
+        return len(self.rows)
+
+    @property
     def visited(self) -> int:
         """How many prompts were rendered, those that the run will visit; one of a stream."""
         return self.seen.prompts
@@ -280,6 +285,10 @@ class PromptStream(PromptDataset):
 
     @property
     def known_length(self) -> int | None:
+        return None
+
+    @property
+    def total(self) -> int | None:
         return None
 
     @property

@@ -23,6 +23,7 @@ from safe_train import SafeTrainer
 from safe_train.checkpoint import Checkpoints, discard
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
+from safe_train.prompts import PromptDataset
 from safe_train.randomness import python_generators, restore_generators, torch_generators
 from safe_train.run_folder import commit, keep_rows
 from safe_train.signals import Stopped
@@ -628,6 +629,16 @@ def test_the_same_prompts_in_another_file_or_with_other_columns_or_settings_go_o
     changed = {"total_steps": 7, "prompts_per_step": 2, "max_prompt_tokens": 9}
     again = seen_by(tmp_path / "run", True, str(tmp_path / "rows.parquet"), **changed)
     assert again == whole[6:] and OTHER_PROMPTS not in capsys.readouterr().out
+
+
+def test_a_longer_run_that_finds_a_row_to_leave_out_goes_on(tmp_path, capsys):
+    last = PromptDataset(SIXTEEN, tiny.tokenizer(), 16).order(0)[-1]
+    rows = [{"prompt": ""} if i == last else row for i, row in enumerate(SIXTEEN)]
+    settings = {"prompts_per_step": 2, "on_bad_row": "skip"}
+    whole = seen_by(tmp_path / "whole", False, rows, total_steps=9, **settings)
+    seen_by(tmp_path / "run", False, rows, total_steps=3, **settings)
+    assert seen_by(tmp_path / "run", True, rows, total_steps=9, **settings) == whole[6:]
+    assert "starts from its beginning" not in capsys.readouterr().out
 
 
 def test_another_seed_is_refused_on_resume(tmp_path):
