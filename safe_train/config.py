@@ -142,6 +142,9 @@ class SafeConfig:
     dtype: str = option(
         "auto", "dtype of the weights: auto = bfloat16 for LoRA on a GPU, else float32 (FSDP2 computes in bfloat16)"
     )
+    load_in_4bit: bool = option(
+        False, "QLoRA: the frozen weights in 4 bits (NF4, double quantisation), by bitsandbytes on a GPU"
+    )
     attn_implementation: str = option(
         "auto", "flash_attention_3 | flash_attention_2 | varlen (PyTorch's) | sdpa | flex_attention | eager | auto"
     )

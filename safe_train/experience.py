@@ -29,7 +29,7 @@ class Experience:
 
     def __init__(self, policy: Policy, critic: Critic | None, rollout: Rollout, args: SafeConfig, device: torch.device):
         self.args, self.critic, self.device = args, critic, device
-        count = len(rollout.completions)
+        count = self.count = len(rollout.completions)
         size = args.minibatch_size or count
         order = torch.randperm(count).tolist()
         self.minibatches = [

@@ -85,6 +85,12 @@ def check(c: SafeConfig, choices: Mapping[str, Sequence[str]]) -> None:
             require(value is None or holds(value), name, needed)
     for name in ("lora_alpha", "lora_last_layers", "lora_target_modules"):
         require(c.lora_r > 0 or getattr(c, name) is None, name, "null with lora_r 0, which trains all parameters")
+    require(not c.load_in_4bit or c.lora_r > 0, "load_in_4bit", "false with lora_r 0, which trains the weights")
+    require(
+        not c.load_in_4bit or c.generation == "hf",
+        "load_in_4bit",
+        "false with generation vllm, which takes whole weights",
+    )
     require(c.lora_target_modules != [], "lora_target_modules", "null for all linear layers, or some of their names")
     require(not c.save_best or c.eval_every > 0, "save_best", "false without eval_every: evaluations say what is best")
     low, high = c.kl_threshold_min, c.kl_threshold_max

@@ -257,7 +257,8 @@ def is_linear(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear)
     try:
-        rows = module(module.weight.new_zeros(1, module.in_features))
+        dtype = module.weight.dtype if module.weight.is_floating_point() else None  # else it is quantised
+        rows = module(torch.zeros(1, module.in_features, dtype=dtype, device=module.weight.device))
     except RuntimeError:  # of another shape
         return False
     return isinstance(rows, Tensor) and rows.shape == (1, module.out_features)
@@ -296,7 +297,24 @@ def load_model(args: SafeConfig, device: torch.device) -> Any:
     auto = torch.bfloat16 if device.type == "cuda" and args.lora_r > 0 else torch.float32
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
     with loading(args.model):
-        return load_weights(model_class(args), source(args), dtype=dtype, **where(args))
+        return load_weights(
+            model_class(args), source(args), dtype=dtype, **where(args), **quantised(args, dtype, device)
+        )
+
+
+def quantised(args: SafeConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """How QLoRA loads its frozen weights; the head, which the kernels read, stays in `dtype`."""
+    if not args.load_in_4bit:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def source(args: SafeConfig) -> str | Path:

@@ -68,7 +68,7 @@ class Rollout:
         return [prompt.text for prompt in self.prompts], completions, columns
 
 
-Sampler = Callable[[Sequence[Prompt]], Rollout]
+Sampler = Callable[..., Rollout]  # of prompts; greedy=True takes the likeliest token each time
 
 
 class Mode(NamedTuple):
@@ -146,14 +146,17 @@ def sample(
     args: SafeConfig,
     caches: dict[int, StaticCache | None] | None = None,
     mode: Mode = MODES[0],
+    greedy: bool = False,
 ) -> Rollout:
     """One completion for each prompt, sampled from the policy itself: temperature 1, nothing cut off.
 
-    `caches` keeps the KV caches from call to call, by their number of rows.
+    With `greedy` the likeliest token each time. `caches` keeps KV caches from call to call, by their number of rows.
     """
     eos_ids = end_tokens(policy, tokenizer, args)
     stops = None if args.stop_strings is None else StopStrings(tokenizer, args.stop_strings)
     given = settings(args, eos_ids, tokenizer.pad_token_id or 0, mode)
+    if greedy:
+        given.update(do_sample=False, temperature=None, top_k=None, top_p=None)
     ids, caches = [prompt.ids for prompt in prompts], {} if caches is None else caches
     tokens, logprobs = draw(policy, ids, given, args, caches, mode, stops)
     return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids, stops)

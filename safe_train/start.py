@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import shutil
 import traceback
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_train import parallel
+from safe_train import models, parallel, sharding, zero
+from safe_train.checks import check_positions, check_vocabulary
 from safe_train.config import ConfigError, SafeConfig, recorded, require_name
 from safe_train.data import Prompt
+from safe_train.randomness import seeded
 from safe_train.rewards import (
     NotANumber,
     RewardFunction,
@@ -56,6 +59,50 @@ def asked_for(
         if isinstance(reward, str):
             require_name("reward", reward)
     return args, named
+
+
+def check_4bit(args: SafeConfig, device: torch.device, is_named: bool) -> None:
+    """Whether the weights can be loaded in 4 bits."""
+    if not args.load_in_4bit:
+        return
+    if not is_named:
+        raise ConfigError("load_in_4bit is for a model that is named: pass its name, or the object as you loaded it")
+    if device.type != "cuda":
+        raise ConfigError(
+            f"load_in_4bit needs a GPU, the device is {device.type}: leave it out, or take a smaller model"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("load_in_4bit needs a package: pip install 'bitsandbytes>=0.46'")
+    if sharding.settings() is not None or zero.stage() == 3:
+        raise ConfigError("load_in_4bit needs whole weights on each GPU, not FSDP or ZeRO-3: use DDP or one process")
+
+
+def check_outline(args: SafeConfig, tokenizer: Any, peft_config: Any) -> None:
+    """What the config alone says of the model, before its weights are loaded: positions, tokens, the disk's room.
+
+    A model whose code reads weights while it is made has no outline; its weights are checked all the same.
+    """
+    if (model := outline(args)) is not None:
+        check_positions(model, args)
+        check_vocabulary(model, tokenizer)
+        if (
+            args.lora_r == 0 and peft_config is None
+        ):  # what is trained of an adapter is known when it is made, and little
+            check_space(Path(args.output_dir), model.parameters())
+
+
+def outline(args: SafeConfig) -> Any:
+    """The model that the config describes, without memory for its weights; None where that cannot be made."""
+    from transformers import AutoConfig
+
+    with models.loading(args.model):
+        config = AutoConfig.from_pretrained(models.source(args), **models.where(args))
+        kind = models.model_class(args)
+    try:
+        with seeded(0), torch.device("meta"):
+            return kind.from_config(config, trust_remote_code=args.trust_remote_code)
+    except Exception:  # code of any model
+        return None
 
 
 def load_rewards(

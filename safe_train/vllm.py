@@ -51,14 +51,14 @@ class VLLMSampler:
         self.sleep()
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt]) -> Rollout:
+    def __call__(self, prompts: Sequence[Prompt], greedy: bool = False) -> Rollout:
         eos_ids = end_tokens(self.policy, self.tokenizer, self.args)
         # One seed a completion, from the run's own random numbers: a resumed run samples the same.
         seeds = torch.randint(2**31, (len(prompts),)).tolist()
         with self.awake():
             requests = self.engine.generate(
                 [{"prompt_token_ids": prompt.ids} for prompt in prompts],
-                [self.sampling_params(eos_ids, seed) for seed in seeds],
+                [self.sampling_params(eos_ids, seed, greedy) for seed in seeds],
                 use_tqdm=False,
             )
         outputs = [request.outputs[0] for request in requests]
@@ -76,10 +76,10 @@ class VLLMSampler:
             self.weights_are_checked = True
         return rollout
 
-    def sampling_params(self, eos_ids: list[int], seed: int) -> Any:
+    def sampling_params(self, eos_ids: list[int], seed: int, greedy: bool) -> Any:
         args = self.args
         return self.vllm.SamplingParams(
-            temperature=args.temperature,
+            temperature=0.0 if greedy else args.temperature,
             top_p=args.top_p,
             top_k=args.top_k,
             max_tokens=args.max_new_tokens,

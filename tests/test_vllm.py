@@ -17,7 +17,7 @@ from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import PromptDataset, TokenBatch
 from safe_train.losses import logprobs
 from safe_train.models import make_policy
-from safe_train.rollout import make_sampler
+from safe_train.rollout import make_sampler, sample
 from safe_train.vllm import merged_weights
 
 
@@ -86,13 +86,14 @@ class LLM:
         return [self.complete(*pair) for pair in zip(prompts, sampling_params, strict=True)]
 
     def complete(self, prompt, params):
-        assert (params.temperature, params.top_p, params.top_k, params.logprobs) == (1.0, 1.0, 0, 0)
+        assert (params.top_p, params.top_k, params.logprobs) == (1.0, 0, 0) and params.temperature in (0.0, 1.0)
         generator = torch.Generator().manual_seed(params.seed)
         tokens, logprobs, reason = [], [], "length"
         while len(tokens) < params.max_tokens and reason == "length":
             ids = torch.tensor([prompt["prompt_token_ids"] + tokens])
             logprob = self.model.model(ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
-            tokens.append(torch.multinomial(logprob.exp(), 1, generator=generator).item())
+            drawn = torch.multinomial(logprob.exp(), 1, generator=generator)
+            tokens.append((drawn if params.temperature else logprob.argmax()).item())
             logprobs.append({tokens[-1]: SimpleNamespace(logprob=logprob[tokens[-1]].item())})
             reason = "stop" if tokens[-1] in params.stop_token_ids else "length"
         kept = len(tokens) - (self.last_tokens_left_out if reason == "stop" else 0)
@@ -126,6 +127,13 @@ def optimizer_step(policy):
     for _ in range(2):  # the first step moves LoRA's B only
         policy(batch).square().mean().backward()
         optimizer.step()
+
+
+def test_greedy_completions_are_those_of_transformers(vllm):
+    policy, prompts, sampler = setting()
+    own = sample(policy, tiny.tokenizer(), prompts, dataclasses.replace(sampler.args, generation="hf"), greedy=True)
+    drawn, greedy = sampler(prompts), sampler(prompts, greedy=True)
+    assert greedy.completions == own.completions and drawn.completions != own.completions
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -277,7 +285,7 @@ def test_a_run_and_its_evaluation_sample_by_vllm(vllm, tmp_path):
     assert trainer.sampler.engine.calls.count("generate") == 2
     assert all(row["sampler_gap_max"] < 2e-5 and abs(row["sampler_kl"]) < 1e-6 for row in history)
     trainer.evaluate()
-    assert trainer.sampler.engine.calls.count("generate") == 3
+    assert trainer.sampler.engine.calls.count("generate") == 4  # sampled and greedy
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch):
