@@ -111,7 +111,7 @@ def test_lora_reaches_the_linear_layers_of_gpt2(recwarn):
 
 
 def test_sequences_must_fit_the_models_positions():
-    message = r"max_prompt_tokens \+ max_new_tokens must be at most 64, .* LlamaForCausalLM has, got 60 \+ 5"
+    message = r"max_prompt_tokens \+ max_new_tokens must be at most 64, .* LlamaForCausalLM has .*, got 60 \+ 5"
     with pytest.raises(ConfigError, match=message):
         make_policy(tiny.model(max_position_embeddings=64), SafeConfig(max_prompt_tokens=60, max_new_tokens=5))
     make_policy(tiny.model(max_position_embeddings=64), SafeConfig(max_prompt_tokens=60, max_new_tokens=4))
@@ -152,11 +152,18 @@ def test_dropout_is_off_even_in_training_mode():
     assert torch.equal(policy(batch), policy(batch))
 
 
-def test_generation_settings_of_the_checkpoint_are_dropped():
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_generation_settings_of_the_model_are_its_own_but_while_the_policy_is_sampled(lora_r):
     model = tiny.model()
-    model.generation_config.update(top_k=5, temperature=0.3, repetition_penalty=1.5, eos_token_id=1)
-    kept = make_policy(model, SafeConfig()).causal_lm.generation_config.to_diff_dict()
-    assert not {"top_k", "temperature", "repetition_penalty"} & kept.keys() and kept["eos_token_id"] == 1
+    own = {"top_k": 5, "temperature": 0.3, "repetition_penalty": 1.5, "eos_token_id": 1}
+    model.generation_config.update(**own)
+    policy = make_policy(model, SafeConfig(lora_r=lora_r))
+    with pytest.raises(ZeroDivisionError), policy.sampling() as sampled:
+        assert not own.items() & sampled.generation_config.to_dict().items()
+        assert not own.items() & policy.causal_lm.generation_config.to_dict().items()
+        _ = 1 / 0
+    for each in (policy.model, policy.causal_lm):
+        assert own.items() <= each.generation_config.to_dict().items()
 
 
 def test_adapted_head_and_frozen_policy_are_refused():
