@@ -113,6 +113,7 @@ def check(c: SafeConfig, choices: Mapping[str, Sequence[str]]) -> None:
         require(c.controller not in PAPER, "controller", f"safe or fixed for {c.algorithm}")
     if c.generation == "vllm" and c.top_k:
         require(c.temperature == 1, "temperature", "1 with generation vllm and top_k, whose log-probs vLLM lacks")
+    require_unfiltered(c, "top_p", 1.0)
     exact = c.kl_estimator == "exact"
     require(exact or c.kl_penalty_coef == 0, "kl_estimator", "exact when kl_penalty_coef is set")
     require(exact or not c.kl_in_reward, "kl_estimator", "exact when kl_in_reward is set")
