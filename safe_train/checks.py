@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from safe_kernels.integrations.transformers import (
@@ -66,34 +65,36 @@ FORWARD = ("input_ids", "attention_mask", "use_cache")  # as `model.generate` ca
 
 
 def check_forward(model: Any) -> None:
-    """Refuses what is no causal language model as transformers has them: the checks behind this one rely on it."""
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel) or not model.can_generate():
-        raise ConfigError(
-            f"{name} cannot be trained: a model must be a PreTrainedModel of transformers that can generate, or a "
-            "PeftModel around one; derive it from PreTrainedModel and GenerationMixin"
-        )
+    """Refuses a forward that cannot be called as transformers' generation calls it."""
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     absent = [each for each in FORWARD if each not in parameters and not takes_all]
     if absent:
         raise ConfigError(
-            f"{name} cannot be trained: its forward must take {', '.join(FORWARD)}, and does not take "
+            f"{type(model).__name__} cannot be trained: its forward must take {', '.join(FORWARD)}, and does not take "
             f"{', '.join(absent)}; add what is missing to its forward, or **kwargs where it makes no difference"
         )
 
 
 @torch.no_grad()
 def check_output(model: Any) -> None:
-    """Refuses a forward that returns something else than what transformers' generation and the checks read."""
+    """Refuses a forward that fails on text, or returns something else than what generation and the checks read."""
+    name, advice = type(model).__name__, "change its forward, or set model.config.return_dict = True if that is off"
     ids = torch.tensor([plain_ids(model, PROBE_TOKENS)], device=model.device)
     with head_replaced(model, lambda x: x.new_zeros(*x.shape[:-1], 1)):
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        try:
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the code of the model raises
+            raise ConfigError(
+                f"{name} cannot be trained: its forward must run on {', '.join(FORWARD)} alone, and fails with "
+                f"{type(error).__name__}: {str(error):.200}; {advice}"
+            ) from error
     if not isinstance(output, ModelOutput) or not isinstance(getattr(output, "logits", None), Tensor):
         raise ConfigError(
-            f"{type(model).__name__} cannot be trained: its forward must return a ModelOutput with logits, such as "
-            f"CausalLMOutputWithPast, and returned a {type(output).__name__}; change its forward, or set "
-            "model.config.return_dict = True if that is off"
+            f"{name} cannot be trained: its forward must return a ModelOutput with logits, such as "
+            f"CausalLMOutputWithPast, and returned a {type(output).__name__}; {advice}"
         )
 
 

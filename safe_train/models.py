@@ -162,12 +162,16 @@ def make_policy(
     `device` and `dtype` say where and in what the forward will run, if not where and in what the weights are now.
     """
     model = adapters.unwrapped(model)
-    base = model.get_base_model() if adapters.has_adapter(model) else model
+    base = model
+    if adapters.has_adapter(model):
+        adapters.check_head(model)
+        base = model.get_base_model()
     prepare_backbone(base, args, device or base.device, dtype or base.dtype)
     if peft_config is None and args.lora_r > 0 and not adapters.has_adapter(model):
         peft_config = lora_config(model, args)
     if peft_config is not None:
         model = adapters.add_adapter(model, peft_config)
+        adapters.check_head(model)
     if adapters.has_adapter(model):
         adapters.check_adapter(model, args.reference)
     elif args.reference == "base":
