@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -128,18 +129,19 @@ def choose_mode(policy: Policy, args: SafeConfig, prompts: Sequence[list[int]]) 
     """
     found: list[str] = []
     for mode in MODES:
+        gap, failure = math.inf, ""
         try:
             gap = sampler_gap(policy, args, mode, prompts)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 (some models cannot generate in a mode, each with an error of its own)
-            found.append(f"{mode}, it fails with {type(error).__name__}: {str(error):.200}")
-            continue
+            failure = f"{mode}, it fails with {type(error).__name__}: {str(error):.200}"
+        gap = parallel.maxima({"gap": math.inf if math.isnan(gap) else gap})["gap"]  # all processes take one mode
         if gap <= largest_gap(policy.compute_dtype):
             if found and parallel.is_main():
                 print(f"sampling {mode}: " + "; ".join(found), flush=True)
             return mode
-        found.append(f"{mode}, log-probs differ by {gap:.2g} nats on average from the policy's")
+        found.append(failure or f"{mode}, log-probs differ by {gap:.2g} nats on average from the policy's")
     raise ConfigError(
         f"{type(policy.causal_lm).__name__} cannot be sampled from: " + "; ".join(found) + f" (at most "
         f"{largest_gap(policy.compute_dtype)} is rounding); take another model, or generation vllm"
