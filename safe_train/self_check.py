@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from safe_train.models import Policy
     from safe_train.trainer import SafeTrainer
 
-LENGTHS = (9, 4, 16)  # of the sequences: with different ones, padding and packing show
+LENGTHS = (9, 16)  # of the sequences: with two, padding and packing show
 PROMPTS = 8  # from whose text they are cut
-PROMPT_LENGTHS = (7, 3, 3)  # of the prompts that are sampled
+PROMPT_LENGTHS = (7, 3)  # of the prompts that are sampled
 
 
 class Part(NamedTuple):
