@@ -112,7 +112,7 @@ def make_sampler(policy: Policy, tokenizer: Any, args: SafeConfig, mode: Mode = 
 def left_out(policy: Policy) -> str:
     """The settings of the model's own generation config that would change the distribution, or nothing."""
     own = policy.model.generation_config
-    found = [f"{name} {getattr(own, name)}" for name in CHANGING if getattr(own, name, None) not in (None, 0, 1)]
+    found = [f"{name} {getattr(own, name)!s:.20}" for name in CHANGING if getattr(own, name, None) not in (None, 0, 1)]
     if not found:
         return ""
     return (
@@ -300,7 +300,9 @@ def generate(
         stopping_criteria=StoppingCriteriaList([] if stops is None else [stops.behind(width)]),
         past_key_values=cache,
     )
-    return output[:, width:].tolist(), torch.stack(drawing.logprobs, dim=1).tolist()
+    tokens_BT = output[:, width:]
+    # On GPUs `generate` may notice an end one step late, and takes that step back.
+    return tokens_BT.tolist(), torch.stack(drawing.logprobs, dim=1)[:, : tokens_BT.shape[1]].tolist()
 
 
 def end_tokens(policy: Policy, tokenizer: Any, args: SafeConfig | None = None) -> list[int]:

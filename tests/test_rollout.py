@@ -410,6 +410,18 @@ def test_the_gap_of_each_rollout_shows_another_distribution(kind, tmp_path):
         trainer.train()
 
 
+def test_what_is_left_out_of_the_models_settings_is_said(tmp_path, capsys):
+    tiny.trainer(tmp_path)
+    assert "settings for generation" not in capsys.readouterr().out
+    model = tiny.model()
+    model.generation_config.update(top_p=0.8, top_k=20, repetition_penalty=1.05, temperature=1.0, eos_token_id=[1, 4])
+    tiny.trainer(tmp_path, policy=model, temperature=0.7)
+    assert (
+        "sampling at temperature 0.7, without the model's own settings for generation: top_k 20, top_p 0.8, "
+        "repetition_penalty 1.05\n"
+    ) in capsys.readouterr().out
+
+
 def test_settings_of_the_model_for_generation_change_no_rollout(tmp_path):
     """Those of a checkpoint, and those that a callback sets while the run goes on; the model keeps them."""
     rollouts = []
