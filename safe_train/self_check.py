@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 LENGTHS = (9, 16)  # of the sequences: with two, padding and packing show
 PROMPTS = 8  # from whose text they are cut
-PROMPT_LENGTHS = (7, 3)  # of the prompts that are sampled
 
 
 class Part(NamedTuple):
@@ -94,8 +93,9 @@ def sequences_of(prompts: PromptDataset) -> list[list[int]]:
 
 
 def sampled_prompts(prompts: PromptDataset) -> list[list[int]]:
-    """Of two lengths, so that padding shows."""
-    return [ids[:length] for ids, length in zip(sequences_of(prompts), PROMPT_LENGTHS, strict=True)]
+    """Of two lengths, so that padding shows, and two of one length, so that a batch of them does."""
+    first, second = sequences_of(prompts)
+    return [first[:7], second[:3], second[3:6]]
 
 
 def batch_of(sequences: Sequence[list[int]]) -> TokenBatch:

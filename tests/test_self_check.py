@@ -8,11 +8,13 @@ import processes
 import pytest
 import tiny
 import torch
+from architectures import tiny_kind
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from safe_train import parallel, self_check
 from safe_train.checkpoint import Checkpoints
 from safe_train.config import ConfigError
+from safe_train.rollout import Mode
 
 SIZES = {
     "vocab_size": len(tiny.WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -140,7 +142,13 @@ def test_it_runs_again_on_what_was_resumed(tmp_path, monkeypatch):
 def test_prompts_of_one_token_are_enough():
     assert self_check.sequences_of(of([5])) == [[5] * n for n in self_check.LENGTHS]
     assert self_check.sequences_of(of(list(range(20)), list(range(20, 40))))[1] == list(range(9, 25))
-    assert self_check.sampled_prompts(of(list(range(40)))) == [list(range(7)), [9, 10, 11]]
+    assert self_check.sampled_prompts(of(list(range(40)))) == [list(range(7)), [9, 10, 11], [12, 13, 14]]
+
+
+def test_sampling_is_tried_with_prompts_of_one_length_as_well(tmp_path):
+    """RWKV's state is right for one row, and wrong for several."""
+    trainer = tiny.trainer(tmp_path, policy=tiny_kind("rwkv"), lora_r=2, max_prompt_tokens=8, max_new_tokens=3)
+    assert trainer.mode == Mode(padded=False, cached=False)
 
 
 def of(*prompts):
