@@ -29,7 +29,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from safe_train import adapters, events, parallel, sharding
 from safe_train.config import ConfigError
 from safe_train.engine import Engine, options
-from safe_train.models import Policy, load_weights
+from safe_train.models import Policy, load_weights, plain_generation
 from safe_train.randomness import python_generators, restore_generators, torch_generators
 from safe_train.reference import HandedOver, Identity, check_identity
 
@@ -186,7 +186,7 @@ def write_files(folder: Path, trainer: SafeTrainer, policy: dict[str, Tensor], o
     if trainer.policy.is_lora:
         adapters.save(model, folder / "policy", policy, trainer.policy.resized_vocabulary)
     else:
-        model.save_pretrained(folder / "policy", state_dict=policy)
+        save_whole(model, folder / "policy", policy)
     trainer.tokenizer.save_pretrained(folder / "policy")
     torch.save(optimizers, folder / "optimizers.pt")
     if trainer.critic is not None:
@@ -198,6 +198,13 @@ def write_files(folder: Path, trainer: SafeTrainer, policy: dict[str, Tensor], o
     (folder / "state.json").write_text(json.dumps(state(trainer), indent=2))
     for path in (folder, *folder.rglob("*")):
         flush(path)
+
+
+def save_whole(model: Any, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes the model with its own settings for generation, which transformers would refuse if it finds them odd."""
+    with plain_generation(model):
+        model.save_pretrained(folder, state_dict=weights)
+    model.generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
 
 
 def read(path: Path, policy: Policy) -> Contents:

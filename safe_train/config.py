@@ -172,8 +172,11 @@ class SafeConfig:
     completions_per_prompt: int = option(1, "completions of each prompt")
     max_prompt_tokens: int = option(512, "longer prompts lose their beginning: chats their first turns")
     max_new_tokens: int = option(128, "longest completion")
-    temperature: float = option(1.0, "must be 1: the scored policy has to be the sampled one")
-    top_k: int = option(0, "must be 0, for the same reason; the published algorithms sampled with 50")
+    temperature: float = option(
+        1.0,
+        "divides the logits of policy and reference, sampled and scored: log-probs, entropy and KL are of those",
+    )
+    top_k: int = option(0, "must be 0: log-probs within the kept tokens are not there yet; as published: 50")
     top_p: float = option(1.0, "must be 1, for the same reason")
     missing_eos_penalty: float = option(0.0, "charged to a completion that never ended, in units of normalised rewards")
     stop_tokens: list[str] | None = option(

@@ -21,7 +21,17 @@ from safe_train import adapters
 from safe_train.checkpoint import Checkpoints
 from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.layout import largest_gap, probes
-from safe_train.models import Policy, load_model, load_weights, loading, model_class, quantised, source, where
+from safe_train.models import (
+    Policy,
+    config_of,
+    load_model,
+    load_weights,
+    loading,
+    model_class,
+    quantised,
+    source,
+    where,
+)
 from safe_train.reference import check_fingerprint
 from safe_train.rollout import end_tokens
 from safe_train.subject import Subject, adapted
@@ -128,7 +138,7 @@ def load_policy(args: SafeConfig, checkpoint: Path, is_adapter: bool) -> Any:
     if not is_adapter:
         own = dataclasses.replace(args, model=str(folder), revision=None)
         with loading(str(folder)):
-            return load_weights(model_class(own), folder, dtype="auto").eval()
+            return load_weights(model_class(config_of(own)), folder, dtype="auto").eval()
     model = adapted(load_model(args, torch.device("cpu")), folder).eval()
     identity = checkpoint / "reference.json"
     saved = json.loads(identity.read_text()) if identity.is_file() else {}
@@ -205,7 +215,7 @@ def check(folder: Path, args: SafeConfig, tokenizer: Any, probe: Probe) -> float
     own_args = dataclasses.replace(args, model=str(folder), revision=None)
     is_adapter = (folder / "adapter_config.json").is_file()
     try:
-        kind = model_class(args if is_adapter else own_args)
+        kind = model_class(config_of(args if is_adapter else own_args))
         options = {"trust_remote_code": args.trust_remote_code}
         own = (
             {"dtype": probe.dtype, **quantised(args, probe.dtype, torch.device("cpu"))}

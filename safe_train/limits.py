@@ -23,6 +23,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 PAPER = ("safe_paper", "asymmetric_paper", "ppo_paper")  # as published: see paper.py
 
+NO_FILTERS = (
+    "of tokens drawn from a part of the vocabulary, log-probs within that part are needed, which the kernels do not "
+    "compute yet: ratios and KL would be another policy's. For likelier tokens lower temperature, which is exact"
+)
+
 # What the published algorithms fix, or do not have.
 NOT_IN_PAPER = """
 beta kl_estimator kl_in_reward kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef entropy_gate gate_min
@@ -66,7 +71,7 @@ BOUNDS = (
     ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
     ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short ema_long adam_beta1 adam_beta2"),
-    ("1: samples must come from the policy that is scored", lambda x: x == 1, "temperature top_p"),
+    ("a finite number of at least 0.01", lambda x: 0.01 <= x < math.inf, "temperature"),
 )
 
 
@@ -110,12 +115,20 @@ def check(c: SafeConfig, choices: Mapping[str, Sequence[str]]) -> None:
     if c.algorithm in PAPER:
         check_paper(c, require)
     else:
-        require(c.top_k == 0, "top_k", "0: samples must come from the policy that is scored")
+        require_unfiltered(c, "top_k", 0)
         require(c.controller not in PAPER, "controller", f"safe or fixed for {c.algorithm}")
+    if c.generation == "vllm" and c.top_k:
+        require(c.temperature == 1, "temperature", "1 with generation vllm and top_k, whose log-probs vLLM lacks")
+    require_unfiltered(c, "top_p", 1.0)
     exact = c.kl_estimator == "exact"
     require(exact or c.kl_penalty_coef == 0, "kl_estimator", "exact when kl_penalty_coef is set")
     require(exact or not c.kl_in_reward, "kl_estimator", "exact when kl_in_reward is set")
     require(not c.kl_in_reward or c.critic != "none", "kl_in_reward", "false without a critic")
+
+
+def require_unfiltered(c: SafeConfig, name: str, off: float) -> None:
+    if getattr(c, name) != off:
+        raise ConfigError(f"{name} must be {off:g}, got {getattr(c, name)!r}: {NO_FILTERS}")
 
 
 def check_paper(c: SafeConfig, require: Callable[[bool, str, str], None]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from safe_train.limits import NO_FILTERS
+
 ROLLOUTS = "total_steps, in rollouts: an epoch has rows / prompts_per_step of them"
 LAUNCH = "by `accelerate launch`: docs/scaling.md"
 QUANTISED = "load_in_4bit=true is QLoRA; 8 bits are not offered"
+ALONE = "not offered: the policy is sampled as it is scored; temperature is the one setting of both"
 TOKEN_MEAN = "the loss is a mean over the minibatch's response tokens, as in DAPO; the others are not offered"
 
 
@@ -40,7 +43,8 @@ TABLE = (
     Row("vllm_mode=colocate", note="generation=vllm runs beside the trainer, on its device"),
     Row("gpu_memory_utilization=0.3", "vllm_gpu_memory_utilization={}"),
     Row("vllm_importance_sampling_cap=2 vllm_importance_sampling_clip_max", "importance_cap={}"),
-    Row("min_p=0.1 repetition_penalty", note="not offered: samples must come from the policy that is scored"),
+    Row("min_p=0.1 typical_p epsilon_cutoff eta_cutoff top_h", note=f"not offered: {NO_FILTERS}"),
+    Row("repetition_penalty=1.1 no_repeat_ngram_size presence_penalty frequency_penalty generation_kwargs", note=ALONE),
     Row("mask_truncated_completions=true", note="missing_eos_penalty charges them; they stay in the loss"),
     # Optimisation
     Row(

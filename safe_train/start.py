@@ -83,7 +83,7 @@ def check_outline(args: SafeConfig, tokenizer: Any, peft_config: Any) -> None:
     A model whose code reads weights while it is made has no outline; its weights are checked all the same.
     """
     if (model := outline(args)) is not None:
-        check_positions(model, args)
+        check_positions(model.config, args, type(model).__name__)
         check_vocabulary(model, tokenizer)
         if (
             args.lora_r == 0 and peft_config is None
@@ -93,11 +93,9 @@ def check_outline(args: SafeConfig, tokenizer: Any, peft_config: Any) -> None:
 
 def outline(args: SafeConfig) -> Any:
     """The model that the config describes, without memory for its weights; None where that cannot be made."""
-    from transformers import AutoConfig
-
     with models.loading(args.model):
-        config = AutoConfig.from_pretrained(models.source(args), **models.where(args))
-        kind = models.model_class(args)
+        config = models.config_of(args)
+    kind = models.model_class(config)
     try:
         with seeded(0), torch.device("meta"):
             return kind.from_config(config, trust_remote_code=args.trust_remote_code)

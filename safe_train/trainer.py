@@ -40,7 +40,7 @@ from safe_train.reference import identity
 from safe_train.rewards import RewardFunction, Rewards
 from safe_train.rollout import MODES, Mode, Rollout, choose_mode, end_tokens, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
-from safe_train.self_check import check_sampler_gap, self_check
+from safe_train.self_check import check_sampler_gap, sampled_prompts, self_check
 from safe_train.signals import Stopped, StopSignals
 from safe_train.start import asked_for, check_4bit, check_outline, check_space, load_rewards
 from safe_train.stopping import described, stop_tokens
@@ -168,7 +168,7 @@ class SafeTrainer:
         if self.args.generation == "vllm":
             return MODES[0]
         with self.engine.gathered():
-            return choose_mode(self.policy, self.args)
+            return choose_mode(self.policy, self.args, sampled_prompts(self.prompts))
 
     def read_rows(self, rows: Any, setting: str) -> Source:
         """The rows that were handed over, or those that the setting names."""

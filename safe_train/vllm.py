@@ -79,7 +79,7 @@ class VLLMSampler:
     def sampling_params(self, eos_ids: list[int], seed: int, greedy: bool) -> Any:
         args = self.args
         return self.vllm.SamplingParams(
-            temperature=0.0 if greedy else args.temperature,
+            temperature=0.0 if greedy else self.policy.temperature,
             top_p=args.top_p,
             top_k=args.top_k,
             max_tokens=args.max_new_tokens,
@@ -133,6 +133,9 @@ def start_engine(vllm: Any, policy: Policy, args: SafeConfig) -> Any:
             load_format="dummy",
             skip_tokenizer_init=True,
             generation_config="vllm",
+            # Of what is drawn from: with the temperature, and with all that the engine might add. The published
+            # algorithms draw from the top k, and score the whole policy.
+            logprobs_mode="raw_logprobs" if args.top_k else "processed_logprobs",
             dtype=str(dtype).removeprefix("torch."),
             seed=args.seed,
             max_model_len=args.max_prompt_tokens + args.max_new_tokens,

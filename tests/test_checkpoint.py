@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
 
 from safe_train import SafeTrainer
 from safe_train.checkpoint import Checkpoints, discard
@@ -513,6 +514,27 @@ def test_evaluating_and_drawing_a_finished_run(tmp_path, capsys):
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert main(["eval", str(tmp_path / "nothing")]) == 2
     assert "is not a run folder" in capsys.readouterr().err
+
+
+GENERATION = {
+    "as a chat model has it": {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 4]},
+    "odd": {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05},  # transformers would not save it
+}
+
+
+@pytest.mark.parametrize("own", GENERATION)
+def test_a_model_is_saved_with_its_own_settings_for_generation(own, tmp_path):
+    model = tiny.model()
+    model.generation_config.update(**GENERATION[own])
+    before = model.generation_config.to_diff_dict()
+    trainer = tiny.trainer(tmp_path, policy=model, lora_r=0, total_steps=1)
+    trainer.train()
+    saved = tmp_path / "checkpoints" / "step-1" / "policy"
+    assert AutoModelForCausalLM.from_pretrained(saved).generation_config.to_diff_dict() == before
+    assert trainer.policy.model.generation_config.to_diff_dict() == before
+    resumed = tiny.trainer(tmp_path, policy=AutoModelForCausalLM.from_pretrained(saved), lora_r=0, total_steps=2)
+    with pytest.raises(ConfigError, match="not those of the run's beginning"):  # the reference is not the policy
+        resumed.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("changes", [{"lora_r": 2}, {"critic": "single"}, {"lora_r": 0}], ids=str)
