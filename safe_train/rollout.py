@@ -181,10 +181,8 @@ def sample(
     eos_ids = end_tokens(policy, tokenizer, args)
     stops = None if args.stop_strings is None else StopStrings(tokenizer, args.stop_strings)
     given = settings(args, eos_ids, tokenizer.pad_token_id or 0, mode)
-    if greedy:
-        given.update(do_sample=False, temperature=None, top_k=None, top_p=None)
     ids, caches = [prompt.ids for prompt in prompts], {} if caches is None else caches
-    tokens, logprobs = draw(policy, ids, given, args, caches, mode, stops)
+    tokens, logprobs = draw(policy, ids, given, args, caches, mode, stops, greedy)
     return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids, stops)
 
 
@@ -206,6 +204,7 @@ def draw(
     caches: dict[int, StaticCache | None],
     mode: Mode,
     stops: StopStrings | None = None,
+    greedy: bool = False,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Sampled tokens and their log-probs, one row a prompt."""
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -219,9 +218,8 @@ def draw(
             cache = caches[len(chunk)]
             if cache is not None:
                 cache.reset()
-            drawn = generate(
-                model, [prompts[i] for i in chunk], given, Draw(policy.temperature, args.top_k), cache, stops
-            )
+            drawing = Draw(policy.temperature, args.top_k, greedy)
+            drawn = generate(model, [prompts[i] for i in chunk], given, drawing, cache, stops)
             # The last chunk repeats a prompt to be as wide as the others; the first draw counts.
             for i, row, row_logprobs in reversed(list(zip(chunk, *drawn, strict=True))):
                 tokens[i], logprobs[i] = row, row_logprobs
@@ -263,19 +261,20 @@ def static_cache(policy: Policy, args: SafeConfig) -> StaticCache | None:
 class Draw(LogitsProcessor):
     """Draws the tokens, and records their log-probs at the temperature, from the scores that it was given.
 
-    It comes last, and `generate` is left one token to take. So what is recorded is what was drawn from, with all that
+    With `greedy` the likeliest. It comes last, and `generate` is left one token to take. So what is recorded is what was drawn from, with all that
     the model or its settings did to the scores: the gap to the policy's own log-probs shows it. The top k of the
     published algorithms are drawn from, but the log-probs are those of the whole policy.
     """
 
-    def __init__(self, temperature: float, top_k: int = 0):
-        self.temperature, self.filter = temperature, TopKLogitsWarper(top_k) if top_k else None
+    def __init__(self, temperature: float, top_k: int = 0, greedy: bool = False):
+        self.temperature, self.greedy = temperature, greedy
+        self.filter = TopKLogitsWarper(top_k) if top_k else None
         self.logprobs: list[Tensor] = []  # of each step, one a row
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores_BV: Any = scores / self.temperature
         kept_BV = scores_BV if self.filter is None else self.filter(input_ids, scores_BV)
-        token_B1 = torch.multinomial(kept_BV.softmax(-1), 1)
+        token_B1 = kept_BV.argmax(-1, keepdim=True) if self.greedy else torch.multinomial(kept_BV.softmax(-1), 1)
         self.logprobs.append(scores_BV.gather(-1, token_B1)[:, 0] - scores_BV.logsumexp(-1))
         return torch.full_like(scores_BV, -torch.inf).scatter_(-1, token_B1, 0.0)  # type: ignore[return-value]
 
