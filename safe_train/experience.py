@@ -48,10 +48,15 @@ class Experience:
         return parallel.gather(torch.cat([getattr(micro, name) for micro in self], dim=-1))
 
     def compute_advantages(self, reward_B: Tensor, kl_charge: float) -> None:
-        """Fills in advantages and returns from the completions' rewards and a charge per nat of sampled KL."""
+        """Fills in advantages and returns from the completions' rewards and a charge per nat of sampled KL.
+
+        A completion whose reward is nan has the advantage 0 and no returns, and is left out of what others are
+        compared with.
+        """
         if self.critic is None:
-            groups_B = losses.group_advantages(reward_B, self.args.completions_per_prompt)
-            reward_B = groups_B.float().to(self.device)
+            is_normal = self.args.multi_objective_aggregation == "normalize_then_sum"  # within the groups
+            size = len(reward_B) if is_normal else self.args.completions_per_prompt
+            reward_B = losses.group_advantages(reward_B, size).float().to(self.device)
         for micro in self:
             if not micro.indices:
                 continue
@@ -60,13 +65,17 @@ class Experience:
                 micro.advantage_L = losses.per_token(own_B, boundaries)
             else:
                 charge_L = kl_charge * (micro.logprob_L - micro.ref_logprob_L)
-                rewards_L = losses.token_rewards(own_B, boundaries, charge_L)
-                micro.advantage_L, micro.returns_L = value_targets(self.critic, micro, rewards_L, self.args)
+                rewards_L = losses.token_rewards(own_B.nan_to_num(), boundaries, charge_L)
+                advantage_L, returns_L = value_targets(self.critic, micro, rewards_L, self.args)
+                unknown_L = losses.per_token(own_B, boundaries).isnan()
+                micro.advantage_L = advantage_L.masked_fill(unknown_L, torch.nan)
+                micro.returns_L = returns_L.masked_fill(unknown_L, torch.nan)
         if self.critic is not None:
             advantages = self.tokens("advantage_L")
+            advantages = advantages[~advantages.isnan()]
             mean, variance = advantages.mean(), advantages.var(correction=0)
             for micro in self:
-                micro.advantage_L = losses.whiten(micro.advantage_L, mean, variance)
+                micro.advantage_L = losses.whiten(micro.advantage_L, mean, variance).nan_to_num()
 
 
 def gathered(rollout: Rollout) -> Rollout:

@@ -176,6 +176,11 @@ class PaperTrainer(SafeTrainer):
     @torch.no_grad()
     def compute_advantages(self, experience: Experience, reward_B: Tensor, control: Control) -> None:
         """Advantages reward - value, whitened over the sequences; the reward is the value's target."""
+        if reward_B.isnan().any():
+            raise ValueError(
+                f"no reward applies to {int(reward_B.isnan().sum())} of {len(reward_B)} completions (all said None), "
+                f"which the published {self.args.algorithm} has no meaning for: take safe, ppo or grpo"
+            )
         advantages = []
         for micro in experience:
             boundaries, own_B = micro.batch.response_cu_seqlens, reward_B[micro.indices]

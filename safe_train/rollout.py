@@ -39,23 +39,31 @@ class Rollout:
         logprobs: Sequence[Sequence[float]],
         eos_ids: list[int],
         stops: StopStrings | None = None,
+        skip_special_tokens: bool = True,
     ) -> Rollout:
-        """A rollout from sampled tokens and their log-probs, both of which may go on after an end."""
+        """A rollout from sampled tokens and their log-probs, both of which may go on after an end.
+
+        The texts are without special tokens, or with all but the end token that a completion ends with.
+        """
         trimmed = [through_first_eos(row, eos_ids) for row in tokens]
         if stops is not None:
             stopped = [(*stops.through_first(row), ended) for row, ended in trimmed]
             trimmed = [(row, has_stop or ended) for row, has_stop, ended in stopped]
         completions = [row for row, _ in trimmed]
+        ends = set(eos_ids)
+        shown = [row[:-1] if row and row[-1] in ends else row for row in completions]
         return cls(
             prompts=list(prompts),
             completions=completions,
-            texts=tokenizer.batch_decode(completions, skip_special_tokens=True),
+            texts=tokenizer.batch_decode(
+                completions if skip_special_tokens else shown, skip_special_tokens=skip_special_tokens
+            ),
             ended=[ended for _, ended in trimmed],
             sampler_logprobs=[list(row[: len(kept)]) for row, kept in zip(logprobs, completions, strict=True)],
         )
 
-    def for_rewards(self) -> tuple[list[str | Messages], list[str | Messages], dict[str, list[Any]]]:
-        """Prompts, completions (chat messages where the prompt is chat) and the data set's other columns.
+    def for_rewards(self) -> tuple[list[str | Messages], list[str | Messages], dict[str, list[Any]], list[list[int]]]:
+        """Prompts, completions (chat messages where the prompt is chat), the data set's other columns, and tokens.
 
         A row without one of the others' columns has None there.
         """
@@ -65,7 +73,7 @@ class Rollout:
         ]
         names = dict.fromkeys(name for prompt in self.prompts for name in prompt.columns)
         columns = {name: [prompt.columns.get(name) for prompt in self.prompts] for name in names}
-        return [prompt.text for prompt in self.prompts], completions, columns
+        return [prompt.text for prompt in self.prompts], completions, columns, self.completions
 
 
 Sampler = Callable[[Sequence[Prompt]], Rollout]
@@ -156,7 +164,7 @@ def sample(
     given = settings(args, eos_ids, tokenizer.pad_token_id or 0, mode)
     ids, caches = [prompt.ids for prompt in prompts], {} if caches is None else caches
     tokens, logprobs = draw(policy, ids, given, args, caches, mode, stops)
-    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids, stops)
+    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids, stops, args.reward_skip_special_tokens)
 
 
 def settings(args: SafeConfig, eos_ids: list[int], pad_id: int, mode: Mode) -> GenerationConfig:
