@@ -74,7 +74,7 @@ def evaluate(
         entropy=mean("entropy_L"),
         kl=mean("kl_L"),
         rollout=rollout,
-        more=more | logged_metrics(scores, taken=more),
+        more=more | logged_metrics(scores, taken=[*more, *(f.name for f in fields(Evaluation))]),
     )
 
 

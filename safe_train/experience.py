@@ -72,8 +72,9 @@ class Experience:
                 micro.returns_L = returns_L.masked_fill(unknown_L, torch.nan)
         if self.critic is not None:
             advantages = self.tokens("advantage_L")
-            advantages = advantages[~advantages.isnan()]
-            mean, variance = advantages.mean(), advantages.var(correction=0)
+            known = advantages[~advantages.isnan()]
+            known = known if len(known) else advantages.nan_to_num()
+            mean, variance = known.mean(), known.var(correction=0)
             for micro in self:
                 micro.advantage_L = losses.whiten(micro.advantage_L, mean, variance).nan_to_num()
 

@@ -5,6 +5,7 @@ Shape legend: L response tokens, B completions, K value heads.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Iterable
@@ -44,9 +45,8 @@ def step_metrics(
     }
     if experience.critic is not None:
         values_KL, returns_L = experience.tokens("values_KL"), experience.tokens("returns_L")
-        known_L = ~returns_L.isnan()
-        residual = (returns_L - values_KL.mean(0))[known_L].var(correction=0)
-        values["explained_variance"] = (1 - residual / returns_L[known_L].var(correction=0).clamp(min=1e-8)).item()
+        residual = variance_of(returns_L - values_KL.mean(0))
+        values["explained_variance"] = 1 - residual / max(variance_of(returns_L), 1e-8)
         values["value_gap"] = (values_KL[0] - values_KL[-1]).abs().mean().item()
     return values | logged_metrics(rewards, taken=values)
 
@@ -64,8 +64,13 @@ def mean_of(x_B: Tensor) -> float:
     return x_B.nanmean().item()
 
 
+def variance_of(x: Tensor) -> float:
+    known = x[~x.isnan()]
+    return known.var(correction=0).item() if len(known) else math.nan
+
+
 def std_of(x_B: Tensor) -> float:
-    return x_B[~x_B.isnan()].std(correction=0).item()
+    return variance_of(x_B) ** 0.5
 
 
 def logged_metrics(scores: Scores, taken: Iterable[str] = ()) -> dict[str, float]:

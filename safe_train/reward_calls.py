@@ -37,6 +37,9 @@ KEPT_BACK = ("prompt", "completion", "completion_ids")  # columns that TRL does 
 GRACE = 5.0  # seconds that the event loop has to say that a limit has passed
 
 
+Outcome = tuple[Any, BaseException | None]  # what came back, or what was raised
+
+
 class NotANumber(ValueError):
     """What a reward returned for one completion; for another it may be a number."""
 
@@ -104,7 +107,7 @@ class Call:
         self.extra: dict[str, list[Any]] = defaultdict(list)
         self.metrics: dict[str, list[float]] = defaultdict(list)
         self.answer: Any = None  # of an async function, what is to be awaited
-        self.future: Future[Any] | None = None
+        self.future: Future[Outcome] | None = None
         self.seconds = 0.0
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:
@@ -116,15 +119,15 @@ class Call:
     def start_if_server(self) -> None:
         if not isinstance(self.function, RewardServer):
             return
-        future: Future[Any] = Future()
+        future: Future[Outcome] = Future()
         future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         self.future = future
 
         def run() -> None:
             try:
-                future.set_result(self.call())
+                future.set_result((self.call(), None))
             except BaseException as error:
-                future.set_exception(error)
+                future.set_result((None, error))
 
         Thread(target=run, daemon=True).start()  # the process may end while a server is still silent
 
@@ -143,7 +146,7 @@ class Call:
             arguments = self.batch.arguments(self.function, log_extra=self.log_extra, log_metric=self.log_metric)
             return self.function(**arguments)
 
-    async def awaited(self, answer: Awaitable[Any], limit: float) -> Any:
+    async def awaited(self, answer: Awaitable[Any], limit: float) -> Outcome:
         with self.timed():
             task = asyncio.ensure_future(outcome(answer))
             try:
@@ -151,29 +154,26 @@ class Call:
             finally:
                 is_done = task.done()
                 task.cancel()
-        if not is_done:
-            raise TooSlow(
-                f"reward {self.name!r} gave no answer within {limit:g} s: raise async_reward_timeout, or give what it "
-                "waits for a limit of its own; then continue the run with --resume"
-            )
-        value, error = task.result()
-        if error is not None:
-            raise error
-        return value
+        if is_done:
+            return task.result()
+        return None, TooSlow(
+            f"reward {self.name!r} gave no answer within {limit:g} s: raise async_reward_timeout, or give what it "
+            "waits for a limit of its own; then continue the run with --resume"
+        )
 
     def finished(self, limit: float) -> Answer:
         if self.future is not None:
+            is_server = isinstance(self.function, RewardServer)  # which has limits of its own
+            try:
+                self.answer, error = self.future.result(None if is_server else limit + GRACE)
+            except TimeoutError:
+                raise TooSlow(
+                    f"reward {self.name!r} gave no answer within {limit:g} s, and could not be stopped: an async "
+                    "reward waits for something without `await`, which holds up the others as well"
+                ) from None
             with self.naming_errors():
-                try:
-                    is_server = isinstance(self.function, RewardServer)  # which has limits of its own
-                    self.answer = self.future.result(None if is_server else limit + GRACE)
-                except TimeoutError:
-                    if self.future.done():  # the reward's own
-                        raise
-                    raise TooSlow(
-                        f"reward {self.name!r} gave no answer within {limit:g} s, and could not be stopped: an async "
-                        "reward waits for something without `await`, which holds up the others as well"
-                    ) from None
+                if error is not None:
+                    raise error
         scores = checked(self.name, self.answer, self.batch.completions)
         for column, values in self.extra.items():
             if len(values) != len(scores):
@@ -212,8 +212,8 @@ class TooSlow(RuntimeError):
     """An async reward passed its limit."""
 
 
-async def outcome(answer: Awaitable[Any]) -> tuple[Any, BaseException | None]:
-    """What is awaited, or its error: SystemExit would end the event loop."""
+async def outcome(answer: Awaitable[Any]) -> Outcome:
+    """SystemExit, were it raised here, would end the event loop."""
     try:
         return await answer, None
     except (Exception, SystemExit) as error:
