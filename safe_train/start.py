@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import traceback
@@ -41,8 +40,8 @@ def asked_for(
     check_versions()
     chosen = args.reward if rewards is None else rewards
     functions = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
-    args = recorded(args, functions, **given)
-    args = dataclasses.replace(args, output_dir=os.path.abspath(args.output_dir))  # wherever the user's code goes
+    folder = os.path.abspath(args.output_dir)  # wherever the user's code goes later
+    args = recorded(args, functions, output_dir=folder, **given)
     if missing := args.missing():
         raise ConfigError(
             f"a run needs {', '.join(missing)}: name {'it' if len(missing) == 1 else 'them'} in the config, as "

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -512,3 +513,12 @@ def test_what_is_handed_over_is_not_called_before_the_run_and_what_is_named_is(t
     assert judge.__globals__["calls"] == [1]
     load_rewards([judge], SafeConfig(), torch.device("cpu"), prompts)
     assert judge.__globals__["calls"] == [1]
+
+
+def test_the_function_of_the_docs_runs():
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
+    space = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], space)
+    scores = Rewards([space["judged"]])(["p", "q"], ["it is 4 here", "5"], {"answer": ["4", None]})
+    assert scores["reward"].tolist()[0] == 1.0 and scores["reward"].isnan().tolist() == [False, True]
+    assert scores.metrics == {"words": [2.5]}
