@@ -1,6 +1,7 @@
 """TRL's contract for rewards: keywords, async functions, None, what is logged; and how several rewards become one."""
 
 import asyncio
+import dataclasses
 import functools
 import gc
 import json
@@ -290,11 +291,34 @@ def test_a_plain_function_that_fails_leaves_no_coroutine_behind():
     def fails(completions):
         raise KeyError("x")
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # "coroutine was never awaited"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         with pytest.raises(RuntimeError, match="reward 'fails' raised KeyError"):
             scored([never, fails])
         gc.collect()
+    assert not said, "coroutine was never awaited"
+
+
+def test_a_server_that_answers_after_the_run_has_failed_disturbs_nobody(monkeypatch):
+    threads, over, said = [], threading.Event(), []
+
+    def score(server, prompts, completions, columns):
+        threads.append(threading.current_thread())
+        over.wait(20)
+        return [1.0, 2.0]
+
+    def fails(completions):
+        raise KeyError("x")
+
+    monkeypatch.setattr(RewardServer, "score", score)
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    with pytest.raises(RuntimeError, match="reward 'fails' raised KeyError"):
+        scored([RewardServer("http://a/score", SafeConfig()), fails])
+    over.set()
+    while not threads:
+        time.sleep(0.001)
+    threads[0].join(20)
+    assert not said and not threads[0].is_alive()
 
 
 def test_what_is_logged():
@@ -383,7 +407,10 @@ def test_advantages_are_made_without_those_that_no_reward_applies_to():
 
 
 def test_normalize_then_sum_is_that_of_trl(tmp_path):
-    """Each reward within its group, their weighted sum over the rollout: GRPOTrainer's lines, in float64."""
+    """Each reward within its group, their weighted sum over the rollout: GRPOTrainer's lines, in float64.
+
+    What a completion without an end is charged is in units of that sum.
+    """
     a, b = [0.0, 1.0, 2.0, None, 5.0, 5.0, 5.0, 9.0], [100.0, 300.0, None, None, 0.0, 100.0, 0.0, 50.0]
     trainer = tiny.trainer(
         tmp_path,
@@ -391,17 +418,21 @@ def test_normalize_then_sum_is_that_of_trl(tmp_path):
         algorithm="grpo",
         multi_objective_aggregation="normalize_then_sum",
         reward_weights=[1.0, 0.5],
+        missing_eos_penalty=2.0,
+        max_new_tokens=3,
         prompts_per_step=2,
         completions_per_prompt=4,
     )
     rollout, scores = trainer.collect(0)
+    rollout = dataclasses.replace(rollout, ended=[True, False] * 4)
+    trainer.reward_moments.update([3.0, 40.0])
     learned_from_B = trainer.rewards.learned_from(scores, 4)
     experience = Experience(trainer.policy, None, rollout, trainer.args, trainer.device)
     experience.compute_advantages(trainer.training_rewards(learned_from_B, rollout), 0.0)
 
     normal = [
-        None if x is None and y is None else u + 0.5 * v
-        for x, y, u, v in zip(a, b, by_hand(a, 4), by_hand(b, 4), strict=True)
+        None if x is None and y is None else u + 0.5 * v - 2.0 * (i % 2)
+        for i, (x, y, u, v) in enumerate(zip(a, b, by_hand(a, 4), by_hand(b, 4), strict=True))
     ]
     expected = by_hand(normal, 8)
     for micro in experience:
