@@ -50,8 +50,8 @@ class Experience:
     def compute_advantages(self, reward_B: Tensor, kl_charge: float) -> None:
         """Fills in advantages and returns from the completions' rewards and a charge per nat of sampled KL.
 
-        A completion whose reward is nan has the advantage 0 and no returns, and is left out of what others are
-        compared with.
+        A completion whose reward is nan has advantage 0, is no target of the critic, and is left out of what others
+        are compared with.
         """
         if self.critic is None:
             is_normal = self.args.multi_objective_aggregation == "normalize_then_sum"  # within the groups
@@ -66,17 +66,15 @@ class Experience:
             else:
                 charge_L = kl_charge * (micro.logprob_L - micro.ref_logprob_L)
                 rewards_L = losses.token_rewards(own_B.nan_to_num(), boundaries, charge_L)
-                advantage_L, returns_L = value_targets(self.critic, micro, rewards_L, self.args)
-                unknown_L = losses.per_token(own_B, boundaries).isnan()
-                micro.advantage_L = advantage_L.masked_fill(unknown_L, torch.nan)
-                micro.returns_L = returns_L.masked_fill(unknown_L, torch.nan)
+                micro.advantage_L, micro.returns_L = value_targets(self.critic, micro, rewards_L, self.args)
+                micro.is_scored_L = losses.per_token(~own_B.isnan(), boundaries)
         if self.critic is not None:
-            advantages = self.tokens("advantage_L")
-            known = advantages[~advantages.isnan()]
-            known = known if len(known) else advantages.nan_to_num()
-            mean, variance = known.mean(), known.var(correction=0)
+            scored = self.tokens("advantage_L")[self.tokens("is_scored_L")]
+            if len(scored):
+                mean, variance = scored.mean(), scored.var(correction=0)
             for micro in self:
-                micro.advantage_L = losses.whiten(micro.advantage_L, mean, variance).nan_to_num()
+                whitened_L = losses.whiten(micro.advantage_L, mean, variance) if len(scored) else micro.advantage_L
+                micro.advantage_L = whitened_L.masked_fill(~micro.is_scored_L, 0.0)
 
 
 def gathered(rollout: Rollout) -> Rollout:
@@ -137,6 +135,7 @@ def score(
         target_values_KL=absent if critic is None else critic.target(states_LH),
         advantage_L=torch.zeros_like(stats.logprob),
         returns_L=torch.zeros_like(stats.logprob),
+        is_scored_L=torch.ones_like(stats.logprob, dtype=torch.bool),
     )
 
 

@@ -98,13 +98,13 @@ def value_loss(values_KL: Tensor, micro: MicroBatch, weight_L: Tensor, args: Saf
     """Mean over the K heads of the clipped Huber loss, summed over the tokens with their weights.
 
     Each head regresses the returns by itself; moving further than `value_clip` from the rollout's value gains nothing.
+    A completion that no reward applies to has no returns.
     """
     clipped_KL = micro.values_KL + (values_KL - micro.values_KL).clamp(-args.value_clip, args.value_clip)
-    known_L = ~micro.returns_L.isnan()  # not of a completion that no reward applies to
-    target_KL = micro.returns_L.nan_to_num().expand_as(values_KL)
+    target_KL = micro.returns_L.expand_as(values_KL)
     plain = huber_loss(values_KL, target_KL, reduction="none", delta=args.huber_delta)
     clipped = huber_loss(clipped_KL, target_KL, reduction="none", delta=args.huber_delta)
-    return (torch.maximum(plain, clipped).mean(0) * weight_L)[known_L].sum()
+    return (torch.maximum(plain, clipped).mean(0) * weight_L * micro.is_scored_L).sum()
 
 
 def means(policy: PolicyLoss, value_loss: Tensor, micro: MicroBatch, weight_L: Tensor) -> dict[str, Tensor]:

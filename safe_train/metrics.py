@@ -45,8 +45,9 @@ def step_metrics(
     }
     if experience.critic is not None:
         values_KL, returns_L = experience.tokens("values_KL"), experience.tokens("returns_L")
-        residual = variance_of(returns_L - values_KL.mean(0))
-        values["explained_variance"] = 1 - residual / max(variance_of(returns_L), 1e-8)
+        scored_L = experience.tokens("is_scored_L")
+        residual = variance_of((returns_L - values_KL.mean(0))[scored_L])
+        values["explained_variance"] = 1 - residual / max(variance_of(returns_L[scored_L]), 1e-8)
         values["value_gap"] = (values_KL[0] - values_KL[-1]).abs().mean().item()
     return values | logged_metrics(rewards, taken=values)
 
@@ -64,13 +65,12 @@ def mean_of(x_B: Tensor) -> float:
     return x_B.nanmean().item()
 
 
-def variance_of(x: Tensor) -> float:
-    known = x[~x.isnan()]
-    return known.var(correction=0).item() if len(known) else math.nan
-
-
 def std_of(x_B: Tensor) -> float:
-    return variance_of(x_B) ** 0.5
+    return variance_of(x_B[~x_B.isnan()]) ** 0.5
+
+
+def variance_of(x: Tensor) -> float:
+    return x.var(correction=0).item() if len(x) else math.nan
 
 
 def logged_metrics(scores: Scores, taken: Iterable[str] = ()) -> dict[str, float]:

@@ -31,6 +31,7 @@ class Scores(Mapping[str, Tensor]):
     """Scores [B] of each reward by name, and of all together under "reward", in float64; nan: does not apply."""
 
     by_name: dict[str, Tensor]
+    weights: dict[str, float] = field(default_factory=dict)  # of each reward
     extra: dict[str, list[Any]] = field(default_factory=dict)  # columns of log_extra, for samples.jsonl
     metrics: dict[str, list[float]] = field(default_factory=dict)  # values of log_metric, one a call
     seconds: dict[str, float] = field(default_factory=dict)
@@ -54,7 +55,19 @@ class Scores(Mapping[str, Tensor]):
         for _, _, own in found:
             for name, values in own.items():
                 metrics[name] += values
-        return Scores(dict(zip(self.by_name, stacked, strict=True)), extra, metrics, self.seconds)
+        return Scores(dict(zip(self.by_name, stacked, strict=True)), self.weights, extra, metrics, self.seconds)
+
+    def learned_from(self, aggregation: str, group_size: int) -> Tensor:
+        """What advantages [B] are made of, from the scores of a whole rollout.
+
+        It is "reward", or for `normalize_then_sum` the weighted sum of scores that are standardised within the
+        completions of a prompt, each reward by itself.
+        Source of the latter: GDPO (arXiv 2601.05242).
+        """
+        if aggregation != "normalize_then_sum":
+            return self["reward"]
+        normal = {name: group_advantages(self[name], group_size) for name in self.weights}
+        return weighted(normal, self.weights).sum(0).masked_fill(self["reward"].isnan(), torch.nan)
 
 
 class Rewards:
@@ -86,12 +99,13 @@ class Rewards:
         is_alone = len(functions) == 1 and weights is None  # else "reward" is what all come to
         names = distinct(map(reward_name, functions), taken=() if is_alone else ["reward"])
         self.functions = dict(zip(names, functions, strict=True))
-        self.weights = [1.0] * len(functions) if weights is None else list(weights)
+        given = [1.0] * len(functions) if weights is None else list(weights)
         self.aggregation, self.variance_coef, self.limit, self.state = aggregation, variance_coef, limit, state
-        if len(self.weights) != len(functions):
+        if len(given) != len(functions):
             raise ConfigError(f"reward_weights must be one number for each reward, got {weights} for {len(functions)}")
-        if not all(map(fits_float32, self.weights)):
+        if not all(map(fits_float32, given)):
             raise ConfigError(f"reward_weights must be finite numbers, got {weights}")
+        self.weights = dict(zip(names, given, strict=True))
 
     def __call__(
         self,
@@ -103,33 +117,23 @@ class Rewards:
         batch = Batch(prompts, completions, columns, completion_ids or [[] for _ in completions], self.state())
         answers = ask(self.functions, batch, self.limit)
         scores = {name: answer.scores for name, answer in answers.items()}
-        total = aggregated(self.weighted(scores), self.aggregation, self.variance_coef)
+        total = aggregated(weighted(scores, self.weights), self.aggregation, self.variance_coef)
         for row, value in enumerate(total.tolist()):
             if value == value and not fits_float32(value):
                 parts = {name: values[row].item() for name, values in scores.items()}
                 raise ValueError(
                     f"the weighted sum of the rewards is {value!r} for the completion "
                     f"{text_of(completions[row])!r:.200} (row {row}), which float32 does not hold: the rewards are "
-                    f"{parts}, their weights {self.weights}"
+                    f"{parts}, their weights {[*self.weights.values()]}"
                 )
         seconds = {name: answer.seconds for name, answer in answers.items()}
-        return Scores({**scores, "reward": total}, extra_columns(answers.values()), metrics_of(answers), seconds)
+        extra, metrics = extra_columns(answers.values()), metrics_of(answers)
+        return Scores({**scores, "reward": total}, self.weights, extra, metrics, seconds)
 
-    def weighted(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """The functions' scores times their weights [K, B]."""
-        return torch.stack([weight * scores[name] for name, weight in zip(self.functions, self.weights, strict=True)])
 
-    def learned_from(self, scores: Mapping[str, Tensor], group_size: int) -> Tensor:
-        """What advantages [B] are made of, from the scores of a whole rollout.
-
-        It is "reward", or for `normalize_then_sum` the weighted sum of scores that are standardised within the
-        completions of a prompt, each reward by itself.
-        Source of the latter: GDPO (arXiv 2601.05242).
-        """
-        if self.aggregation != "normalize_then_sum":
-            return scores["reward"]
-        normal = {name: group_advantages(scores[name], group_size) for name in self.functions}
-        return self.weighted(normal).sum(0).masked_fill(scores["reward"].isnan(), torch.nan)
+def weighted(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The scores of each reward times its weight [K, B]."""
+    return torch.stack([weight * scores[name] for name, weight in weights.items()])
 
 
 def aggregated(weighted_KB: Tensor, aggregation: str, variance_coef: float = 0.0) -> Tensor:

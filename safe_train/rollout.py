@@ -50,14 +50,13 @@ class Rollout:
             stopped = [(*stops.through_first(row), ended) for row, ended in trimmed]
             trimmed = [(row, has_stop or ended) for row, has_stop, ended in stopped]
         completions = [row for row, _ in trimmed]
-        ends = set(eos_ids)
-        shown = [row[:-1] if row and row[-1] in ends else row for row in completions]
+        shown = completions
+        if not skip_special_tokens:
+            shown = [row[:-1] if row and row[-1] in eos_ids else row for row in completions]
         return cls(
             prompts=list(prompts),
             completions=completions,
-            texts=tokenizer.batch_decode(
-                completions if skip_special_tokens else shown, skip_special_tokens=skip_special_tokens
-            ),
+            texts=tokenizer.batch_decode(shown, skip_special_tokens=skip_special_tokens),
             ended=[ended for _, ended in trimmed],
             sampler_logprobs=[list(row[: len(kept)]) for row, kept in zip(logprobs, completions, strict=True)],
         )

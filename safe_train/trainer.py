@@ -223,7 +223,7 @@ class SafeTrainer:
                     with checkpoints.keeping(self):
                         check_sampler_gap(experience, self.policy.compute_dtype, args)
                     control = self.update_controller(experience, rewards["reward"])
-                    learned_from_B = self.rewards.learned_from(rewards, args.completions_per_prompt)
+                    learned_from_B = rewards.learned_from(args.multi_objective_aggregation, args.completions_per_prompt)
                     self.compute_advantages(experience, self.training_rewards(learned_from_B, rollout), control)
                     with self.timed("update"):
                         update = self.update(experience, control)

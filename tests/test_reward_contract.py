@@ -426,7 +426,7 @@ def test_normalize_then_sum_is_that_of_trl(tmp_path):
     rollout, scores = trainer.collect(0)
     rollout = dataclasses.replace(rollout, ended=[True, False] * 4)
     trainer.reward_moments.update([3.0, 40.0])
-    learned_from_B = trainer.rewards.learned_from(scores, 4)
+    learned_from_B = scores.learned_from("normalize_then_sum", 4)
     experience = Experience(trainer.policy, None, rollout, trainer.args, trainer.device)
     experience.compute_advantages(trainer.training_rewards(learned_from_B, rollout), 0.0)
 
@@ -462,13 +462,13 @@ def test_a_completion_that_no_reward_applies_to_teaches_nothing(algorithm, tmp_p
     known = []
     for micro in experience:
         lengths = micro.batch.response_cu_seqlens.diff().tolist()
-        parts = zip(micro.indices, micro.advantage_L.split(lengths), micro.returns_L.split(lengths), strict=True)
-        for i, advantage_L, returns_L in parts:
+        parts = zip(micro.indices, micro.advantage_L.split(lengths), micro.is_scored_L.split(lengths), strict=True)
+        for i, advantage_L, is_scored_L in parts:
             if i in absent:
-                assert not advantage_L.any() and (algorithm == "grpo" or returns_L.isnan().all())
+                assert not advantage_L.any() and (algorithm == "grpo" or not is_scored_L.any())
             else:
                 known.append(advantage_L)
-                assert returns_L.isfinite().all()
+                assert is_scored_L.all()
     if algorithm != "grpo":
         torch.testing.assert_close(torch.cat(known).mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
         torch.testing.assert_close(torch.cat(known).var(correction=0), torch.tensor(1.0))
@@ -476,7 +476,7 @@ def test_a_completion_that_no_reward_applies_to_teaches_nothing(algorithm, tmp_p
             values_KL = (micro.values_KL + 0.01).requires_grad_()
             weight_L = torch.full_like(micro.returns_L, 0.5)
             (gradient_KL,) = torch.autograd.grad(value_loss(values_KL, micro, weight_L, trainer.args), values_KL)
-            assert torch.equal(gradient_KL.eq(0).all(0), micro.returns_L.isnan())
+            assert torch.equal(gradient_KL.eq(0).all(0), ~micro.is_scored_L)
     row = tiny.trainer(tmp_path / "run", returning(values), **changes, total_steps=1).train()[0]
     assert row["reward"] == 2.0 and row["rewards/none_fraction"] == 3 / 8
     assert all(math.isfinite(x) for x in row.values() if isinstance(x, float))
