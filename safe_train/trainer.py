@@ -57,8 +57,8 @@ class SafeTrainer:
     Args:
         model: a causal language model of transformers, a `PeftModel` around one, or the name of one. What is handed
             over is the reference, too. Default: `args.model`.
-        reward_funcs: one or several rewards: callables `(prompts, completions, **columns) -> list[float]`, or names.
-            Default: `args.reward`.
+        reward_funcs: one or several rewards: callables `(prompts, completions, **columns) -> list[float | None]` as
+            for TRL's GRPO, async ones too, or names. Default: `args.reward`.
         args: the settings.
         train_dataset, eval_dataset: rows with prompts (a list of dicts, a DataFrame, or a Dataset, DatasetDict or
             IterableDataset of `datasets`), or the name of a data set. Default: those `args` names.
