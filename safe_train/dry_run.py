@@ -190,7 +190,7 @@ def sampled(trainer: SafeTrainer) -> str:
         rollout = trainer.complete(trainer.prompts.at(0, 1))
     try:
         with parallel.together("the rewards of the check"), guest(trainer.args.seed):
-            scores: dict[str, Any] = trainer.rewards(*rollout.for_rewards())
+            scores = trainer.rewards(*rollout.for_rewards())
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"{error}, for a completion that the model sampled: {rollout.texts[0]!r:.500}") from error
     judged = ", ".join(f"{name} {x.item():.4g}" for name, x in scores.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,10 +16,11 @@ from safe_train import parallel
 from safe_train.config import SafeConfig
 from safe_train.data import PromptDataset
 from safe_train.experience import Experience, gathered, joined
+from safe_train.metrics import logged_metrics, mean_of, reward_metrics, std_of
 from safe_train.models import Policy
 from safe_train.randomness import guest, own_random_numbers, seeded
 from safe_train.report import strict_json
-from safe_train.rewards import Rewards
+from safe_train.rewards import Rewards, Scores
 from safe_train.rollout import Rollout, Sampler
 
 EVALUATION_SEED = 20_250
@@ -35,16 +37,18 @@ class Evaluation:
     kl: float  # exact KL to the reference, nats per token
     rollout: Rollout  # what was sampled
     completions: list[dict[str, Any]]  # rows of evaluation.jsonl, sampled and greedy
+    more: dict[str, float]  # of each reward, pass@k, and what rewards logged
 
     def numbers(self) -> dict[str, float]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rollout", "completions")}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rollout", "completions", "more")}
+        return own | self.more
 
 
 class Judged(NamedTuple):
     """Completions of all processes, with what they are worth and what they cost."""
 
     rollout: Rollout
-    rewards: dict[str, Tensor]  # [B] of each reward, and their sum
+    scores: Scores
     parts: list[Experience]  # in which the tokens' statistics are
 
     def mean(self, name: str) -> float:
@@ -57,18 +61,17 @@ class Judge:
     def __init__(self, policy: Policy, sampler: Sampler, rewards: Rewards, args: SafeConfig, device: torch.device):
         self.policy, self.sampler, self.rewards, self.args, self.device = policy, sampler, rewards, args, device
 
-    def __call__(self, prompts: PromptDataset, count: int, *, greedy: bool) -> Judged:
-        """Of the first `count` prompts in turn, rounded up to equally many on each process."""
-        each, size = (-(-total // parallel.size()) for total in (count, self.args.completions_per_step))
-        chosen = prompts.in_turn(parallel.rank() * each, each)
+    def __call__(self, prompts: PromptDataset, count: int, *, of_each: int = 1, greedy: bool) -> Judged:
+        """`of_each` completions of the first prompts in turn, `count` or more in all, as many on each process."""
+        own, size = (-(-total // parallel.size()) for total in (-(-count // of_each), self.args.completions_per_step))
+        chosen = [prompt for prompt in prompts.in_turn(parallel.rank() * own, own) for _ in range(of_each)]
         with own_random_numbers(EVALUATION_SEED, 0):
-            rollouts = [self.sampler(chosen[i : i + size], greedy=greedy) for i in range(0, each, size)]
+            rollouts = [self.sampler(chosen[i : i + size], greedy=greedy) for i in range(0, len(chosen), size)]
         parts = [Experience(self.policy, None, gathered(part), self.args, self.device) for part in rollouts]
-        own = joined(rollouts)
+        sampled = joined(rollouts)
         with parallel.together("the rewards of evaluate()"), guest(EVALUATION_SEED, 1):
-            own_rewards = self.rewards(*own.for_rewards())
-        scores = parallel.gather(torch.stack(list(own_rewards.values())))
-        return Judged(gathered(own), dict(zip(own_rewards, scores, strict=True)), parts)
+            own_scores = self.rewards(*sampled.for_rewards())
+        return Judged(gathered(sampled), own_scores.gathered(), parts)
 
 
 def evaluate(
@@ -79,21 +82,25 @@ def evaluate(
     Beside them each of these prompts is completed greedily, once. All processes have to call it.
     """
     parallel.meet("evaluate()")
-    judge, count = Judge(policy, sampler, rewards, args, device), args.eval_completions
+    judge, of_each = Judge(policy, sampler, rewards, args, device), args.eval_completions_per_prompt
     with seeded(EVALUATION_SEED):
-        sampled = judge(prompts, count, greedy=False)
+        sampled = judge(prompts, args.eval_completions, of_each=of_each, greedy=False)
+        count = -(-args.eval_completions // of_each)
         greedy = judge(prompts, min(count, prompts.known_length or count), greedy=True)
-    reward_B = sampled.rewards["reward"]
+    reward_B = sampled.scores["reward"]
+    more = {name: x for name, x in reward_metrics(sampled.scores).items() if name.startswith("rewards/")}
+    more |= {f"pass@{k}": pass_at(k, reward_B.view(-1, of_each), args.pass_reward) for k in args.eval_pass_at}
     return Evaluation(
-        reward=reward_B.mean().item(),
-        reward_error=(reward_B.std() / len(reward_B) ** 0.5).item() if len(reward_B) > 1 else 0.0,
-        greedy_reward=greedy.rewards["reward"].mean().item(),
+        reward=mean_of(reward_B),
+        reward_error=standard_error(reward_B.view(-1, of_each)),
+        greedy_reward=mean_of(greedy.scores["reward"]),
         distinct_words=statistics.fmean(map(distinct_words, sampled.rollout.texts)),
         reference_logprob=sampled.mean("ref_logprob_L"),
         entropy=sampled.mean("entropy_L"),
         kl=sampled.mean("kl_L"),
         rollout=sampled.rollout,
         completions=[*rows("sampled", sampled), *rows("greedy", greedy)],
+        more=more | logged_metrics(sampled.scores, taken=[*more, *(f.name for f in fields(Evaluation))]),
     )
 
 
@@ -101,7 +108,8 @@ def rows(how: str, judged: Judged) -> list[dict[str, Any]]:
     """One a completion: its text, every reward, and its sums over the tokens."""
     rollout = judged.rollout
     sums = {name: by_completion(judged.parts, f"{name}_L") for name in ("logprob", "ref_logprob", "kl")}
-    scores = {f"rewards/{name}": x.tolist() for name, x in judged.rewards.items() if name != "reward"}
+    scores = {f"rewards/{name}": x.tolist() for name, x in judged.scores.items() if name != "reward"}
+    scores |= judged.scores.extra
     found = []
     for i, tokens in enumerate(rollout.completions):
         found.append(
@@ -109,7 +117,7 @@ def rows(how: str, judged: Judged) -> list[dict[str, Any]]:
                 "how": how,
                 "prompt": rollout.prompts[i].text,
                 "completion": rollout.texts[i],
-                "reward": judged.rewards["reward"][i].item(),
+                "reward": judged.scores["reward"][i].item(),
                 **{name: values[i] for name, values in scores.items()},
                 "kl": sums["kl"][i] / max(1, len(tokens)),
                 "logprob": sums["logprob"][i],
@@ -129,12 +137,33 @@ def by_completion(parts: Sequence[Experience], name: str) -> list[float]:
         for micro in part:
             lengths = micro.batch.response_cu_seqlens.diff().tolist()
             values = [x.double().sum().cpu() for x in getattr(micro, name).split(lengths)]
-            for i, value in zip(
-                micro.indices, values, strict=False
-            ):  # an empty micro-batch has one sequence, of no one
+            for i, value in zip(micro.indices, values, strict=False):  # an empty one has a sequence of no one
                 own_B[i] = value
         sums.append(parallel.total(own_B).view(parallel.size(), -1))
     return torch.cat(sums, dim=1).flatten().tolist()
+
+
+def standard_error(reward_PG: Tensor) -> float:
+    """Of the mean over P prompts with G completions each, which are alike; nan is left out."""
+    mean_P = reward_PG.nanmean(1)
+    known_P = mean_P[~mean_P.isnan()]
+    return std_of(known_P) / (len(known_P) - 1) ** 0.5 if len(known_P) > 1 else 0.0
+
+
+def pass_at(k: int, reward_PG: Tensor, pass_reward: float) -> float:
+    """The chance that one of k completions of a prompt passes, the mean over P prompts with G completions each.
+
+    From n completions of which c pass, 1 - C(n - c, k) / C(n, k): unbiased, where 1 - (1 - c / n)^k is not. Completions
+    that no reward applies to (nan) do not count, nor do prompts with fewer than k others.
+    Source: arXiv 2107.03374.
+    """
+    found = []
+    for rewards in reward_PG.tolist():
+        known = [reward for reward in rewards if not math.isnan(reward)]
+        n, c = len(known), sum(reward >= pass_reward for reward in known)
+        if n >= k:
+            found.append(1 - math.comb(n - c, k) / math.comb(n, k))
+    return statistics.fmean(found) if found else math.nan
 
 
 def distinct_words(text: str) -> float:
@@ -157,6 +186,9 @@ def comparison(evaluations: Mapping[str, Evaluation]) -> str:
     lines = [f"{f'on {count} held-out completions':<38}" + "".join(f"{name:>10}" for name in evaluations)]
     for name, title in titles.items():
         lines.append(f"{title:<38}" + "".join(f"{getattr(each, name):>10.3f}" for each in evaluations.values()))
+    for name in next(iter(evaluations.values())).more:
+        if name.startswith("pass@"):
+            lines.append(f"{name:<38}" + "".join(f"{each.more[name]:>10.3f}" for each in evaluations.values()))
     return "\n".join(lines)
 
 

@@ -45,20 +45,21 @@ BOUNDS = (
         lambda x: x >= 1,
         "total_steps prompts_per_step completions_per_prompt max_prompt_tokens max_new_tokens inner_epochs "
         "minibatch_size max_tokens_per_microbatch max_bad_steps window lora_alpha lora_last_layers save_every "
-        "keep_checkpoints eval_completions samples_every generation_batch_size importance_cap",
+        "keep_checkpoints eval_completions eval_completions_per_prompt reward_batch_size samples_every "
+        "generation_batch_size importance_cap",
     ),
     (
         "positive",
         lambda x: x > 0,
         "alpha learning_rate critic_learning_rate huber_delta max_grad_norm critic_max_grad_norm value_clip "
-        "max_preview_kl max_sampler_gap reward_timeout ddp_timeout",
+        "max_preview_kl max_sampler_gap reward_timeout async_reward_timeout ddp_timeout",
     ),
     (
         "at least 0",
         lambda x: x >= 0,
         "entropy_coef beta kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef lora_r eval_every "
         "weight_decay value_coef clip_low clip_high pid_kp pid_ki pid_kd missing_eos_penalty gate_min entropy_floor "
-        "kl_threshold kl_threshold_min reward_retries top_k warmup_steps stop_kl",
+        "kl_threshold kl_threshold_min reward_retries reward_variance_coef top_k warmup_steps stop_kl",
     ),
     (f"from 0 to {2**32 - 1}, as NumPy's seeds are", lambda x: 0 <= x < 2**32, "seed"),
     (
@@ -66,7 +67,7 @@ BOUNDS = (
         math.isfinite,
         "learning_rate critic_learning_rate beta kl_excess_coef kl_momentum_coef kl_integral_coef kl_penalty_coef "
         "entropy_coef value_coef weight_decay alpha pid_kp pid_ki pid_kd missing_eos_penalty reward_timeout "
-        "ddp_timeout",
+        "ddp_timeout async_reward_timeout reward_variance_coef pass_reward",
     ),
     ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
@@ -105,6 +106,17 @@ def check(c: SafeConfig, choices: Mapping[str, Sequence[str]]) -> None:
         c.stop_strings is None or c.generation == "hf", "stop_strings", "null with generation vllm; set stop_tokens"
     )
     require(c.stop_strings is None or all(c.stop_strings), "stop_strings", "texts that are not empty")
+    per_prompt = c.eval_completions_per_prompt
+    require(
+        all(1 <= k <= per_prompt for k in c.eval_pass_at),
+        "eval_pass_at",
+        f"numbers from 1 to eval_completions_per_prompt {per_prompt}",
+    )
+    require(
+        c.multi_objective_aggregation != "normalize_then_sum" or c.algorithm == "grpo",
+        "multi_objective_aggregation",
+        "sum_then_normalize, min or mean_minus_variance without the groups of algorithm grpo",
+    )
     size = c.completions_per_step
     require(c.minibatch_size is None or c.minibatch_size <= size, "minibatch_size", f"at most the {size} of a rollout")
     if c.algorithm == "grpo":

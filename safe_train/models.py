@@ -348,7 +348,7 @@ def where(args: SafeConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def loading(name: str | None) -> Iterator[None]:
+def loading(name: str | None, role: str = "model") -> Iterator[None]:
     """Errors of files and downloads, as what they mean for a run."""
     try:
         yield
@@ -365,7 +365,7 @@ def loading(name: str | None) -> Iterator[None]:
             advice = "; the download was interrupted: start again, what has come is kept"
         elif isinstance(error, SafetensorError):
             advice = "; a file of it is cut short or damaged: delete it, and load it again"
-        raise ConfigError(f"cannot load the model {name!r}: {type(error).__name__}: {error}{advice}") from error
+        raise ConfigError(f"cannot load the {role} {name!r}: {type(error).__name__}: {error}{advice}") from error
 
 
 def config_of(args: SafeConfig) -> Any:

@@ -48,23 +48,30 @@ class Rollout:
         logprobs: Sequence[Sequence[float]],
         eos_ids: list[int],
         stops: StopStrings | None = None,
+        skip_special_tokens: bool = True,
     ) -> Rollout:
-        """A rollout from sampled tokens and their log-probs, both of which may go on after an end."""
+        """A rollout from sampled tokens and their log-probs, both of which may go on after an end.
+
+        The texts are without special tokens, or with all but the end token that a completion ends with.
+        """
         trimmed = [through_first_eos(row, eos_ids) for row in tokens]
         if stops is not None:
             stopped = [(*stops.through_first(row), ended) for row, ended in trimmed]
             trimmed = [(row, has_stop or ended) for row, has_stop, ended in stopped]
         completions = [row for row, _ in trimmed]
+        shown = completions
+        if not skip_special_tokens:
+            shown = [row[:-1] if row and row[-1] in eos_ids else row for row in completions]
         return cls(
             prompts=list(prompts),
             completions=completions,
-            texts=tokenizer.batch_decode(completions, skip_special_tokens=True),
+            texts=tokenizer.batch_decode(shown, skip_special_tokens=skip_special_tokens),
             ended=[ended for _, ended in trimmed],
             sampler_logprobs=[list(row[: len(kept)]) for row, kept in zip(logprobs, completions, strict=True)],
         )
 
-    def for_rewards(self) -> tuple[list[str | Messages], list[str | Messages], dict[str, list[Any]]]:
-        """Prompts, completions (chat messages where the prompt is chat) and the data set's other columns.
+    def for_rewards(self) -> tuple[list[str | Messages], list[str | Messages], dict[str, list[Any]], list[list[int]]]:
+        """Prompts, completions (chat messages where the prompt is chat), the data set's other columns, and tokens.
 
         A row without one of the others' columns has None there.
         """
@@ -74,7 +81,7 @@ class Rollout:
         ]
         names = dict.fromkeys(name for prompt in self.prompts for name in prompt.columns)
         columns = {name: [prompt.columns.get(name) for prompt in self.prompts] for name in names}
-        return [prompt.text for prompt in self.prompts], completions, columns
+        return [prompt.text for prompt in self.prompts], completions, columns, self.completions
 
 
 Sampler = Callable[..., Rollout]  # of prompts; greedy=True takes the likeliest token each time
@@ -183,7 +190,7 @@ def sample(
     given = settings(args, eos_ids, tokenizer.pad_token_id or 0, mode)
     ids, caches = [prompt.ids for prompt in prompts], {} if caches is None else caches
     tokens, logprobs = draw(policy, ids, given, args, caches, mode, stops, greedy)
-    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids, stops)
+    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids, stops, args.reward_skip_special_tokens)
 
 
 def settings(args: SafeConfig, eos_ids: list[int], pad_id: int, mode: Mode) -> GenerationConfig:
@@ -261,9 +268,9 @@ def static_cache(policy: Policy, args: SafeConfig) -> StaticCache | None:
 class Draw(LogitsProcessor):
     """Draws the tokens, and records their log-probs at the temperature, from the scores that it was given.
 
-    With `greedy` the likeliest. It comes last, and `generate` is left one token to take. So what is recorded is what was drawn from, with all that
-    the model or its settings did to the scores: the gap to the policy's own log-probs shows it. The top k of the
-    published algorithms are drawn from, but the log-probs are those of the whole policy.
+    With `greedy` the likeliest. It comes last, and `generate` is left one token to take. So what is recorded is what
+    was drawn from, with all that the model or its settings did to the scores: the gap to the policy's own log-probs
+    shows it. The top k of the published algorithms are drawn from, but the log-probs are those of the whole policy.
     """
 
     def __init__(self, temperature: float, top_k: int = 0, greedy: bool = False):

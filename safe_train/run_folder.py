@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from tqdm import tqdm
 
 from safe_train import folder_lock, parallel
@@ -20,6 +19,7 @@ from safe_train.config import ConfigError, SafeConfig, read_yaml
 from safe_train.evaluation import Evaluation
 from safe_train.hardware import processor
 from safe_train.report import read_rows, strict_json, write_report
+from safe_train.rewards import Scores
 from safe_train.rollout import Rollout
 from safe_train.written import plain
 
@@ -74,11 +74,17 @@ class RunFolder:
         )
 
     @parallel.main_only
-    def log_samples(self, step: int, rollout: Rollout, reward_B: Tensor) -> None:
-        append(self.samples, [
-            {"step": step, "prompt": prompt.text, "completion": text, "reward": reward}
-            for prompt, text, reward in zip(rollout.prompts, rollout.texts, reward_B.tolist(), strict=True)
-        ])  # fmt: skip
+    def log_samples(self, step: int, rollout: Rollout, scores: Scores) -> None:
+        """A row a completion: each reward, and what the rewards logged beside it."""
+        columns = {
+            "prompt": [prompt.text for prompt in rollout.prompts],
+            "completion": rollout.texts,
+            "reward": scores["reward"].tolist(),
+            **{f"rewards/{name}": score_B.tolist() for name, score_B in scores.items() if name != "reward"},
+            **scores.extra,
+        }
+        rows = zip(*columns.values(), strict=True)
+        append(self.samples, [{"step": step, **dict(zip(columns, row, strict=True))} for row in rows])
 
     @parallel.main_only
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,8 @@ from safe_train.preview import Preview, mean_kl
 from safe_train.prompts import make_prompts
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
 from safe_train.reference import identity
-from safe_train.rewards import RewardFunction, Rewards
+from safe_train.reward_calls import RewardFunction, trainer_state
+from safe_train.rewards import Rewards, Scores
 from safe_train.rollout import MODES, Mode, Rollout, choose_mode, end_tokens, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
 from safe_train.self_check import check_sampler_gap, sampled_prompts, self_check
@@ -56,8 +58,8 @@ class SafeTrainer:
     Args:
         model: a causal language model of transformers, a `PeftModel` around one, or the name of one. What is handed
             over is the reference, too. Default: `args.model`.
-        reward_funcs: one or several rewards: callables `(prompts, completions, **columns) -> list[float]`, or names.
-            Default: `args.reward`.
+        reward_funcs: one or several rewards: callables `(prompts, completions, **columns) -> list[float | None]` as
+            for TRL's GRPO, async ones too, or names. Default: `args.reward`.
         args: the settings.
         train_dataset, eval_dataset: rows with prompts (a list of dicts, a DataFrame, or a Dataset, DatasetDict or
             IterableDataset of `datasets`), or the name of a data set. Default: those `args` names.
@@ -121,7 +123,14 @@ class SafeTrainer:
             self.eval_prompts = self.prompt_dataset(eval_dataset, "eval_dataset")
         with guest(args.seed):  # a file that seeds when it is imported
             functions = load_rewards(rewards, args, self.device, self.prompts.at(0, 2))
-            self.rewards = Rewards(functions, args.reward_weights)
+            self.rewards = Rewards(
+                functions,
+                args.reward_weights,
+                aggregation=args.multi_objective_aggregation,
+                variance_coef=args.reward_variance_coef,
+                limit=args.async_reward_timeout,
+                state=self.reward_state,
+            )
 
         model = unwrapped(load_model(args, self.device) if is_named else model)
         dtype = sharding.compute_dtype(self.device, model.dtype, args)
@@ -224,7 +233,8 @@ class SafeTrainer:
                     with checkpoints.keeping(self):
                         check_sampler_gap(experience, self.policy.compute_dtype, args)
                     control = self.update_controller(experience, rewards["reward"])
-                    self.compute_advantages(experience, self.training_rewards(rewards["reward"], rollout), control)
+                    learned_from_B = rewards.learned_from(args.multi_objective_aggregation, args.completions_per_prompt)
+                    self.compute_advantages(experience, self.training_rewards(learned_from_B, rollout), control)
                     with self.timed("update"):
                         update = self.update(experience, control)
                 metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
@@ -237,7 +247,7 @@ class SafeTrainer:
                         metrics |= self.evaluation_metrics(folder)
                 finally:  # the step is done even when its evaluation fails
                     if self.step % args.samples_every == 0:
-                        folder.log_samples(self.step, rollout, rewards["reward"])
+                        folder.log_samples(self.step, rollout, rewards)
                     folder.log(self.step, metrics)
                 history.append(metrics)
                 if self.is_best(metrics):
@@ -276,7 +286,7 @@ class SafeTrainer:
     def is_best(self, metrics: Mapping[str, Any]) -> bool:
         """Whether this step was evaluated, was better than all before it, and is to be kept for that."""
         reward = metrics.get("eval/reward")
-        if reward is None or (self.best_reward is not None and reward <= self.best_reward):
+        if reward is None or math.isnan(reward) or (self.best_reward is not None and reward <= self.best_reward):
             return False
         self.best_reward = reward
         return self.args.save_best
@@ -312,7 +322,12 @@ class SafeTrainer:
             self.eval_prompts = self.prompt_dataset(None, "eval_dataset")
         return evaluate(self.policy, self.complete, self.eval_prompts, self.rewards, self.args, self.device)
 
-    def collect(self, step: int) -> tuple[Rollout, dict[str, Tensor]]:
+    def reward_state(self) -> Any:
+        """The `transformers.TrainerState` that rewards are given; its steps are rollouts."""
+        rows = self.prompts.known_length
+        return trainer_state(self.args, self.step, self.position(self.step) / rows if rows else None)
+
+    def collect(self, step: int) -> tuple[Rollout, Scores]:
         """The rollout and the rewards of all processes, on each of them."""
         with own_random_numbers(self.args.seed, step):
             with self.timed("rollout"):
@@ -320,8 +335,8 @@ class SafeTrainer:
         with self.timed("reward"), parallel.together(f"the rewards of step {step + 1}"):
             with guest(self.args.seed, step, REWARDS):
                 rewards = self.rewards(*own.for_rewards())
-        scores = parallel.gather(torch.stack(list(rewards.values())))
-        return gathered(own), dict(zip(rewards, scores, strict=True))
+        self.times |= {f"reward/{name}": seconds for name, seconds in rewards.seconds.items()}
+        return gathered(own), rewards.gathered()
 
     def sample(self, step: int) -> Rollout:
         """Completions of this process's share of the step's prompts."""
@@ -341,10 +356,15 @@ class SafeTrainer:
             return self.sampler(prompts, **how)
 
     def update_controller(self, experience: Experience, reward_B: Tensor) -> Control:
-        """Takes the rollout into the reward moments, then asks the controller for the update's coefficients."""
-        self.reward_moments.update(reward_B.tolist())
+        """Takes the rollout into the reward moments, then asks the controller for the update's coefficients.
+
+        Where no reward applies to any completion, the running mean stands for the rollout's.
+        """
+        known_B = reward_B[~reward_B.isnan()]
+        self.reward_moments.update(known_B.tolist())
         kl, entropy = self.mean_kl_and_entropy(experience)
-        seen = parallel.from_main((kl, entropy, reward_B.mean().item(), self.reward_moments.std))
+        mean = known_B.mean().item() if len(known_B) else self.reward_moments.mean
+        seen = parallel.from_main((kl, entropy, mean, self.reward_moments.std))
         control = self.controller.update(*seen)
         parallel.check_same({"step": self.step, "controller": control, "random numbers": fingerprint()})
         return control
@@ -362,7 +382,7 @@ class SafeTrainer:
         In float64, on the CPU, where the differences within a group are still to be taken.
         """
         reward_B = reward_B.double()
-        if self.args.normalize_rewards:
+        if self.args.normalize_rewards and self.args.multi_objective_aggregation != "normalize_then_sum":
             reward_B = (reward_B - self.reward_moments.mean) / (self.reward_moments.std or 1.0)
         reward_B = reward_B - self.args.missing_eos_penalty * (~torch.tensor(rollout.ended)).double()
         if self.args.shuffle_advantages:

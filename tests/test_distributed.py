@@ -1,6 +1,7 @@
 """A run on several processes is the run on one: the same steps, checkpoints and files; and it ends when one dies."""
 
 import errno
+import json
 import os
 import signal
 import time
@@ -630,3 +631,34 @@ def test_helpers_are_the_identity_for_a_process_that_is_alone():
     assert parallel.share([1, 2, 3]) == [1, 2, 3] and parallel.total_number(2) == 2 and parallel.is_main()
     with pytest.raises(ZeroDivisionError):
         parallel.main_only(lambda: 1 / 0)()
+
+
+def with_rewards_that_log(folder) -> tuple:
+    """The second process logs a column and a metric that the first one does not."""
+
+    def judge(completions, log_extra, log_metric):
+        rank = parallel.rank()
+        log_metric("rank", rank)
+        if rank == 1:
+            log_extra("note", [f"{rank}: {text}" for text in completions])
+            log_metric("share", 0.5)
+        return [None if rank == 0 and i == 0 else float(rank) for i in range(len(completions))]
+
+    trainer = tiny.trainer(folder, judge, total_steps=1, eval_every=1, eval_completions=4)
+    row = trainer.train()[0]
+    return {name: x for name, x in row.items() if name in LOGGED}
+
+
+LOGGED = ("rank", "share", "reward", "rewards/none_fraction", "eval/rank", "eval/rewards/judge/mean")
+
+
+def test_what_rewards_log_is_that_of_all_processes(tmp_path):
+    first, second = processes.run(with_rewards_that_log, 2, tmp_path)
+    assert first.error == second.error == ""
+    expected = {"rank": 0.5, "share": 0.5, "reward": 4 / 7, "rewards/none_fraction": 1 / 8, "eval/rank": 0.5}
+    expected["eval/rewards/judge/mean"] = 2 / 3
+    assert first.result == second.result == pytest.approx(expected)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    notes = [row["note"] for row in samples]
+    assert notes == [None] * 4 + [f"1: {row['completion']}" for row in samples[4:]]
+    assert [row["reward"] for row in samples] == [None, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]

@@ -30,7 +30,7 @@ import math
 def good(prompts, completions, **columns):
     return [float(len(text)) for text in completions]
 
-def names_too_little(completions):
+def environmental(completions, environments):
     return [0.0 for _ in completions]
 
 def wants_more(prompts, completions, solution, **columns):
@@ -176,7 +176,7 @@ MISTAKES = {
     "wrong path": (lambda here: here.pairs(dataset="rowz.jsonl"), "'rowz.jsonl'"),
     "wrong split": (wrong_split, "cannot load the data set 'org/rows:trian' .*Should be one of"),
     "wrong column": (file("other.jsonl", '{"why": "x"}\n', dataset=1), "dataset /.*jsonl: .*'prompt' field .*'why'"),
-    "reward that names too little": (reward("names_too_little"), "cannot be called with the keywords .*answer"),
+    "reward of TRL's environments": (reward("environmental"), "asks for environments, .* not offered"),
     "reward that wants a column": (reward("wants_more"), "missing a required argument: 'solution'"),
     "reward with a wrong name": (reward("misspelt"), r"NameError: name 'maht' .*rewards\.py, line 14"),
     "reward with a wrong import": (reward("imports"), "ModuleNotFoundError: No module named 'no_such_package_any"),
