@@ -213,6 +213,7 @@ PLACES = {  # modules that take log-probs, and what their calls are given
     "preview": "policy.head()",
     "layout": "nothing: two ways to lay out the same sequences, before there is a policy",
     "checks": "nothing: the head, with the model's own logits",
+    "export": "nothing: a checkpoint, with what was written of it",
     "rollout": "the policy's temperature: the distribution that is drawn from",
 }
 
