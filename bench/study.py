@@ -211,7 +211,7 @@ def judged(trainer: Any, reward: str) -> dict[str, float]:
     from study_rewards import GOLD
 
     found = trainer.evaluate()
-    prompts, completions, _ = found.rollout.for_rewards()
+    prompts, completions, *_ = found.rollout.for_rewards()
     return found.numbers() | {"gold": statistics.fmean(GOLD[reward](prompts, completions))}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from safe_train.config import ConfigError
 
@@ -61,8 +62,8 @@ def unwrapped(model: Any) -> Any:
         raise ConfigError(
             "the model is a PeftMixedModel, which saves no adapters; use get_peft_model(..., mixed=False)"
         )
-    if not has_adapter(model) and not hasattr(model, "get_output_embeddings"):
-        hint = "pass its .module" if hasattr(model, "module") else "pass one of transformers"
+    if not has_adapter(model) and not (isinstance(model, PreTrainedModel) and model.can_generate()):
+        hint = "pass its .module" if hasattr(model, "module") else "pass one of transformers (AutoModelForCausalLM)"
         raise ConfigError(f"the model is a {kind}, which is not a causal language model; {hint}")
     if has_adapter(model) and has_adapter(model.get_base_model()):
         raise ConfigError(
@@ -95,6 +96,29 @@ def is_wrapper(module: nn.Module) -> bool:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def check_head(model: Any) -> None:
+    """Refuses adapters on the output head, which the kernels read as one weight: those that are not active, too."""
+    head = model.get_base_model().get_output_embeddings()
+    if not is_wrapper(head):
+        return
+    parts = {part for key in head.state_dict() for part in key.split(".")}
+    holders = sorted(parts & model.peft_config.keys())
+    whose = f"the adapter {', '.join(map(repr, holders))}" if holders else "the layer of a deleted adapter"
+    advice = (
+        "leave it out of target_modules and modules_to_save, and tied embeddings out of trainable_token_indices. If it "
+        "was trained so, pass the model's merge_and_unload(): a new adapter is trained on that"
+    )
+    if not set(holders) & set(model.active_adapters):
+        advice = (
+            "it is not active, but peft leaves its layer there, even behind delete_adapter. Load the model again with "
+            "the active one alone (PeftModel.from_pretrained(base, folder, is_trainable=True)), or pass this model's "
+            "merge_and_unload(): a new adapter is trained on that"
+        )
+    raise ConfigError(
+        f"the output head must be a plain Linear layer, and {whose} is on it, as a {type(head).__name__}: {advice}"
+    )
 
 
 def add_adapter(model: Any, peft_config: Any) -> Any:

@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor.experimental import implicit_replication
 
-from safe_train import adapters, parallel, sharding
+from safe_train import adapters, events, parallel, sharding
 from safe_train.config import ConfigError
 from safe_train.engine import Engine, options
-from safe_train.models import Policy, load_weights
+from safe_train.models import Policy, load_weights, plain_generation
 from safe_train.randomness import python_generators, restore_generators, torch_generators
 from safe_train.reference import HandedOver, Identity, check_identity
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 # What an adapter's config says beside what the adapter computes.
 NOT_COMPARED = {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError)
+
+UNFITTING = (RuntimeError, ValueError, KeyError, AttributeError)  # weights and states of another shape
 
 
 class Damaged(Exception):
@@ -132,27 +134,32 @@ class Checkpoints:
     def load(self, trainer: SafeTrainer, path: Path | None = None) -> None:
         """Restores the given checkpoint, or the newest that can be read; a run that has none yet starts at step 0."""
         if path is not None:
-            try:
-                restore(trainer, path, read(path, trainer.policy))
-            except Damaged as error:
-                raise ConfigError(f"{error}; --resume takes the newest checkpoint that can be read") from error
+            restore(trainer, path, named(path, trainer.policy))
             self.step = trainer.step
             self.wind_back(path)
             return
+        found = self.newest(trainer.policy)
+        if found is None:
+            say(f"no checkpoint in {self.folder} yet: starting at step 0")
+            return
+        restore(trainer, *found)
+        self.step = trainer.step
+        say(f"continuing from {found[0]}")
+
+    def newest(self, policy: Policy) -> tuple[Path, Contents] | None:
+        """The newest checkpoint that can be read; None where there is none at all."""
         damaged: list[str] = []
         for candidate in self.candidates():
             try:
-                contents = read(candidate, trainer.policy)
+                contents = read(candidate, policy)
             except Damaged as error:
                 damaged.append(str(error))
                 continue
-            restore(trainer, candidate, contents)
-            self.step = trainer.step
-            say(*damaged, f"continuing from {candidate}")
-            return
+            say(*damaged)
+            return candidate, contents
         if damaged:
             raise ConfigError("no checkpoint can be read: " + "; ".join(damaged))
-        say(f"no checkpoint in {self.folder} yet: starting at step 0")
+        return None
 
     @parallel.main_only
     def wind_back(self, path: Path) -> None:
@@ -170,7 +177,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def say(*lines: str) -> None:
-    if parallel.is_main():
+    if lines and parallel.is_main():
         print(*lines, sep="\n", flush=True)
 
 
@@ -179,7 +186,7 @@ def write_files(folder: Path, trainer: SafeTrainer, policy: dict[str, Tensor], o
     if trainer.policy.is_lora:
         adapters.save(model, folder / "policy", policy, trainer.policy.resized_vocabulary)
     else:
-        model.save_pretrained(folder / "policy", state_dict=policy)
+        save_whole(model, folder / "policy", policy)
     trainer.tokenizer.save_pretrained(folder / "policy")
     torch.save(optimizers, folder / "optimizers.pt")
     if trainer.critic is not None:
@@ -191,6 +198,13 @@ def write_files(folder: Path, trainer: SafeTrainer, policy: dict[str, Tensor], o
     (folder / "state.json").write_text(json.dumps(state(trainer), indent=2))
     for path in (folder, *folder.rglob("*")):
         flush(path)
+
+
+def save_whole(model: Any, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes the model with its own settings for generation, which transformers would refuse if it finds them odd."""
+    with plain_generation(model):
+        model.save_pretrained(folder, state_dict=weights)
+    model.generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
 
 
 def read(path: Path, policy: Policy) -> Contents:
@@ -217,6 +231,16 @@ def read(path: Path, policy: Policy) -> Contents:
         raise Damaged(f"{path} is damaged: {type(error).__name__}: {error}") from error
     check_adapters(policy, settings, path)
     return contents
+
+
+def named(path: Path, policy: Policy) -> Contents:
+    """The contents of the one checkpoint that was asked for."""
+    try:
+        return read(path, policy)
+    except Damaged as error:
+        raise ConfigError(
+            f"{error}; --resume takes the newest that can be read, as does eval without a name"
+        ) from error
 
 
 def check_adapters(policy: Policy, saved: Mapping[str, Any], path: Path) -> None:
@@ -250,16 +274,56 @@ def check_seed(trainer: SafeTrainer, saved: Mapping[str, Any], path: Path) -> No
 
 def position(trainer: SafeTrainer, saved: Mapping[str, Any]) -> int:
     """Where the stream of prompts goes on; another data set begins at its beginning."""
-    before = saved.get("prompts") or {"position": trainer.position(saved["step"]), "rows": trainer.prompts.known_length}
-    if before["rows"] == trainer.prompts.known_length:
-        return before["position"]
-    now, then = (rows or "an unknown number of" for rows in (trainer.prompts.known_length, before["rows"]))
-    say(f"the data set has {now} rows, and had {then}: it starts from its beginning")
-    return 0
+    prompts = trainer.prompts
+    before = saved.get("prompts") or {"position": trainer.position(saved["step"]), "rows": prompts.total}
+    if before["rows"] != prompts.total:
+        now, then = (rows or "an unknown number of" for rows in (prompts.total, before["rows"]))
+        say(f"the data set has {now} rows, and had {then}: it starts from its beginning")
+        return 0
+    visited = before.get("visited")
+    if visited is not None and before["fingerprint"] != prompts.fingerprint(visited):
+        say("the data set has other prompts than before, or has them in another order: it starts from its beginning")
+        return 0
+    return before["position"]
+
+
+def prompts_state(trainer: SafeTrainer) -> dict[str, Any]:
+    """Where the stream of prompts is, and what tells it from another."""
+    prompts = trainer.prompts
+    return {
+        "position": trainer.position(trainer.step),
+        "rows": prompts.total,
+        "visited": prompts.visited,
+        "fingerprint": prompts.fingerprint(prompts.visited),
+    }
 
 
 def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     check_seed(trainer, contents.state, path)
+    restore_policy(trainer, path, contents)
+    try:
+        if trainer.critic is not None:
+            trainer.critic.load_state_dict(contents.critic)
+        # A run that goes on with another learning rate than before has to get it.
+        own = {"optimizer": options(trainer.policy, trainer.device, trainer.args)}
+        own["critic_optimizer"] = {"lr": trainer.args.critic_learning_rate}
+        for name, saved in contents.optimizers.items():
+            saved["param_groups"] = [group | own[name] for group in saved["param_groups"]]
+            optimizers(trainer)[name].load_state_dict(saved)
+    except UNFITTING as error:
+        raise ConfigError(f"{path} does not fit this run's settings: {error}") from error
+    values = contents.state
+    trainer.known_position = values["step"], position(trainer, values)
+    trainer.step, trainer.bad_steps = values["step"], values["bad_steps"]
+    trainer.best_reward = values.get("best_reward")
+    events.load_state_dict(trainer, values.get("callbacks", {}))
+    trainer.reward_moments = trainer.make_moments(**values["reward_moments"])
+    trainer.controller.load_state_dict(values["controller"])
+    restore_generators(contents.random, values["random"])
+
+
+def restore_policy(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
+    """The policy and its reference, which is all that an evaluation needs."""
     sharding.reshard(trainer.policy)
     if "weights" in contents.identity:
         check_identity(contents.identity, trainer.identity, path)
@@ -269,23 +333,8 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
         restore_reference(trainer, contents.handed_over)
         with trainer.engine.writable():
             load_policy(trainer.policy, contents.policy)
-        if trainer.critic is not None:
-            trainer.critic.load_state_dict(contents.critic)
-        # A run that goes on with another learning rate than before has to get it.
-        own = {"optimizer": options(trainer.policy, trainer.device, trainer.args)}
-        own["critic_optimizer"] = {"lr": trainer.args.critic_learning_rate}
-        for name, saved in contents.optimizers.items():
-            saved["param_groups"] = [group | own[name] for group in saved["param_groups"]]
-            optimizers(trainer)[name].load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+    except UNFITTING as error:
         raise ConfigError(f"{path} does not fit this run's settings: {error}") from error
-    values = contents.state
-    trainer.known_position = values["step"], position(trainer, values)
-    trainer.step, trainer.bad_steps = values["step"], values["bad_steps"]
-    trainer.best_reward = values.get("best_reward")
-    trainer.reward_moments = trainer.make_moments(**values["reward_moments"])
-    trainer.controller.load_state_dict(values["controller"])
-    restore_generators(contents.random, values["random"])
 
 
 def restore_reference(trainer: SafeTrainer, adapter: Mapping[str, Tensor]) -> None:
@@ -315,9 +364,10 @@ def state(trainer: SafeTrainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
         "seed": trainer.args.seed,
-        "prompts": {"position": trainer.position(trainer.step), "rows": trainer.prompts.known_length},
+        "prompts": prompts_state(trainer),
         "bad_steps": trainer.bad_steps,
         "best_reward": trainer.best_reward,
+        "callbacks": events.state_dict(trainer),
         "reward_moments": asdict(trainer.reward_moments),
         "controller": trainer.controller.state_dict(),
         "random": python_generators(),

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
-from safe_kernels.integrations.transformers import logit_transform, own_logits, text_config
+from safe_kernels.integrations.transformers import (
+    PROBE_TOKENS,
+    head_replaced,
+    logit_transform,
+    own_logits,
+    plain_ids,
+    text_config,
+)
 from safe_train import losses, parallel
 from safe_train.attention import as_published
 from safe_train.config import ConfigError, SafeConfig
@@ -22,21 +32,69 @@ if TYPE_CHECKING:
 LARGEST_HEAD_GAP = 1e-3  # nats
 
 
-def check_positions(model: Any, args: SafeConfig) -> None:
-    """Sequences must fit the positions, and be shorter than what a RoPE that depends on the whole batch changes at."""
-    config, total = text_config(model), args.max_prompt_tokens + args.max_new_tokens
+# The names that configs have for the number of positions, in transformers and in models that bring their own code.
+POSITIONS = (
+    *("max_position_embeddings", "n_positions", "max_target_positions", "max_sequence_length", "max_seq_len"),
+    *("max_seq_length", "n_ctx", "model_max_length"),
+)
+
+
+def check_positions(config: Any, args: SafeConfig, name: str) -> None:
+    """Sequences must fit the positions, and be shorter than what a RoPE that depends on the whole batch changes at.
+
+    `config` is that of the model `name`, which need not be loaded.
+    """
+    config, total = text_config(SimpleNamespace(config=config)), args.max_prompt_tokens + args.max_new_tokens
     given = f"got {args.max_prompt_tokens} + {args.max_new_tokens}; lower max_prompt_tokens"
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and 0 < longest < total:  # XLNet's -1 is no limit
+    found = ((setting, getattr(config, setting, None)) for setting in POSITIONS)
+    setting, longest = next(((each, n) for each, n in found if isinstance(n, int)), ("", -1))
+    if 0 < longest < total:  # XLNet's -1 is no limit
         raise ConfigError(
-            f"max_prompt_tokens + max_new_tokens must be at most {longest}, the positions that {type(model).__name__} "
-            f"has, {given}"
+            f"max_prompt_tokens + max_new_tokens must be at most {longest}, the positions that {name} has "
+            f"({setting}), {given}"
         )
     kind, limit = changing_rope(config)
     if limit is not None and total > limit:
         raise ConfigError(
-            f"max_prompt_tokens + max_new_tokens must be at most {limit} for {type(model).__name__}: its rope_type "
-            f"{kind} turns a token otherwise when any sequence of its batch is longer, {given}"
+            f"max_prompt_tokens + max_new_tokens must be at most {limit} for {name}: its rope_type {kind} turns a "
+            f"token otherwise when any sequence of its batch is longer, {given}"
+        )
+
+
+FORWARD = ("input_ids", "attention_mask", "use_cache")  # as `model.generate` calls it
+
+
+def check_forward(model: Any) -> None:
+    """Refuses a forward that cannot be called as transformers' generation calls it."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    absent = [each for each in FORWARD if each not in parameters and not takes_all]
+    if absent:
+        raise ConfigError(
+            f"{type(model).__name__} cannot be trained: its forward must take {', '.join(FORWARD)}, and does not take "
+            f"{', '.join(absent)}; add what is missing to its forward, or **kwargs where it makes no difference"
+        )
+
+
+@torch.no_grad()
+def check_output(model: Any) -> None:
+    """Refuses a forward that fails on text, or returns something else than what generation and the checks read."""
+    name, advice = type(model).__name__, "change its forward, or set model.config.return_dict = True if that is off"
+    ids = torch.tensor([plain_ids(model, PROBE_TOKENS)], device=model.device)
+    with head_replaced(model, lambda x: x.new_zeros(*x.shape[:-1], 1)):
+        try:
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the code of the model raises
+            raise ConfigError(
+                f"{name} cannot be trained: its forward must run on {', '.join(FORWARD)} alone, and fails with "
+                f"{type(error).__name__}: {str(error):.200}; {advice}"
+            ) from error
+    if not isinstance(output, ModelOutput) or not isinstance(getattr(output, "logits", None), Tensor):
+        raise ConfigError(
+            f"{name} cannot be trained: its forward must return a ModelOutput with logits, such as "
+            f"CausalLMOutputWithPast, and returned a {type(output).__name__}; {advice}"
         )
 
 
@@ -63,6 +121,7 @@ def check_head(policy: Policy) -> None:
     model = policy.causal_lm
     with as_published(model):
         try:
+            check_output(model)
             check_causal(model)
             policy.logit_transform = logit_transform(model)
             gap = head_gap(policy, probes(model)[:1])
@@ -148,7 +207,8 @@ def head_gap(policy: Policy, sequences: list[list[int]] | None = None) -> float:
         with as_published(policy.causal_lm):  # `varlen` runs on packed sequences alone
             hidden_BTH, logits_BTV = own_logits(policy.causal_lm, **inputs)
         own = logits_BTV[0, :-1].log_softmax(-1).gather(-1, ids_T[1:, None])[:, 0]
-        gaps.append((losses.logprobs(hidden_BTH[0, :-1], policy.head(), ids_T[1:]) - own).abs().max())
+        head = policy.head() | {"temperature": 1.0}
+        gaps.append((losses.logprobs(hidden_BTH[0, :-1], head, ids_T[1:]) - own).abs().max())
     return torch.stack(gaps).max().item()
 
 

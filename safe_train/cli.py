@@ -1,4 +1,4 @@
-"""The command `safe-train`: run, demo, eval, report, config."""
+"""The command `safe-train`: check, run, demo, eval, export, report, config."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"safe-train needs the package {error.name!r}, which this brings: pip install 'safe-kernels[train]'")
 
+
+DTYPES = ("bf16", "fp16", "fp32", "bfloat16", "float16", "float32")
 
 EXIT_STATUSES = (
     "Exit status: 0 done; 1 failed, with a traceback; 2 a setting, model, data set, reward or folder that cannot be "
@@ -70,16 +72,51 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="key=value")
     run.set_defaults(command=command_run)
 
+    check = commands.add_parser(
+        "check",
+        help="all that a run does before its first step",
+        description="Check settings, folder, prompts, rewards and tokenizer, then the model, as `run` would; print "
+        "what the run would do, with the memory that it needs and the reward of one completion; and stop.",
+    )
+    check.add_argument("words", nargs="*", metavar="CONFIG key=value", help="the arguments of `run`")
+    check.add_argument("--config", help="YAML file, or the name of a shipped one")
+    check.add_argument("--overwrite", action="store_true", help="as if for a run that replaces the one in output_dir")
+    check.set_defaults(command=command_check, overrides=[])
+
     demo = commands.add_parser("demo", help="train a small model on this computer, in minutes")
     demo.add_argument("--model", help="a Hub model instead of the one that is installed with the demo")
     demo.add_argument("--control", action="store_true", help="the control experiment: shuffled advantages")
     demo.add_argument("overrides", nargs="*", metavar="key=value")
     demo.set_defaults(command=command_demo)
 
-    evaluation = commands.add_parser("eval", help="evaluate a run's newest checkpoint on held-out prompts")
-    evaluation.add_argument("run", type=home_path)
+    evaluation = commands.add_parser(
+        "eval",
+        help="evaluate a run, a checkpoint or any model on held-out prompts",
+        description="Evaluate on the prompts of eval_dataset: a run's newest checkpoint, one of its checkpoints, or, "
+        "without a run, a model or an adapter (a folder, or a name of the Hub) with the settings given.",
+    )
+    evaluation.add_argument("what", metavar="RUN|CHECKPOINT|MODEL")
+    evaluation.add_argument("--checkpoint", metavar="STEP", help="of the run: a step's number, or best")
+    evaluation.add_argument("--config", help="settings for what is no run: YAML file, or the name of a shipped one")
+    evaluation.add_argument("--output", type=home_path, help="folder to write (default: eval/..., in the run if any)")
     evaluation.add_argument("overrides", nargs="*", metavar="key=value")
     evaluation.set_defaults(command=command_eval)
+
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint as a folder that transformers and vLLM load",
+        description="Write the policy of a run's newest checkpoint as a folder that transformers and vLLM load, with "
+        "tokenizer, chat template and generation config. It is loaded again and compared before it gets its name.",
+    )
+    export.add_argument("run", metavar="RUN|CHECKPOINT")
+    export.add_argument("output", type=home_path, metavar="OUT")
+    export.add_argument("--checkpoint", metavar="STEP", help="a step's number, or best (default: the newest)")
+    export.add_argument("--merge", action="store_true", help="a whole model, with the adapter added to its weights")
+    export.add_argument("--dtype", choices=DTYPES, help="of a whole model (default: as in training)")
+    export.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as model=NAME, for another base's place"
+    )
+    export.set_defaults(command=command_export)
 
     report = commands.add_parser("report", help="draw one run, or several overlaid")
     report.add_argument("runs", type=home_path, nargs="+")
@@ -112,6 +149,26 @@ def command_run(arguments: argparse.Namespace) -> None:
     trainer.train(resume_from_checkpoint=resume)
     if parallel.is_main():
         print(f"report: {Path(args.output_dir) / 'report.png'}")
+
+
+def command_check(arguments: argparse.Namespace) -> None:
+    from safe_train import parallel
+    from safe_train.dry_run import check
+    from safe_train.paper import make_trainer
+    from safe_train.run_folder import refuse_existing, refuse_foreign
+
+    words, config = [*arguments.words, *arguments.overrides], arguments.config
+    if config is None and words and "=" not in words[0]:
+        config = words.pop(0)
+    args = SafeConfig.load(config, words)
+    (refuse_foreign if arguments.overwrite else refuse_existing)(Path(args.output_dir))
+    trainer = make_trainer(args, eval_dataset=args.eval_dataset)
+    try:
+        found = check(trainer)
+    finally:
+        trainer.folder_lock.release()
+    if parallel.is_main():
+        print(found)
 
 
 def run_settings(arguments: argparse.Namespace) -> SafeConfig:
@@ -147,38 +204,37 @@ def command_demo(arguments: argparse.Namespace) -> None:
         remove_run(folder)
     trainer.train()
     after = trainer.evaluate()
-    print(f"\n{comparison(before, after)}\n")
+    print(f"\n{comparison({'before': before, 'after': after})}\n")
     for prompt, text in list(zip(after.rollout.prompts, after.rollout.texts, strict=True))[:4]:
         print(f"  {prompt.text!r} ->{text!r}")
     print(f"\n{perf_counter() - started:.0f} s; report: {folder / 'report.png'}")
 
 
 def command_eval(arguments: argparse.Namespace) -> None:
-    from safe_train import parallel
-    from safe_train.checkpoint import Checkpoints
-    from safe_train.evaluation import comparison
+    from safe_train import parallel, subject
+    from safe_train.evaluation import comparison, save
     from safe_train.paper import make_trainer
-    from safe_train.run_folder import strict_json
 
-    config = arguments.run / "config.yaml"
-    if not config.is_file():
-        raise ConfigError(f"{arguments.run} is not a run folder: it has no config.yaml")
-    args = SafeConfig.load(config, [f"output_dir={arguments.run}", *arguments.overrides])
-    checkpoints = Checkpoints(args.output_dir, args.keep_checkpoints)
-    if not checkpoints.complete():
-        raise ConfigError(f"{arguments.run} has no complete checkpoint")
+    found = subject.find(arguments.what, arguments.checkpoint, arguments.config, arguments.overrides)
     with tempfile.TemporaryDirectory() as elsewhere:  # the run may be going on, and goes on
-        # No training prompts are needed.
-        args = dataclasses.replace(args, dataset=args.eval_dataset or args.dataset, output_dir=elsewhere)
-        trainer = make_trainer(args)
-        before = trainer.evaluate()
-        checkpoints.load(trainer)
-        after = trainer.evaluate()
-    if not parallel.is_main():
-        return
-    print(comparison(before, after))
-    result = {"step": trainer.step, "before": before.numbers(), "after": after.numbers()}
-    (arguments.run / "evaluation.json").write_text(strict_json(result, indent=2) + "\n")
+        trainer = make_trainer(subject.for_evaluation(found, elsewhere), **found.objects())
+        evaluations, step = {"before" if found.run else "now": trainer.evaluate()}, 0
+        if found.run is not None:
+            step = found.restore(trainer)
+            evaluations["after"] = trainer.evaluate()
+    name = f"step-{step}" if found.run is not None else found.name
+    folder = arguments.output or (found.run or Path()) / "eval" / name
+    save(folder, evaluations, step)
+    if parallel.is_main():
+        print(f"{comparison(evaluations)}\n{folder / 'evaluation.jsonl'}")
+
+
+def command_export(arguments: argparse.Namespace) -> None:
+    from safe_train import subject
+    from safe_train.export import export
+
+    found = subject.find(arguments.run, arguments.checkpoint, None, arguments.overrides)
+    print(export(found, arguments.output, merge=arguments.merge, dtype=arguments.dtype))
 
 
 def command_report(arguments: argparse.Namespace) -> None:

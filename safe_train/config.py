@@ -30,6 +30,8 @@ CHOICES = {
     "kl_estimator": ("exact", "k2", "k3"),
     "prompt_as": ("text", "user"),
     "on_bad_row": ("error", "skip"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum", "min", "mean_minus_variance"),
+    "reward_dtype": ("auto", "float32", "bfloat16"),
     "lr_scheduler_type": ("constant", "linear", "cosine"),
     "reference": ("initial", "base"),
     "generation": ("hf", "vllm"),
@@ -112,8 +114,18 @@ class SafeConfig:
     eval_dataset: str | None = option(None, "held-out prompts for `safe-train eval` and eval_every")
     reward: list[str] = option([], "vader, file.py:function, package.module:function, URL, or classifier's name")
     reward_weights: list[float] | None = option(None, "one weight a reward (default: all 1)")
-    reward_timeout: float = option(60.0, "seconds to wait for a reward server")
+    multi_objective_aggregation: str = option(
+        "sum_then_normalize",
+        "several rewards: sum_then_normalize | normalize_then_sum: each within its group (grpo) | min | "
+        "mean_minus_variance",
+    )
+    reward_variance_coef: float = option(0.1, "mean_minus_variance: what the variance of the rewards costs")
+    reward_skip_special_tokens: bool = option(True, "special tokens are no part of the completions that rewards see")
+    reward_dtype: str = option("auto", "dtype of classifiers: auto = bfloat16 on a GPU, else float32")
+    reward_batch_size: int | None = option(None, "texts that a classifier scores together (default: 32 on a GPU, 16)")
+    reward_timeout: float = option(60.0, "seconds to wait for each answer of a reward server")
     reward_retries: int = option(5, "further attempts, ever later, when a reward server is down or busy")
+    async_reward_timeout: float = option(600.0, "seconds that an async reward has for its share of a rollout")
     output_dir: str = option("runs/safe", "run folder")
     seed: int = option(0, "seed of sampling, prompt order and initialisation")
     total_steps: int = option(1000, "rollouts; each is followed by inner_epochs passes of optimisation")
@@ -142,6 +154,9 @@ class SafeConfig:
     dtype: str = option(
         "auto", "dtype of the weights: auto = bfloat16 for LoRA on a GPU, else float32 (FSDP2 computes in bfloat16)"
     )
+    load_in_4bit: bool = option(
+        False, "QLoRA: the frozen weights in 4 bits (NF4, double quantisation), by bitsandbytes on a GPU"
+    )
     attn_implementation: str = option(
         "auto", "flash_attention_3 | flash_attention_2 | varlen (PyTorch's) | sdpa | flex_attention | eager | auto"
     )
@@ -169,8 +184,11 @@ class SafeConfig:
     completions_per_prompt: int = option(1, "completions of each prompt")
     max_prompt_tokens: int = option(512, "longer prompts lose their beginning: chats their first turns")
     max_new_tokens: int = option(128, "longest completion")
-    temperature: float = option(1.0, "must be 1: the scored policy has to be the sampled one")
-    top_k: int = option(0, "must be 0, for the same reason; the published algorithms sampled with 50")
+    temperature: float = option(
+        1.0,
+        "divides the logits of policy and reference, sampled and scored: log-probs, entropy and KL are of those",
+    )
+    top_k: int = option(0, "must be 0: log-probs within the kept tokens are not there yet; as published: 50")
     top_p: float = option(1.0, "must be 1, for the same reason")
     missing_eos_penalty: float = option(0.0, "charged to a completion that never ended, in units of normalised rewards")
     stop_tokens: list[str] | None = option(
@@ -255,6 +273,9 @@ class SafeConfig:
     save_best: bool = option(False, "also keep the checkpoint with the best evaluation reward, in best/")
     eval_every: int = option(0, "steps between evaluations on eval_dataset (0: never)")
     eval_completions: int = option(64, "completions in an evaluation")
+    eval_completions_per_prompt: int = option(1, "of which so many have the same prompt")
+    eval_pass_at: list[int] = option([], "evaluations also give pass@k for these k, up to eval_completions_per_prompt")
+    pass_reward: float = option(1.0, "a completion passes with at least this reward")
     samples_every: int = option(10, "steps between rows of samples.jsonl")
     ddp_timeout: float = option(1800.0, "seconds that a process waits for the others before the run stops")
     report_to: list[str] = option([], "accelerate trackers: tensorboard, wandb, trackio, mlflow")

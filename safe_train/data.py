@@ -103,6 +103,7 @@ class MicroBatch:
     target_values_KL: Tensor
     advantage_L: Tensor
     returns_L: Tensor
+    is_scored_L: Tensor  # False where no reward applies to the completion
 
 
 def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -29,7 +29,7 @@ class Experience:
 
     def __init__(self, policy: Policy, critic: Critic | None, rollout: Rollout, args: SafeConfig, device: torch.device):
         self.args, self.critic, self.device = args, critic, device
-        count = len(rollout.completions)
+        count = self.count = len(rollout.completions)
         size = args.minibatch_size or count
         order = torch.randperm(count).tolist()
         self.minibatches = [
@@ -48,10 +48,15 @@ class Experience:
         return parallel.gather(torch.cat([getattr(micro, name) for micro in self], dim=-1))
 
     def compute_advantages(self, reward_B: Tensor, kl_charge: float) -> None:
-        """Fills in advantages and returns from the completions' rewards and a charge per nat of sampled KL."""
+        """Fills in advantages and returns from the completions' rewards and a charge per nat of sampled KL.
+
+        A completion whose reward is nan has advantage 0, is no target of the critic, and is left out of what others
+        are compared with.
+        """
         if self.critic is None:
-            groups_B = losses.group_advantages(reward_B, self.args.completions_per_prompt)
-            reward_B = groups_B.float().to(self.device)
+            is_normal = self.args.multi_objective_aggregation == "normalize_then_sum"  # within the groups
+            size = len(reward_B) if is_normal else self.args.completions_per_prompt
+            reward_B = losses.group_advantages(reward_B, size).float().to(self.device)
         for micro in self:
             if not micro.indices:
                 continue
@@ -60,13 +65,16 @@ class Experience:
                 micro.advantage_L = losses.per_token(own_B, boundaries)
             else:
                 charge_L = kl_charge * (micro.logprob_L - micro.ref_logprob_L)
-                rewards_L = losses.token_rewards(own_B, boundaries, charge_L)
+                rewards_L = losses.token_rewards(own_B.nan_to_num(), boundaries, charge_L)
                 micro.advantage_L, micro.returns_L = value_targets(self.critic, micro, rewards_L, self.args)
+                micro.is_scored_L = losses.per_token(~own_B.isnan(), boundaries)
         if self.critic is not None:
-            advantages = self.tokens("advantage_L")
-            mean, variance = advantages.mean(), advantages.var(correction=0)
+            scored = self.tokens("advantage_L")[self.tokens("is_scored_L")]
+            if len(scored):
+                mean, variance = scored.mean(), scored.var(correction=0)
             for micro in self:
-                micro.advantage_L = losses.whiten(micro.advantage_L, mean, variance)
+                whitened_L = losses.whiten(micro.advantage_L, mean, variance) if len(scored) else micro.advantage_L
+                micro.advantage_L = whitened_L.masked_fill(~micro.is_scored_L, 0.0)
 
 
 def gathered(rollout: Rollout) -> Rollout:
@@ -127,6 +135,7 @@ def score(
         target_values_KL=absent if critic is None else critic.target(states_LH),
         advantage_L=torch.zeros_like(stats.logprob),
         returns_L=torch.zeros_like(stats.logprob),
+        is_scored_L=torch.ones_like(stats.logprob, dtype=torch.bool),
     )
 
 

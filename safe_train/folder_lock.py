@@ -35,7 +35,7 @@ class FolderLock:
 
     descriptors: ClassVar[dict[str, int]] = {}  # of this process, by path
     holders: ClassVar[dict[str, set[int]]] = {}
-    made: ClassVar[set[str]] = set()  # in folders that this process made for them
+    made: ClassVar[dict[str, list[Path]]] = {}  # the folders that this process made for them, the innermost first
 
     def __init__(self, folder: Path):
         self.path = os.path.realpath(folder / NAME)
@@ -43,25 +43,20 @@ class FolderLock:
     @parallel.main_only
     def acquire(self) -> None:
         if self.path not in self.descriptors:
-            folder = os.path.dirname(self.path)
-            is_new = not os.path.exists(folder)
+            new = [folder for folder in Path(self.path).parents if not folder.exists()]
             try:
                 self.descriptors[self.path] = locked(Path(self.path))
             except ConfigError:
-                if is_new:
-                    with contextlib.suppress(OSError):  # there is none, or another process has filled it
-                        os.rmdir(folder)
+                remove_empty(new)
                 raise
-            if is_new:
-                self.made.add(self.path)
+            self.made[self.path] = new
         self.holders.setdefault(self.path, set()).add(id(self))
 
     def release(self) -> None:
         holders = self.holders.get(self.path, set())
         holders.discard(id(self))
         if not holders and self.path in self.descriptors:
-            leave(Path(self.path), self.descriptors.pop(self.path), self.path in self.made)
-            self.made.discard(self.path)
+            leave(Path(self.path), self.descriptors.pop(self.path), self.made.pop(self.path, []))
 
     def __del__(self) -> None:
         self.release()
@@ -112,7 +107,7 @@ def locked(path: Path) -> int:
         ) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
-            leave(path, descriptor, made=False)
+            leave(path, descriptor, made=[])
             raise ConfigError(f"cannot write in output_dir {str(path.parent)!r}: {error}") from error
         print(f"{path.parent} is on a file system without locks: nothing keeps a second run out of it", flush=True)
     return descriptor
@@ -139,16 +134,19 @@ def described(owner: str) -> str:
         return "another process"
 
 
-def leave(path: Path, descriptor: int, made: bool) -> None:
-    """Gives the lock back, and takes away a folder that was made for it and that nothing was written to."""
-    try:
+def leave(path: Path, descriptor: int, made: list[Path]) -> None:
+    """Gives the lock back, and takes away folders that were made for it and that nothing was written to."""
+    with contextlib.suppress(OSError):
         if is_at(descriptor, path):
             path.unlink()
-            if made:
-                path.parent.rmdir()
-    except OSError:  # the folder holds something
-        pass
+            remove_empty(made)
     os.close(descriptor)
+
+
+def remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):  # there is none, or it holds something
+        for folder in folders:
+            folder.rmdir()
 
 
 def forget() -> None:

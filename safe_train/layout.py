@@ -84,9 +84,9 @@ def windows(config: Any) -> str:
     return next((f"{name} {getattr(config, name)}" for name in WINDOWS if getattr(config, name, None)), "")
 
 
-def largest_gap(dtype: torch.dtype) -> float:
-    """Of a forward in `dtype`."""
-    return LARGEST_GAP.get(dtype, LARGEST_GAP_OF_16_BITS)
+def largest_gap(dtype: torch.dtype, temperature: float = 1.0) -> float:
+    """Of a forward in `dtype`. A temperature below 1 multiplies the logits, and with them their rounding."""
+    return LARGEST_GAP.get(dtype, LARGEST_GAP_OF_16_BITS) / min(1.0, temperature)
 
 
 def response_states(model: Any, batch: TokenBatch, layout: str) -> Tensor:

@@ -23,6 +23,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 PAPER = ("safe_paper", "asymmetric_paper", "ppo_paper")  # as published: see paper.py
 
+NO_FILTERS = (
+    "of tokens drawn from a part of the vocabulary, log-probs within that part are needed, which the kernels do not "
+    "compute yet: ratios and KL would be another policy's. For likelier tokens lower temperature, which is exact"
+)
+
 # What the published algorithms fix, or do not have.
 NOT_IN_PAPER = """
 beta kl_estimator kl_in_reward kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef entropy_gate gate_min
@@ -40,20 +45,21 @@ BOUNDS = (
         lambda x: x >= 1,
         "total_steps prompts_per_step completions_per_prompt max_prompt_tokens max_new_tokens inner_epochs "
         "minibatch_size max_tokens_per_microbatch max_bad_steps window lora_alpha lora_last_layers save_every "
-        "keep_checkpoints eval_completions samples_every generation_batch_size importance_cap",
+        "keep_checkpoints eval_completions eval_completions_per_prompt reward_batch_size samples_every "
+        "generation_batch_size importance_cap",
     ),
     (
         "positive",
         lambda x: x > 0,
         "alpha learning_rate critic_learning_rate huber_delta max_grad_norm critic_max_grad_norm value_clip "
-        "max_preview_kl max_sampler_gap reward_timeout ddp_timeout",
+        "max_preview_kl max_sampler_gap reward_timeout async_reward_timeout ddp_timeout",
     ),
     (
         "at least 0",
         lambda x: x >= 0,
         "entropy_coef beta kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef lora_r eval_every "
         "weight_decay value_coef clip_low clip_high pid_kp pid_ki pid_kd missing_eos_penalty gate_min entropy_floor "
-        "kl_threshold kl_threshold_min reward_retries top_k warmup_steps stop_kl",
+        "kl_threshold kl_threshold_min reward_retries reward_variance_coef top_k warmup_steps stop_kl",
     ),
     (f"from 0 to {2**32 - 1}, as NumPy's seeds are", lambda x: 0 <= x < 2**32, "seed"),
     (
@@ -61,12 +67,12 @@ BOUNDS = (
         math.isfinite,
         "learning_rate critic_learning_rate beta kl_excess_coef kl_momentum_coef kl_integral_coef kl_penalty_coef "
         "entropy_coef value_coef weight_decay alpha pid_kp pid_ki pid_kd missing_eos_penalty reward_timeout "
-        "ddp_timeout",
+        "ddp_timeout async_reward_timeout reward_variance_coef pass_reward",
     ),
     ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
     ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short ema_long adam_beta1 adam_beta2"),
-    ("1: samples must come from the policy that is scored", lambda x: x == 1, "temperature top_p"),
+    ("a finite number of at least 0.01", lambda x: 0.01 <= x < math.inf, "temperature"),
 )
 
 
@@ -85,6 +91,12 @@ def check(c: SafeConfig, choices: Mapping[str, Sequence[str]]) -> None:
             require(value is None or holds(value), name, needed)
     for name in ("lora_alpha", "lora_last_layers", "lora_target_modules"):
         require(c.lora_r > 0 or getattr(c, name) is None, name, "null with lora_r 0, which trains all parameters")
+    require(not c.load_in_4bit or c.lora_r > 0, "load_in_4bit", "false with lora_r 0, which trains the weights")
+    require(
+        not c.load_in_4bit or c.generation == "hf",
+        "load_in_4bit",
+        "false with generation vllm, which takes whole weights",
+    )
     require(c.lora_target_modules != [], "lora_target_modules", "null for all linear layers, or some of their names")
     require(not c.save_best or c.eval_every > 0, "save_best", "false without eval_every: evaluations say what is best")
     low, high = c.kl_threshold_min, c.kl_threshold_max
@@ -94,6 +106,17 @@ def check(c: SafeConfig, choices: Mapping[str, Sequence[str]]) -> None:
         c.stop_strings is None or c.generation == "hf", "stop_strings", "null with generation vllm; set stop_tokens"
     )
     require(c.stop_strings is None or all(c.stop_strings), "stop_strings", "texts that are not empty")
+    per_prompt = c.eval_completions_per_prompt
+    require(
+        all(1 <= k <= per_prompt for k in c.eval_pass_at),
+        "eval_pass_at",
+        f"numbers from 1 to eval_completions_per_prompt {per_prompt}",
+    )
+    require(
+        c.multi_objective_aggregation != "normalize_then_sum" or c.algorithm == "grpo",
+        "multi_objective_aggregation",
+        "sum_then_normalize, min or mean_minus_variance without the groups of algorithm grpo",
+    )
     size = c.completions_per_step
     require(c.minibatch_size is None or c.minibatch_size <= size, "minibatch_size", f"at most the {size} of a rollout")
     if c.algorithm == "grpo":
@@ -104,12 +127,20 @@ def check(c: SafeConfig, choices: Mapping[str, Sequence[str]]) -> None:
     if c.algorithm in PAPER:
         check_paper(c, require)
     else:
-        require(c.top_k == 0, "top_k", "0: samples must come from the policy that is scored")
+        require_unfiltered(c, "top_k", 0)
         require(c.controller not in PAPER, "controller", f"safe or fixed for {c.algorithm}")
+    if c.generation == "vllm" and c.top_k:
+        require(c.temperature == 1, "temperature", "1 with generation vllm and top_k, whose log-probs vLLM lacks")
+    require_unfiltered(c, "top_p", 1.0)
     exact = c.kl_estimator == "exact"
     require(exact or c.kl_penalty_coef == 0, "kl_estimator", "exact when kl_penalty_coef is set")
     require(exact or not c.kl_in_reward, "kl_estimator", "exact when kl_in_reward is set")
     require(not c.kl_in_reward or c.critic != "none", "kl_in_reward", "false without a critic")
+
+
+def require_unfiltered(c: SafeConfig, name: str, off: float) -> None:
+    if getattr(c, name) != off:
+        raise ConfigError(f"{name} must be {off:g}, got {getattr(c, name)!r}: {NO_FILTERS}")
 
 
 def check_paper(c: SafeConfig, require: Callable[[bool, str, str], None]) -> None:

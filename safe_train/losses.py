@@ -98,12 +98,13 @@ def value_loss(values_KL: Tensor, micro: MicroBatch, weight_L: Tensor, args: Saf
     """Mean over the K heads of the clipped Huber loss, summed over the tokens with their weights.
 
     Each head regresses the returns by itself; moving further than `value_clip` from the rollout's value gains nothing.
+    A completion that no reward applies to has no returns.
     """
     clipped_KL = micro.values_KL + (values_KL - micro.values_KL).clamp(-args.value_clip, args.value_clip)
     target_KL = micro.returns_L.expand_as(values_KL)
     plain = huber_loss(values_KL, target_KL, reduction="none", delta=args.huber_delta)
     clipped = huber_loss(clipped_KL, target_KL, reduction="none", delta=args.huber_delta)
-    return (torch.maximum(plain, clipped).mean(0) * weight_L).sum()
+    return (torch.maximum(plain, clipped).mean(0) * weight_L * micro.is_scored_L).sum()
 
 
 def means(policy: PolicyLoss, value_loss: Tensor, micro: MicroBatch, weight_L: Tensor) -> dict[str, Tensor]:
@@ -134,12 +135,15 @@ def per_token(values_B: Tensor, response_cu_seqlens: Tensor) -> Tensor:
 def group_advantages(reward_B: Tensor, group_size: int) -> Tensor:
     """GRPO: rewards standardised within the completions of a prompt; 0 where they are all equal.
 
-    The first of a group is subtracted before the mean is taken, which would be rounded: equal rewards give exactly 0.
+    A reward that is nan is left out of its group's mean and standard deviation, and gets 0. The first of a group is
+    subtracted before the mean is taken, which would be rounded: equal rewards give exactly 0.
     """
     groups = reward_B.view(-1, group_size)
-    groups = groups - groups[:, :1]
-    centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True) + 1e-4)).view(-1)
+    known = ~groups.isnan()
+    groups = groups - groups.gather(1, known.int().argmax(1, keepdim=True))
+    centred = (groups - groups.nanmean(1, keepdim=True)).nan_to_num()
+    degrees = (known.sum(1, keepdim=True) - 1).clamp(min=1)
+    return (centred / ((centred.square().sum(1, keepdim=True) / degrees).sqrt() + 1e-4)).view(-1)
 
 
 def whiten(values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ Shape legend: L response tokens, B completions, K value heads.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,23 +18,21 @@ from safe_train import parallel
 from safe_train.controller import Control
 from safe_train.experience import Experience
 from safe_train.losses import k3
+from safe_train.rewards import Scores, distinct
 from safe_train.rollout import Rollout
 
 
 def step_metrics(
     rollout: Rollout,
-    rewards: dict[str, Tensor],
+    rewards: Scores,
     experience: Experience,
     control: Control,
     update: dict[str, float],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     lengths = [len(tokens) for tokens in rollout.completions]
-    reward_B = rewards["reward"]
     values = {
-        "reward": reward_B.mean().item(),
-        "reward_std": reward_B.std(correction=0).item(),
-        **{f"rewards/{name}/mean": scores.mean().item() for name, scores in rewards.items() if name != "reward"},
+        **reward_metrics(rewards),
         "kl": experience.tokens("kl_L").mean().item(),
         "entropy": experience.tokens("entropy_L").mean().item(),
         **control._asdict(),
@@ -45,10 +45,38 @@ def step_metrics(
     }
     if experience.critic is not None:
         values_KL, returns_L = experience.tokens("values_KL"), experience.tokens("returns_L")
-        residual = (returns_L - values_KL.mean(0)).var(correction=0)
-        values["explained_variance"] = (1 - residual / returns_L.var(correction=0).clamp(min=1e-8)).item()
+        scored_L = experience.tokens("is_scored_L")
+        residual = variance_of((returns_L - values_KL.mean(0))[scored_L])
+        values["explained_variance"] = 1 - residual / max(variance_of(returns_L[scored_L]), 1e-8)
         values["value_gap"] = (values_KL[0] - values_KL[-1]).abs().mean().item()
-    return values
+    return values | logged_metrics(rewards, taken=values)
+
+
+def reward_metrics(scores: Scores) -> dict[str, float]:
+    """Means and standard deviations over the completions that a reward applies to."""
+    own = {f"rewards/{name}": x_B for name, x_B in scores.items() if name != "reward"}
+    values = {"reward": mean_of(scores["reward"]), "reward_std": std_of(scores["reward"])}
+    for name, score_B in own.items():
+        values |= {f"{name}/mean": mean_of(score_B), f"{name}/std": std_of(score_B)}
+    return values | {"rewards/none_fraction": scores["reward"].isnan().double().mean().item()}
+
+
+def mean_of(x_B: Tensor) -> float:
+    return x_B.nanmean().item()
+
+
+def std_of(x_B: Tensor) -> float:
+    return variance_of(x_B[~x_B.isnan()]) ** 0.5
+
+
+def variance_of(x: Tensor) -> float:
+    return x.var(correction=0).item() if len(x) else math.nan
+
+
+def logged_metrics(scores: Scores, taken: Iterable[str] = ()) -> dict[str, float]:
+    """What rewards logged by `log_metric`, averaged over calls and processes."""
+    names = distinct(scores.metrics, taken=("step", *taken))
+    return {name: sum(x) / len(x) for name, x in zip(names, scores.metrics.values(), strict=True)}
 
 
 def sampler_metrics(logprob_L: Tensor, sampler_logprob_L: Tensor) -> dict[str, float]:

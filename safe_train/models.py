@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from safe_kernels.integrations.transformers import head_module, output_head, silent_modules, text_config
 from safe_train import adapters
 from safe_train.attention import as_published, choose_attention, use_attention
-from safe_train.checks import check_head, check_positions, check_saved_class
+from safe_train.checks import check_forward, check_head, check_positions, check_saved_class
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import TokenBatch
 from safe_train.determinism import switch_off_randomness
@@ -29,6 +29,7 @@ from safe_train.randomness import seeded
 from safe_train.reference import Fingerprint, HandedOver, fingerprint
 
 SMOLLM2 = "smollm2-135m-instruct"
+NamedTensors = Iterable[tuple[str, Tensor]]
 NETWORK = ("httpcore", "httpx", "requests", "urllib3")  # whose errors are those of a download
 LIGER = "liger_kernel.transformers.monkey_patch"
 
@@ -43,9 +44,9 @@ class Policy(nn.Module):
 
     model: Any
 
-    def __init__(self, model: Any, reference: str = "initial"):
+    def __init__(self, model: Any, reference: str = "initial", temperature: float = 1.0):
         super().__init__()
-        self.model = model
+        self.model, self.temperature = model, temperature
         self.is_lora = adapters.has_adapter(model)
         self.layout, self.compute_dtype = ROWS, model.dtype
         self.logit_transform: dict[str, Any] = {}
@@ -55,13 +56,13 @@ class Policy(nn.Module):
         self.handed_over = HandedOver(model) if is_kept else None
         self.resized_vocabulary = self.is_lora and adapters.vocabulary_is_resized(model)
 
-    def fingerprint(self) -> Fingerprint:
-        """Of the reference's weights without adapters."""
+    def fingerprint(self, tensors: Callable[[nn.Module], NamedTensors] = nn.Module.named_parameters) -> Fingerprint:
+        """Of the reference's weights without adapters, or of other tensors of it."""
         if self.frozen_copies:
-            return fingerprint(self.frozen_copies[0].named_parameters())
+            return fingerprint(tensors(self.frozen_copies[0]))
         states = [adapters.adapter_state(self.model, name=name) for name in self.model.peft_config]
         adapted = {id(tensor) for state in states for tensor in state.values()}
-        return fingerprint((name, p) for name, p in self.causal_lm.named_parameters() if id(p) not in adapted)
+        return fingerprint((name, x) for name, x in tensors(self.causal_lm) if id(x) not in adapted)
 
     @property
     def causal_lm(self) -> Any:
@@ -99,8 +100,11 @@ class Policy(nn.Module):
             return response_states(self.causal_lm, batch, self.layout)
 
     def head(self) -> dict[str, Any]:
-        """The output head as keyword arguments of the `safe_kernels.linear_*` functions."""
-        arguments = {**output_head(self.causal_lm), **self.logit_transform}
+        """The output head and the temperature, as keyword arguments of the `safe_kernels.linear_*` functions.
+
+        All log-probs, entropies and KLs of policy and reference are taken with them.
+        """
+        arguments = {**output_head(self.causal_lm), **self.logit_transform, "temperature": self.temperature}
         if self.frozen_copies:
             arguments |= {f"ref_{name}": x for name, x in output_head(self.frozen_copies[0]).items()}
         if self.handed_over is not None:
@@ -112,10 +116,28 @@ class Policy(nn.Module):
         """The model in the state that generation wants."""
         hook = whole_rows(self.causal_lm.get_output_embeddings())
         try:
-            with as_published(self.causal_lm):
+            with as_published(self.causal_lm), plain_generation(self.model, self.causal_lm):
                 yield self.model
         finally:
             hook.remove()
+
+
+@contextlib.contextmanager
+def plain_generation(*models: Any) -> Iterator[None]:
+    """Inside, the models have no settings of their own for generation (top_k, repetition_penalty, end tokens, ...).
+
+    `generate` would add them to those that it is called with, and sample from another policy than the one that trains.
+    """
+    from transformers import GenerationConfig
+
+    own = [(model, vars(model)["generation_config"]) for model in models if "generation_config" in vars(model)]
+    for model, _ in own:  # a PeftModel may have its own, and hands them to its base
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for model, config in own:
+            model.generation_config = config
 
 
 def whole_rows(head: nn.Module) -> RemovableHandle:
@@ -135,25 +157,21 @@ def make_policy(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Policy:
-    """Adds LoRA, switches dropout off everywhere, and fixes the generation settings to plain sampling.
+    """Adds LoRA, and switches dropout off everywhere.
 
     `device` and `dtype` say where and in what the forward will run, if not where and in what the weights are now.
     """
-    from transformers import GenerationConfig
-
     model = adapters.unwrapped(model)
-    base = model.get_base_model() if adapters.has_adapter(model) else model
+    base = model
+    if adapters.has_adapter(model):
+        adapters.check_head(model)
+        base = model.get_base_model()
     prepare_backbone(base, args, device or base.device, dtype or base.dtype)
     if peft_config is None and args.lora_r > 0 and not adapters.has_adapter(model):
         peft_config = lora_config(model, args)
-    eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
-    if eos is None:
-        eos = getattr(text_config(model), "eos_token_id", None)
-    # A checkpoint's own generation settings (top_k, repetition_penalty, ...) would sample from another policy.
-    for each in (model, base):  # a PeftModel has its own, and hands them to its base
-        each.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
     if peft_config is not None:
         model = adapters.add_adapter(model, peft_config)
+        adapters.check_head(model)
     if adapters.has_adapter(model):
         adapters.check_adapter(model, args.reference)
     elif args.reference == "base":
@@ -161,7 +179,7 @@ def make_policy(
     else:
         check_saved_class(model)
     switch_off_randomness(model)
-    policy = Policy(model, args.reference)
+    policy = Policy(model, args.reference, args.temperature)
     policy.compute_dtype = dtype or base.dtype
     with seeded(0):  # what a model draws in a check is none of the run's
         check_head(policy)
@@ -178,11 +196,12 @@ def make_policy(
 
 
 def prepare_backbone(model: Any, args: SafeConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Checks the model's positions, chooses its attention, and puts Liger's kernels into the layers.
+    """Checks the model's positions and forward, chooses its attention, and puts Liger's kernels into the layers.
 
     What a model has beside its language model, such as a vision tower, is frozen: no text reaches it.
     """
-    check_positions(model, args)
+    check_positions(model.config, args, type(model).__name__)
+    check_forward(model)
     with as_published(model):
         for tower in silent_modules(model).values():
             tower.requires_grad_(False)
@@ -257,7 +276,8 @@ def is_linear(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return isinstance(module, nn.Linear)
     try:
-        rows = module(module.weight.new_zeros(1, module.in_features))
+        dtype = module.weight.dtype if module.weight.is_floating_point() else None  # else it is quantised
+        rows = module(torch.zeros(1, module.in_features, dtype=dtype, device=module.weight.device))
     except RuntimeError:  # of another shape
         return False
     return isinstance(rows, Tensor) and rows.shape == (1, module.out_features)
@@ -296,7 +316,26 @@ def load_model(args: SafeConfig, device: torch.device) -> Any:
     auto = torch.bfloat16 if device.type == "cuda" and args.lora_r > 0 else torch.float32
     dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
     with loading(args.model):
-        return load_weights(model_class(args), source(args), dtype=dtype, **where(args))
+        config = config_of(args)
+        check_positions(config, args, (config.architectures or [type(config).__name__])[0])
+        return load_weights(
+            model_class(config), source(args), dtype=dtype, **where(args), **quantised(args, dtype, device)
+        )
+
+
+def quantised(args: SafeConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """How QLoRA loads its frozen weights; the head, which the kernels read, stays in `dtype`."""
+    if not args.load_in_4bit:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def source(args: SafeConfig) -> str | Path:
@@ -309,7 +348,7 @@ def where(args: SafeConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def loading(name: str | None) -> Iterator[None]:
+def loading(name: str | None, role: str = "model") -> Iterator[None]:
     """Errors of files and downloads, as what they mean for a run."""
     try:
         yield
@@ -326,14 +365,19 @@ def loading(name: str | None) -> Iterator[None]:
             advice = "; the download was interrupted: start again, what has come is kept"
         elif isinstance(error, SafetensorError):
             advice = "; a file of it is cut short or damaged: delete it, and load it again"
-        raise ConfigError(f"cannot load the model {name!r}: {type(error).__name__}: {error}{advice}") from error
+        raise ConfigError(f"cannot load the {role} {name!r}: {type(error).__name__}: {error}{advice}") from error
 
 
-def model_class(args: SafeConfig) -> Any:
+def config_of(args: SafeConfig) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source(args), **where(args))
+
+
+def model_class(config: Any) -> Any:
     """What loads the checkpoint: a language model, or a composite model of which it is a part."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(source(args), **where(args))
     composite = type(config) in AutoModelForImageTextToText._model_mapping
     alone = type(config) in AutoModelForCausalLM._model_mapping
     return AutoModelForImageTextToText if composite and not alone else AutoModelForCausalLM

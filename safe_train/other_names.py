@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from safe_train.limits import NO_FILTERS
+
 ROLLOUTS = "total_steps, in rollouts: an epoch has rows / prompts_per_step of them"
 LAUNCH = "by `accelerate launch`: docs/scaling.md"
-QUANTISED = "quantised base models are not offered"
+QUANTISED = "load_in_4bit=true is QLoRA; 8 bits are not offered"
+ALONE = "not offered: the policy is sampled as it is scored; temperature is the one setting of both"
 TOKEN_MEAN = "the loss is a mean over the minibatch's response tokens, as in DAPO; the others are not offered"
 
 
@@ -40,7 +43,8 @@ TABLE = (
     Row("vllm_mode=colocate", note="generation=vllm runs beside the trainer, on its device"),
     Row("gpu_memory_utilization=0.3", "vllm_gpu_memory_utilization={}"),
     Row("vllm_importance_sampling_cap=2 vllm_importance_sampling_clip_max", "importance_cap={}"),
-    Row("min_p=0.1 repetition_penalty", note="not offered: samples must come from the policy that is scored"),
+    Row("min_p=0.1 typical_p epsilon_cutoff eta_cutoff top_h", note=f"not offered: {NO_FILTERS}"),
+    Row("repetition_penalty=1.1 no_repeat_ngram_size presence_penalty frequency_penalty generation_kwargs", note=ALONE),
     Row("mask_truncated_completions=true", note="missing_eos_penalty charges them; they stay in the loss"),
     # Optimisation
     Row(
@@ -70,13 +74,13 @@ TABLE = (
     Row("flash_attention=true use_flash_attention_2", {"true": "attn_implementation=flash_attention_2"}),
     # Adapters
     Row("use_peft=true", {"true": "lora_r=16", "false": "lora_r=0"}),
-    Row("adapter=lora", {"lora": "lora_r=16"}, "qlora is not offered"),
+    Row("adapter=lora", {"lora": "lora_r=16", "qlora": "lora_r=16 load_in_4bit=true"}),
     Row("lora_rank=16", "lora_r={}"),
     Row("target_modules=[q_proj,v_proj]", "lora_target_modules={}"),
     Row("lora_target_linear=true", note="the default; lora_target_modules names some of them"),
     Row("lora_dropout=0.05", note="refused: the policy that is scored would not be the one that was sampled"),
     Row("use_dora=true use_rslora", note="peft_config=LoraConfig(...) in Python"),
-    Row("load_in_4bit=true load_in_8bit", note=QUANTISED),
+    Row("load_in_8bit=true bnb_4bit_quant_type use_bnb_nested_quant", note=QUANTISED),
     # Loss
     Row("kl_coef=0.05 init_kl_coef kl_loss_coef", "beta={}"),
     Row("use_kl_in_reward=true", "kl_in_reward={}"),
@@ -113,7 +117,7 @@ TABLE = (
     Row("shuffle_dataset=true", note="always, anew in each epoch, by the seed"),
     Row("resume_from_checkpoint=true auto_resume_from_checkpoints", note="--resume, or in train()"),
     Row("overwrite_output_dir=true", note="--overwrite"),
-    Row("push_to_hub=true hub_model_id", note="upload checkpoints/step-N/policy with the `hf` command"),
+    Row("push_to_hub=true hub_model_id", note="`safe-train export`, then `hf upload`"),
     Row("fsdp=full_shard deepspeed fsdp_config n_gpus_per_node nnodes", note=LAUNCH),
 )  # fmt: skip
 

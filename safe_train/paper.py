@@ -162,6 +162,14 @@ class PaperTrainer(SafeTrainer):
     make_controller, make_moments, make_critic = PaperController, PaperMoments, PaperCritic
     algorithms = PAPER
 
+    def update_controller(self, experience: Experience, reward_B: Tensor) -> Control:
+        if reward_B.isnan().any():
+            raise ValueError(
+                f"no reward applies to {int(reward_B.isnan().sum())} of {len(reward_B)} completions (all said None), "
+                f"which the published {self.args.algorithm} has no meaning for: take safe, ppo or grpo"
+            )
+        return super().update_controller(experience, reward_B)
+
     def mean_kl_and_entropy(self, experience: Experience) -> tuple[float, float]:
         """Sampled KL over the tokens, and entropy over the completions."""
         kl = (experience.tokens("logprob_L") - experience.tokens("ref_logprob_L")).mean().item()

@@ -24,6 +24,8 @@ from safe_train.config import ConfigError, SafeConfig
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 BUCKET_BYTES = 64 * 2**20  # gradients that are summed in one exchange: large enough for bandwidth, small beside a model
 
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # how many processes mpirun started
+
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -43,6 +45,7 @@ def start(args: SafeConfig) -> Accelerator:
             project_dir=args.output_dir,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
         )
+    check_launch()
     if accelerator.distributed_type not in SUPPORTED:
         known = ", ".join(kind.value for kind in SUPPORTED)
         raise ConfigError(f"distributed_type must be one of {known}, got {accelerator.distributed_type.value}")
@@ -51,6 +54,26 @@ def start(args: SafeConfig) -> Accelerator:
             f"prompts_per_step must be at least the {size()} processes: each samples some, got {args.prompts_per_step}"
         )
     return accelerator
+
+
+def check_launch() -> None:
+    """Says when fewer processes work together than were started, or were asked for."""
+    is_launched = "LOCAL_RANK" in os.environ
+    names = ("WORLD_SIZE", *MPI_SIZES) if is_launched else MPI_SIZES
+    started = max(int(os.environ.get(name, 1)) for name in names)
+    if started > size():
+        raise ConfigError(
+            f"{started} processes were started, and this one works in a group of {size()}: each group would do the "
+            "whole run again. Start them by `accelerate launch` or torchrun; on CPUs set use_cpu=true"
+        )
+    # accelerate's launcher for one process sets an address where it was asked for several.
+    if not is_launched and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys():
+        print(
+            "warning: accelerate launch was asked for several processes and started this one alone, which does the "
+            "whole run. On CPUs, `torchrun --nproc-per-node 2 -m safe_train.cli run ... use_cpu=true` starts several; "
+            "on GPUs, `accelerate launch --multi_gpu`",
+            flush=True,
+        )
 
 
 @contextmanager

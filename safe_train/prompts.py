@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from safe_train import parallel
-from safe_train.chat import Chat, Messages, cut_chat, cut_text, text_tokens
+from safe_train.chat import Chat, Messages, cut_chat, cut_text, text_tokens, without_nulls
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.datasets_io import Source, from_python
 from safe_train.formats import BESIDE, PromptFormat
@@ -35,12 +37,14 @@ class Seen:
 
     prompts: int = 0
     cut: int = 0
+    longest: int = 0  # in tokens
     texts: Counter[int] = field(default_factory=Counter)
     skipped: list[str] = field(default_factory=list)
 
     def add(self, prompt: Prompt) -> None:
         self.prompts += 1
         self.cut += prompt.is_cut
+        self.longest = max(self.longest, len(prompt.ids))
         self.texts[hash(tuple(prompt.ids))] += 1
 
     @property
@@ -74,7 +78,8 @@ class PromptDataset:
         self.max_prompt_tokens, self.seed = max_prompt_tokens, seed
         self.on_bad_row, self.is_held_out = on_bad_row, is_held_out
         self.bad: set[int] = set()  # rows that are left out
-        first = self.first_row()
+        self.fingerprints: dict[int, str] = {}  # by the number of prompts
+        first = self.first = self.first_row()
         names = column_names(self.rows, first)
         self.format = (format or PromptFormat()).of_rows(first, names)
         self.columns = columns
@@ -126,6 +131,27 @@ class PromptDataset:
     def known_length(self) -> int | None:
         """How many prompts an epoch has; None for a stream."""
         return len(self)
+
+    @property
+    def total(self) -> int | None:
+        """How many rows there are, with those that are left out, of which a longer run may find more."""
+        return len(self.rows)
+
+    @property
+    def visited(self) -> int:
+        """How many prompts were rendered, those that the run will visit; one of a stream."""
+        return self.seen.prompts
+
+    def fingerprint(self, count: int) -> str:
+        """What tells the first `count` prompts of the run from others, as the data set has them."""
+        if count not in self.fingerprints:
+            rows = self.order(0)[:count]
+            self.fingerprints[count] = digest(self.content(row_of(self.inputs, index)) for index in rows)
+        return self.fingerprints[count]
+
+    def content(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What the prompt of a row is made of."""
+        return {name: row[name] for name in (str(self.format.prompt_column), *BESIDE) if name in row}
 
     def order(self, epoch: int) -> list[int]:
         """The rows of an epoch, shuffled, without those that are left out."""
@@ -261,8 +287,29 @@ class PromptStream(PromptDataset):
     def known_length(self) -> int | None:
         return None
 
+    @property
+    def total(self) -> int | None:
+        return None
+
+    @property
+    def visited(self) -> int:
+        return 1
+
+    def fingerprint(self, count: int) -> str:
+        """Of the first row: the others come when they are needed."""
+        return digest([self.content(self.first)])
+
     def size(self) -> str:
         return "a stream of rows"
+
+
+def digest(rows: Iterable[Any]) -> str:
+    """The same for the same rows in any file format: tables add keys that say None."""
+    found = hashlib.sha256()
+    for row in rows:
+        text = json.dumps(without_nulls(row), sort_keys=True, default=lambda value: type(value).__name__)
+        found.update(text.encode() + b"\n")
+    return found.hexdigest()
 
 
 def column_names(rows: Any, first: Any) -> list[str]:

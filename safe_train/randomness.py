@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -96,10 +97,24 @@ def guest(*numbers: int) -> Iterator[None]:
     """For functions of the user's, a reward or a callback, that are called inside of a run.
 
     They get random numbers that `numbers` and this process's rank decide. Afterwards the run's own go on, and
-    PyTorch's switches are as they were.
+    PyTorch's switches and the working directory are as they were.
     """
-    with seeded(seed_of(*numbers, parallel.rank())), same_switches():
+    with seeded(seed_of(*numbers, parallel.rank())), same_switches(), same_directory():
         yield
+
+
+@contextmanager
+def same_directory() -> Iterator[None]:
+    """Afterwards the working directory is what it was: the run's relative paths begin there."""
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:  # somebody deleted it
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.chdir(folder)
 
 
 @contextmanager

@@ -92,10 +92,17 @@ def identity(policy: Any, tokenizer: Any, reference: str) -> Identity:
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return {
         "weights": policy.fingerprint(),
+        "buffers": policy.fingerprint(saved_buffers),
         "config": json.loads(json.dumps(computed(policy.causal_lm.config.to_dict()), default=str)),
         "vocabulary": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "reference": reference,
     }
+
+
+def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds beside parameters, such as a router's biases. Other buffers follow from the config."""
+    saved = model.state_dict(keep_vars=True)
+    return ((name, x) for name, x in model.named_buffers() if name in saved)
 
 
 def computed(settings: Any) -> Any:
@@ -127,6 +134,8 @@ def check_identity(saved: Identity, own: Identity, where: object) -> None:
             f"{where} is of a run with reference {saved['reference']}, this one has {own['reference']}: set it back"
         )
     check_fingerprint(saved["weights"], own["weights"], where)
+    if "buffers" in saved:  # which earlier versions did not look at
+        check_fingerprint(saved["buffers"], own["buffers"], where)
     there, here = saved["config"], own["config"]
     differ = sorted(x for x in there.keys() | here.keys() if there.get(x) != here.get(x))
     if differ:

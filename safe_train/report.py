@@ -46,6 +46,19 @@ def read_rows(path: Path) -> Rows:
     return rows
 
 
+def strict_json(value: Any, **options: Any) -> str:
+    """JSON without NaN and Infinity, which it has no words for: they are null."""
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_report(runs: Sequence[Path], target: Path) -> None:
     """One picture of one run, or of several overlaid."""
     import matplotlib

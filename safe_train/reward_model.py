@@ -14,7 +14,7 @@ from torch import nn
 from safe_train import parallel
 from safe_train.config import ConfigError
 from safe_train.data import Messages
-from safe_train.models import load_weights
+from safe_train.models import load_weights, loading
 
 Row = Mapping[str, list[int]]  # the tokenizer's answer for one text
 
@@ -30,27 +30,34 @@ class RewardModel:
     token that is not `config.pad_token_id`, and passes over a real one where the pad also ends turns, or is missing. So
     each batch is padded on the right with a token that none of its texts has, and the config is told that one.
 
+    An encoder with a decoder (BART, T5) is read at its last end token, and wants equally many in all texts of a batch.
     A text longer than the model loses its beginning, with a warning.
 
+    Args:
+        batch_size: texts scored together (default: 32 on a GPU, 16 on a CPU).
+        dtype: of the weights; auto is bfloat16 on a GPU, else float32.
+
     Raises:
-        ConfigError: the model does not load, has more than one output, or cannot score a text.
+        ConfigError: the model does not load, is no classifier with one output, or cannot score a text.
     """
 
-    def __init__(self, name: str, device: torch.device | str = "cpu", batch_size: int = 16):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    def __init__(
+        self, name: str, device: torch.device | str = "cpu", batch_size: int | None = None, dtype: str = "auto"
+    ):
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-        try:
-            self.model = load_weights(AutoModelForSequenceClassification, name).to(device).eval()
+        is_on_gpu = torch.device(device).type == "cuda"
+        chosen = ("bfloat16" if is_on_gpu else "float32") if dtype == "auto" else dtype
+        with loading(name, "reward model"):
+            check_kind(name, AutoConfig.from_pretrained(name))
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot load the reward model {name!r}: {error}") from error
-        if self.model.config.num_labels != 1:
-            raise ConfigError(f"the reward model {name!r} has {self.model.config.num_labels} outputs, it must have 1")
+            model = load_weights(AutoModelForSequenceClassification, name, dtype=getattr(torch, chosen))
+        self.model = model.to(device).eval()
         self.tokenizer.truncation_side = "left"  # the completion is at the end
         self.__name__ = Path(name).name
         self.positions = positions(self.model)
         self.vocab_size = getattr(self.model.config.get_text_config(), "vocab_size", 0)
-        self.batch_size, self.scored, self.cut = batch_size, 0, 0
+        self.batch_size, self.scored, self.cut = batch_size or (32 if is_on_gpu else 16), 0, 0
         self.batch_size = self.safe_batch_size()
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
@@ -61,6 +68,12 @@ class RewardModel:
         """The text, and whether the tokenizer adds its special tokens: a chat template writes its own."""
         if isinstance(prompt, str) and isinstance(completion, str):
             return prompt + completion, True
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(
+                f"the prompts are chats, and the tokenizer of the reward model {self.__name__!r} has no chat template: "
+                "take a reward model of chats, give its tokenizer a chat_template, or score with a function "
+                "(file.py:function) that makes a text of the messages"
+            )
         return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False), False
 
     def tokenize(self, text: str, special_tokens: bool) -> tuple[Row, bool]:
@@ -95,8 +108,20 @@ class RewardModel:
                     f"the tokenizer writes {self.tokenizer.decode([token])!r} as token {token}, and the model has only "
                     f"{self.vocab_size}: they are not of one model"
                 )
-        starts = range(0, len(rows), self.batch_size)
-        return [score for start in starts for score in self.score(rows[start : start + self.batch_size])]
+        scores = [0.0] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: (self.ends(rows[i]), len(rows[i]["input_ids"])))
+        for _, same in itertools.groupby(order, key=lambda i: self.ends(rows[i])):
+            group = list(same)
+            for start in range(0, len(group), self.batch_size):
+                batch = group[start : start + self.batch_size]
+                for i, score in zip(batch, self.score([rows[i] for i in batch]), strict=True):
+                    scores[i] = score
+        return scores
+
+    def ends(self, row: Row) -> int:
+        """How many end tokens it has, where that has to be the same for all texts of a batch."""
+        config = self.model.config
+        return row["input_ids"].count(config.eos_token_id) if config.is_encoder_decoder else 0
 
     @torch.no_grad()
     def score(self, rows: list[Row]) -> list[float]:
@@ -151,6 +176,23 @@ class RewardModel:
                 flush=True,
             )
         return 1
+
+
+def check_kind(name: str, config: Any) -> None:
+    """Refuses what is no sequence classifier with one output before its weights are loaded."""
+    kinds = getattr(config, "architectures", None) or []
+    advice = "take one that is, or score with a function (file.py:function) or a server that calls it"
+    if kinds and not any("ForSequenceClassification" in kind for kind in kinds):
+        raise ConfigError(
+            f"the reward model {name!r} is a {kinds[0]}, not a sequence classifier (...ForSequenceClassification): "
+            f"{advice}"
+        )
+    if config.num_labels != 1:
+        labels = ", ".join(str(label) for label in config.id2label.values())
+        raise ConfigError(
+            f"the reward model {name!r} has {config.num_labels} outputs ({labels:.100}), it must have 1: {advice} and "
+            "returns the output that you mean"
+        )
 
 
 def positions(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from safe_train.config import ConfigError, SafeConfig
 
 MAX_DELAY = 60.0  # seconds between two attempts
+NOT_SENT = ("completion_ids", "trainer_state", "log_extra", "log_metric")  # what functions get beside the columns
 
 
 class RewardServer:
@@ -21,7 +22,8 @@ class RewardServer:
 
     It gets POST requests with the JSON object {"prompts": [...], "completions": [...], "columns": {name: [...]}}, where
     prompts and completions are text, or lists of chat messages, and columns are the data set's other fields. It
-    answers {"scores": [...]} (or {"rewards": [...]}) with one number for each completion.
+    answers {"scores": [...]} (or {"rewards": [...]}) with one number for each completion, or null where the reward does
+    not apply.
 
     A server that is down, busy (5xx, 429) or slower than `reward_timeout` is asked again `reward_retries` times, after
     1, 2, 4, ... seconds, a little less by chance so that several ranks do not return together.
@@ -44,6 +46,7 @@ class RewardServer:
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
         scores: list[float] = []
+        columns = {name: values for name, values in columns.items() if name not in NOT_SENT}
         for start in range(0, len(completions), self.batch_size):
             part = slice(start, start + self.batch_size)
             rows = {name: values[part] for name, values in columns.items()}

@@ -1,125 +1,186 @@
-"""Rewards: any callable `(prompts, completions, **columns) -> list[float]`, checked before it reaches the trainer.
-
-Scores are float64 until their differences are taken: 1e8 and 1e8 + 1 are one number in float32.
-"""
+"""Rewards: asked together, combined into what is trained on, and loaded by their names."""
 
 from __future__ import annotations
 
-import copy
+import functools
 import hashlib
 import importlib
 import importlib.util
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from safe_train import parallel
 from safe_train.config import ConfigError, SafeConfig, require_name
+from safe_train.losses import group_advantages
+from safe_train.reward_calls import LARGEST, Answer, Batch, NotANumber, RewardFunction, ask, fits_float32, text_of
 from safe_train.reward_model import RewardModel
 from safe_train.reward_server import RewardServer
 
-RewardFunction = Callable[..., Sequence[float]]
-
-LARGEST = torch.finfo(torch.float32).max  # what is trained on a reward is float32
+__all__ = ["LARGEST", "NotANumber", "RewardFunction", "Rewards", "Scores", "load_reward", "text_of"]
 
 
-class NotANumber(ValueError):
-    """What a reward returned for one completion; for another it may be a number."""
+@dataclass(frozen=True, eq=False)
+class Scores(Mapping[str, Tensor]):
+    """Scores [B] of each reward by name, and of all together under "reward", in float64; nan: does not apply."""
+
+    by_name: dict[str, Tensor]
+    weights: dict[str, float] = field(default_factory=dict)  # of each reward
+    extra: dict[str, list[Any]] = field(default_factory=dict)  # columns of log_extra, for samples.jsonl
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # values of log_metric, one a call
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_name)
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    def gathered(self) -> Scores:
+        """Those of all processes, by rank; the seconds are this process's."""
+        stacked = parallel.gather(torch.stack(list(self.by_name.values())))
+        found = parallel.gather_objects((len(self["reward"]), self.extra, self.metrics))
+        columns = dict.fromkeys(column for _, extra, _ in found for column in extra)
+        extra = {c: [x for count, own, _ in found for x in own.get(c, [None] * count)] for c in columns}
+        metrics: dict[str, list[float]] = defaultdict(list)
+        for _, _, own in found:
+            for name, values in own.items():
+                metrics[name] += values
+        return Scores(dict(zip(self.by_name, stacked, strict=True)), self.weights, extra, metrics, self.seconds)
+
+    def learned_from(self, aggregation: str, group_size: int) -> Tensor:
+        """What advantages [B] are made of, from the scores of a whole rollout.
+
+        It is "reward", or for `normalize_then_sum` the weighted sum of scores that are standardised within the
+        completions of a prompt, each reward by itself.
+        Source of the latter: GDPO (arXiv 2601.05242).
+        """
+        if aggregation != "normalize_then_sum":
+            return self["reward"]
+        normal = {name: group_advantages(self[name], group_size) for name in self.weights}
+        return weighted(normal, self.weights).sum(0).masked_fill(self["reward"].isnan(), torch.nan)
 
 
 class Rewards:
-    """A weighted sum of reward functions.
+    """Reward functions, and how their scores become one.
 
-    Each function gets copies of the prompts, the completions and the columns: what it does to them stays with it.
+    Args:
+        functions: rewards. Two of one name become `name` and `name_2`.
+        weights: one a reward (default: all 1); each score is multiplied by its own first.
+        aggregation, variance_coef: `multi_objective_aggregation` and `reward_variance_coef`.
+        limit: seconds that an async function has.
+        state: returns the run's `transformers.TrainerState`.
 
     Raises:
-        RuntimeError: a function raised something.
-        ValueError: it did not return one number a completion, or a number or the sum is not finite in float32.
+        RuntimeError: a function raised something, or took too long.
+        ValueError: it did not return one number or None a completion, or a number or the total is not finite in
+            float32.
     """
 
-    def __init__(self, functions: Sequence[RewardFunction], weights: Sequence[float] | None = None):
-        self.functions = {reward_name(f): f for f in functions}
-        if len(self.functions) != len(functions):
-            raise ConfigError(f"two rewards share a name: {[reward_name(f) for f in functions]}")
-        self.weights = [1.0] * len(functions) if weights is None else list(weights)
-        if len(self.weights) != len(functions):
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        weights: Sequence[float] | None = None,
+        *,
+        aggregation: str = "sum_then_normalize",
+        variance_coef: float = 0.1,
+        limit: float = 600.0,
+        state: Callable[[], Any] = lambda: None,
+    ):
+        is_alone = len(functions) == 1 and weights is None  # else "reward" is what all come to
+        names = distinct(map(reward_name, functions), taken=() if is_alone else ["reward"])
+        self.functions = dict(zip(names, functions, strict=True))
+        given = [1.0] * len(functions) if weights is None else list(weights)
+        self.aggregation, self.variance_coef, self.limit, self.state = aggregation, variance_coef, limit, state
+        if len(given) != len(functions):
             raise ConfigError(f"reward_weights must be one number for each reward, got {weights} for {len(functions)}")
-        if not all(map(fits_float32, self.weights)):
+        if not all(map(fits_float32, given)):
             raise ConfigError(f"reward_weights must be finite numbers, got {weights}")
-        if "reward" in self.functions and (len(functions) > 1 or weights is not None):
-            raise ConfigError("a reward that is weighted or one of several cannot be called 'reward', as their sum is")
+        self.weights = dict(zip(names, given, strict=True))
 
-    def __call__(self, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]) -> dict[str, Tensor]:
-        """Scores [B] of each reward by name, and their weighted sum under "reward", in float64."""
-        scores = {name: score(name, f, prompts, completions, columns) for name, f in self.functions.items()}
-        total = torch.zeros(len(completions), dtype=torch.float64, device="cpu")
-        for weight, values in zip(self.weights, scores.values(), strict=True):
-            total = total + weight * values
+    def __call__(
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        columns: Mapping[str, list[Any]],
+        completion_ids: list[list[int]] | None = None,
+    ) -> Scores:
+        batch = Batch(prompts, completions, columns, completion_ids or [[] for _ in completions], self.state())
+        answers = ask(self.functions, batch, self.limit)
+        scores = {name: answer.scores for name, answer in answers.items()}
+        total = aggregated(weighted(scores, self.weights), self.aggregation, self.variance_coef)
         for row, value in enumerate(total.tolist()):
-            if not fits_float32(value):
+            if value == value and not fits_float32(value):
                 parts = {name: values[row].item() for name, values in scores.items()}
                 raise ValueError(
                     f"the weighted sum of the rewards is {value!r} for the completion "
                     f"{text_of(completions[row])!r:.200} (row {row}), which float32 does not hold: the rewards are "
-                    f"{parts}, their weights {self.weights}"
+                    f"{parts}, their weights {[*self.weights.values()]}"
                 )
-        return {**scores, "reward": total}
+        seconds = {name: answer.seconds for name, answer in answers.items()}
+        extra, metrics = extra_columns(answers.values()), metrics_of(answers)
+        return Scores({**scores, "reward": total}, self.weights, extra, metrics, seconds)
 
 
-def score(name: str, function: RewardFunction, prompts: list, completions: list, columns: dict[str, list]) -> Tensor:
-    try:
-        own = {key: copies(values) for key, values in columns.items()}
-        values: Any = function(prompts=copies(prompts), completions=copies(completions), **own)
-    except (Exception, SystemExit) as error:  # sys.exit in a reward would end the run as if it were done
-        raise RuntimeError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
-    values = values.tolist() if hasattr(values, "tolist") else values  # an array, or a tensor
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise ValueError(f"reward {name!r} must return a list of one number a completion, got {values!r:.200}")
-    if len(values) != len(completions):
-        raise ValueError(f"reward {name!r} returned {len(values)} values for {len(completions)} completions")
-    for row, (value, completion) in enumerate(zip(values, completions, strict=True)):
-        if not fits_float32(value):
-            raise NotANumber(
-                f"reward {name!r} returned {value!r:.200} for the completion {text_of(completion)!r:.200} (row {row}); "
-                f"it must be a finite number of at most {LARGEST:.3g}, which is what float32 holds"
-            )
-    return torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
+def weighted(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The scores of each reward times its weight [K, B]."""
+    return torch.stack([weight * scores[name] for name, weight in weights.items()])
 
 
-def copies(values: list[Any]) -> list[Any]:
-    """A copy of each: the completions of a prompt share its messages, and would share one copy of them, too."""
-    return [copied(value) for value in values]
+def aggregated(weighted_KB: Tensor, aggregation: str, variance_coef: float = 0.0) -> Tensor:
+    """One score a completion [B] of K weighted ones, where nan is left out; nan where there is no other.
+
+    `min` and `mean_minus_variance` are the worst-case and uncertainty-weighted optimisation of arXiv 2310.02743.
+    """
+    if aggregation == "min":
+        total = weighted_KB.nan_to_num(nan=torch.inf).amin(0)
+    elif aggregation == "mean_minus_variance":
+        mean = weighted_KB.nanmean(0)
+        total = mean - variance_coef * (weighted_KB - mean).square().nanmean(0)
+    else:
+        total = weighted_KB.nansum(0)
+    return total.masked_fill(weighted_KB.isnan().all(0), torch.nan)
 
 
-def copied(value: Any) -> Any:
-    try:
-        return copy.deepcopy(value)
-    except Exception:  # an open file, a lock: there can be no second one
-        return value
+def extra_columns(answers: Iterable[Answer]) -> dict[str, list[Any]]:
+    """The columns that rewards logged, of which those of a row of samples.jsonl keep their names."""
+    logged = [(column, values) for answer in answers for column, values in answer.extra.items()]
+    names = distinct([column for column, _ in logged], taken=("step", "prompt", "completion", "reward"))
+    return {name: values for name, (_, values) in zip(names, logged, strict=True)}
 
 
-def fits_float32(value: Any) -> bool:
-    try:
-        return math.isfinite(value) and abs(float(value)) <= LARGEST
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # no number, several, or one beyond float
-        return False
+def metrics_of(answers: Mapping[str, Answer]) -> dict[str, list[float]]:
+    metrics: dict[str, list[float]] = defaultdict(list)
+    for answer in answers.values():
+        for name, values in answer.metrics.items():
+            metrics[name] += values
+    return dict(metrics)
+
+
+def distinct(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
+    """The names, with _2, _3, ... behind those that are taken already."""
+    found: list[str] = []
+    used = set(taken)
+    for name in names:
+        choices = (name if i == 1 else f"{name}_{i}" for i in range(1, len(used) + 2))
+        found.append(next(choice for choice in choices if choice not in used))
+        used.add(found[-1])
+    return found
 
 
 def reward_name(function: RewardFunction) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
     return getattr(function, "__name__", type(function).__name__)
-
-
-def text_of(completion: str | list[dict[str, str]]) -> str:
-    """The words of a completion, which is text, or chat messages when the prompt is."""
-    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
-
-
-def is_function_name(reward: Any) -> bool:
-    return isinstance(reward, str) and ":" in reward and not is_server(reward)
 
 
 def is_server(reward: Any) -> bool:
@@ -134,7 +195,14 @@ def load_reward(
     reward: str | RewardFunction, device: torch.device | str = "cpu", args: SafeConfig | None = None
 ) -> RewardFunction:
     """The reward named in a config: `vader`, `file.py:function`, `package.module:function`, URL or classifier model."""
+    if isinstance(reward, nn.Module):
+        raise ConfigError(
+            f"a reward must be a function or a name, got the model {type(reward).__name__}: pass its name or folder, "
+            "which have its tokenizer"
+        )
     if not isinstance(reward, str):
+        if not callable(reward):
+            raise ConfigError(f"a reward must be a function or a name, got {reward!r:.200}")
         return reward
     require_name("reward", reward)
     if reward == "vader":
@@ -143,7 +211,8 @@ def load_reward(
         return RewardServer(reward, args or SafeConfig())
     source, separator, attribute = reward.partition(":")
     if not separator:
-        return RewardModel(reward, device)
+        args = args or SafeConfig()
+        return RewardModel(reward, device, args.reward_batch_size, args.reward_dtype)
     try:
         function = getattr(import_source(source), attribute)
     except (Exception, SystemExit) as error:  # whatever the module does when it is imported

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteriaList,
+    TopKLogitsWarper,
+)
 
+from safe_kernels.integrations.transformers import text_config
 from safe_train import losses, parallel
 from safe_train.chat import turn_end
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import Messages, Prompt, TokenBatch, through_first_eos
-from safe_train.layout import largest_gap, probes
+from safe_train.layout import largest_gap
 from safe_train.models import Policy
 from safe_train.randomness import seeded
 from safe_train.stopping import StopStrings, stop_tokens
@@ -39,23 +48,30 @@ class Rollout:
         logprobs: Sequence[Sequence[float]],
         eos_ids: list[int],
         stops: StopStrings | None = None,
+        skip_special_tokens: bool = True,
     ) -> Rollout:
-        """A rollout from sampled tokens and their log-probs, both of which may go on after an end."""
+        """A rollout from sampled tokens and their log-probs, both of which may go on after an end.
+
+        The texts are without special tokens, or with all but the end token that a completion ends with.
+        """
         trimmed = [through_first_eos(row, eos_ids) for row in tokens]
         if stops is not None:
             stopped = [(*stops.through_first(row), ended) for row, ended in trimmed]
             trimmed = [(row, has_stop or ended) for row, has_stop, ended in stopped]
         completions = [row for row, _ in trimmed]
+        shown = completions
+        if not skip_special_tokens:
+            shown = [row[:-1] if row and row[-1] in eos_ids else row for row in completions]
         return cls(
             prompts=list(prompts),
             completions=completions,
-            texts=tokenizer.batch_decode(completions, skip_special_tokens=True),
+            texts=tokenizer.batch_decode(shown, skip_special_tokens=skip_special_tokens),
             ended=[ended for _, ended in trimmed],
             sampler_logprobs=[list(row[: len(kept)]) for row, kept in zip(logprobs, completions, strict=True)],
         )
 
-    def for_rewards(self) -> tuple[list[str | Messages], list[str | Messages], dict[str, list[Any]]]:
-        """Prompts, completions (chat messages where the prompt is chat) and the data set's other columns.
+    def for_rewards(self) -> tuple[list[str | Messages], list[str | Messages], dict[str, list[Any]], list[list[int]]]:
+        """Prompts, completions (chat messages where the prompt is chat), the data set's other columns, and tokens.
 
         A row without one of the others' columns has None there.
         """
@@ -65,10 +81,10 @@ class Rollout:
         ]
         names = dict.fromkeys(name for prompt in self.prompts for name in prompt.columns)
         columns = {name: [prompt.columns.get(name) for prompt in self.prompts] for name in names}
-        return [prompt.text for prompt in self.prompts], completions, columns
+        return [prompt.text for prompt in self.prompts], completions, columns, self.completions
 
 
-Sampler = Callable[[Sequence[Prompt]], Rollout]
+Sampler = Callable[..., Rollout]  # of prompts; greedy=True takes the likeliest token each time
 
 
 class Mode(NamedTuple):
@@ -81,11 +97,18 @@ class Mode(NamedTuple):
         return ("padded" if self.padded else "in groups of equal length") + ("" if self.cached else " without a cache")
 
 
+# Settings of `generate` with which the policy would not be sampled as it is scored, unless they are 0 or 1.
+CHANGING = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "no_repeat_ngram_size", "num_beams", "min_new_tokens", "suppress_tokens"),
+)
 MODES = (Mode(True, True), Mode(False, True), Mode(False, False))  # the fastest first
 
 
 def make_sampler(policy: Policy, tokenizer: Any, args: SafeConfig, mode: Mode = MODES[0]) -> Sampler:
     """One completion for each prompt, from the policy as it is when called, by the engine that `generation` names."""
+    if (found := left_out(policy)) and parallel.is_main():
+        print(found, flush=True)
     if args.generation == "vllm":
         from safe_train.vllm import VLLMSampler
 
@@ -93,26 +116,39 @@ def make_sampler(policy: Policy, tokenizer: Any, args: SafeConfig, mode: Mode = 
     return functools.partial(sample, policy, tokenizer, args=args, caches={}, mode=mode)
 
 
-def choose_mode(policy: Policy, args: SafeConfig) -> Mode:
-    """The fastest mode in which the sampler's log-probs are those of the policy.
+def left_out(policy: Policy) -> str:
+    """The settings of the model's own generation config that would change the distribution, or nothing."""
+    own = policy.model.generation_config
+    found = [f"{name} {getattr(own, name)!s:.20}" for name in CHANGING if getattr(own, name, None) not in (None, 0, 1)]
+    if not found:
+        return ""
+    return (
+        f"sampling at temperature {policy.temperature:g}, without the model's own settings for generation: "
+        + ", ".join(found)
+    )
+
+
+def choose_mode(policy: Policy, args: SafeConfig, prompts: Sequence[list[int]]) -> Mode:
+    """The fastest mode in which the sampler's log-probs are those of the policy, for a few tokens of these prompts.
 
     Raises:
         ConfigError: there is none, as where a model's code for generation does something else than its forward.
     """
     found: list[str] = []
     for mode in MODES:
+        gap, failure = math.inf, ""
         try:
-            gap = sampler_gap(policy, args, mode)
+            gap = sampler_gap(policy, args, mode, prompts)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 (some models cannot generate in a mode, each with an error of its own)
-            found.append(f"{mode}, it fails with {type(error).__name__}: {str(error):.200}")
-            continue
+            failure = f"{mode}, it fails with {type(error).__name__}: {str(error):.200}"
+        gap = parallel.maxima({"gap": math.inf if math.isnan(gap) else gap})["gap"]  # all processes take one mode
         if gap <= largest_gap(policy.compute_dtype):
             if found and parallel.is_main():
                 print(f"sampling {mode}: " + "; ".join(found), flush=True)
             return mode
-        found.append(f"{mode}, log-probs differ by {gap:.2g} nats on average from the policy's")
+        found.append(failure or f"{mode}, log-probs differ by {gap:.2g} nats on average from the policy's")
     raise ConfigError(
         f"{type(policy.causal_lm).__name__} cannot be sampled from: " + "; ".join(found) + f" (at most "
         f"{largest_gap(policy.compute_dtype)} is rounding); take another model, or generation vllm"
@@ -120,19 +156,16 @@ def choose_mode(policy: Policy, args: SafeConfig) -> Mode:
 
 
 @torch.no_grad()
-def sampler_gap(policy: Policy, args: SafeConfig, mode: Mode, prompts: Sequence[list[int]] | None = None) -> float:
+def sampler_gap(policy: Policy, args: SafeConfig, mode: Mode, prompts: Sequence[list[int]]) -> float:
     """How far the sampler's log-probs of a few tokens are from the policy's: the mean of |difference|, in nats.
 
-    For prompts of two lengths, in `mode`. The random numbers of the run are left alone.
+    The random numbers of the run are left alone.
     """
-    prompts = prompts or [ids[:length] for ids, length in zip(probes(policy.causal_lm), (7, 3, 3), strict=True)]
     changes: dict[str, Any] = {"max_new_tokens": 3, "generation_batch_size": None, "cache_implementation": "dynamic"}
-    args = dataclasses.replace(args, top_k=0, **changes)  # the published algorithms cut the policy off at 50 tokens
-    given = settings(args, [], 0, mode)
-    given.output_scores = given.return_dict_in_generate = True
+    args = dataclasses.replace(args, **changes)
     device = policy.causal_lm.device
     with seeded(0):
-        tokens, logprobs = draw(policy, prompts, given, args, {}, mode)
+        tokens, logprobs = draw(policy, prompts, settings(args, [], 0, mode), args, {}, mode)
         batch = TokenBatch.pack(prompts, tokens).to(device)
         own_L = losses.logprobs(policy(batch), policy.head(), batch.targets_L)
     return (own_L - torch.tensor(sum(logprobs, []), device=device)).abs().mean().item()
@@ -146,25 +179,23 @@ def sample(
     args: SafeConfig,
     caches: dict[int, StaticCache | None] | None = None,
     mode: Mode = MODES[0],
+    greedy: bool = False,
 ) -> Rollout:
-    """One completion for each prompt, sampled from the policy itself: temperature 1, nothing cut off.
+    """One completion for each prompt, sampled from the policy at its temperature, with nothing cut off.
 
-    `caches` keeps the KV caches from call to call, by their number of rows.
+    With `greedy` the likeliest token each time. `caches` keeps KV caches from call to call, by their number of rows.
     """
     eos_ids = end_tokens(policy, tokenizer, args)
     stops = None if args.stop_strings is None else StopStrings(tokenizer, args.stop_strings)
     given = settings(args, eos_ids, tokenizer.pad_token_id or 0, mode)
     ids, caches = [prompt.ids for prompt in prompts], {} if caches is None else caches
-    tokens, logprobs = draw(policy, ids, given, args, caches, mode, stops)
-    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids, stops)
+    tokens, logprobs = draw(policy, ids, given, args, caches, mode, stops, greedy)
+    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids, stops, args.reward_skip_special_tokens)
 
 
 def settings(args: SafeConfig, eos_ids: list[int], pad_id: int, mode: Mode) -> GenerationConfig:
     return GenerationConfig(
-        do_sample=True,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
+        do_sample=False,  # `Draw` does
         max_new_tokens=args.max_new_tokens,
         eos_token_id=eos_ids or None,
         pad_token_id=pad_id,  # any id: masked before a prompt, cut off after a completion
@@ -180,6 +211,7 @@ def draw(
     caches: dict[int, StaticCache | None],
     mode: Mode,
     stops: StopStrings | None = None,
+    greedy: bool = False,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Sampled tokens and their log-probs, one row a prompt."""
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -193,7 +225,8 @@ def draw(
             cache = caches[len(chunk)]
             if cache is not None:
                 cache.reset()
-            drawn = generate(model, [prompts[i] for i in chunk], given, cache, stops)
+            drawing = Draw(policy.temperature, args.top_k, greedy)
+            drawn = generate(model, [prompts[i] for i in chunk], given, drawing, cache, stops)
             # The last chunk repeats a prompt to be as wide as the others; the first draw counts.
             for i, row, row_logprobs in reversed(list(zip(chunk, *drawn, strict=True))):
                 tokens[i], logprobs[i] = row, row_logprobs
@@ -232,55 +265,53 @@ def static_cache(policy: Policy, args: SafeConfig) -> StaticCache | None:
     return StaticCache(model.config, max_cache_len=args.max_prompt_tokens + args.max_new_tokens)
 
 
-class SamplerLogprobs(LogitsProcessor):
-    """Records log-probs of sampled tokens one step late, from the scores that `generate` itself still holds."""
+class Draw(LogitsProcessor):
+    """Draws the tokens, and records their log-probs at the temperature, from the scores that it was given.
 
-    def __init__(self) -> None:
-        self.columns: list[Tensor] = []
-        self.last: Tensor | None = None
+    With `greedy` the likeliest. It comes last, and `generate` is left one token to take. So what is recorded is what
+    was drawn from, with all that the model or its settings did to the scores: the gap to the policy's own log-probs
+    shows it. The top k of the published algorithms are drawn from, but the log-probs are those of the whole policy.
+    """
+
+    def __init__(self, temperature: float, top_k: int = 0, greedy: bool = False):
+        self.temperature, self.greedy = temperature, greedy
+        self.filter = TopKLogitsWarper(top_k) if top_k else None
+        self.logprobs: list[Tensor] = []  # of each step, one a row
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.record(input_ids[:, -1])
-        self.last = scores
-        return scores
-
-    def record(self, tokens: Tensor) -> None:
-        if self.last is not None:
-            self.columns.append(self.last.gather(-1, tokens[:, None])[:, 0] - self.last.logsumexp(-1))
+        scores_BV: Any = scores / self.temperature
+        kept_BV = scores_BV if self.filter is None else self.filter(input_ids, scores_BV)
+        token_B1 = kept_BV.argmax(-1, keepdim=True) if self.greedy else torch.multinomial(kept_BV.softmax(-1), 1)
+        self.logprobs.append(scores_BV.gather(-1, token_B1)[:, 0] - scores_BV.logsumexp(-1))
+        return torch.full_like(scores_BV, -torch.inf).scatter_(-1, token_B1, 0.0)  # type: ignore[return-value]
 
 
 def generate(
     model: Any,
     prompts: list[list[int]],
     settings: GenerationConfig,
+    drawing: Draw,
     cache: StaticCache | None,
     stops: StopStrings | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Sampled tokens and their log-probs, one row a prompt.
-
-    With `output_scores` the log-probs are those that were drawn from, temperature and the like included.
-    """
+    """Sampled tokens and their log-probs, one row a prompt."""
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), settings.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(prompts):
         input_ids[row, width - len(ids) :] = torch.tensor(ids)
         attention_mask[row, width - len(ids) :] = 1
-    recorder = SamplerLogprobs()
     output = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
         generation_config=settings,
-        logits_processor=LogitsProcessorList([recorder]),
+        logits_processor=LogitsProcessorList([drawing]),
         stopping_criteria=StoppingCriteriaList([] if stops is None else [stops.behind(width)]),
         past_key_values=cache,
     )
-    if settings.output_scores:
-        tokens_BT = output.sequences[:, width:]
-        scores_BTV = torch.stack(output.scores, dim=1)
-        return tokens_BT.tolist(), scores_BTV.log_softmax(-1).gather(-1, tokens_BT[..., None])[..., 0].tolist()
-    recorder.record(output[:, -1])
-    return output[:, width:].tolist(), torch.stack(recorder.columns, dim=1).tolist()
+    tokens_BT = output[:, width:]
+    # On GPUs `generate` may notice an end one step late, and takes that step back.
+    return tokens_BT.tolist(), torch.stack(drawing.logprobs, dim=1)[:, : tokens_BT.shape[1]].tolist()
 
 
 def end_tokens(policy: Policy, tokenizer: Any, args: SafeConfig | None = None) -> list[int]:
@@ -292,5 +323,7 @@ def end_tokens(policy: Policy, tokenizer: Any, args: SafeConfig | None = None) -
         return stop_tokens(tokenizer, args.stop_tokens)
     kwargs = None if args is None else args.chat_template_kwargs
     eos = policy.model.generation_config.eos_token_id
+    if eos is None:
+        eos = getattr(text_config(policy.causal_lm), "eos_token_id", None)
     ends = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *turn_end(tokenizer, kwargs)]
     return [token for token in dict.fromkeys(ends) if token is not None]

@@ -1,9 +1,8 @@
-"""What a run leaves on disk beside its checkpoints: settings, environment, metrics, samples and the report."""
+"""What a run leaves on disk beside its checkpoints: settings, environment, metrics, completions and the report."""
 
 from __future__ import annotations
 
 import json
-import math
 import platform
 import shutil
 import subprocess
@@ -13,13 +12,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from tqdm import tqdm
 
 from safe_train import folder_lock, parallel
 from safe_train.config import ConfigError, SafeConfig, read_yaml
+from safe_train.evaluation import Evaluation
 from safe_train.hardware import processor
-from safe_train.report import read_rows, write_report
+from safe_train.report import read_rows, strict_json, write_report
+from safe_train.rewards import Scores
 from safe_train.rollout import Rollout
 from safe_train.written import plain
 
@@ -35,6 +35,7 @@ class RunFolder:
     def __init__(self, args: SafeConfig, accelerator: Accelerator, resume_at: int = 0, layout: str | None = None):
         self.path, self.accelerator = Path(args.output_dir), accelerator
         self.metrics, self.samples = self.path / "metrics.jsonl", self.path / "samples.jsonl"
+        self.evaluations = self.path / "evaluation.jsonl"
         self.open(args, resume_at, layout)
 
     @parallel.main_only
@@ -42,7 +43,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if resume_at == 0:
             self.refuse_to_erase(args)
-        for rows in (self.metrics, self.samples):
+        for rows in (self.metrics, self.samples, self.evaluations):
             keep_rows(rows, resume_at)
         found = {**environment(self.accelerator.device), "layout": layout}
         (self.path / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
@@ -73,11 +74,21 @@ class RunFolder:
         )
 
     @parallel.main_only
-    def log_samples(self, step: int, rollout: Rollout, reward_B: Tensor) -> None:
-        append(self.samples, [
-            {"step": step, "prompt": prompt.text, "completion": text, "reward": reward}
-            for prompt, text, reward in zip(rollout.prompts, rollout.texts, reward_B.tolist(), strict=True)
-        ])  # fmt: skip
+    def log_samples(self, step: int, rollout: Rollout, scores: Scores) -> None:
+        """A row a completion: each reward, and what the rewards logged beside it."""
+        columns = {
+            "prompt": [prompt.text for prompt in rollout.prompts],
+            "completion": rollout.texts,
+            "reward": scores["reward"].tolist(),
+            **{f"rewards/{name}": score_B.tolist() for name, score_B in scores.items() if name != "reward"},
+            **scores.extra,
+        }
+        rows = zip(*columns.values(), strict=True)
+        append(self.samples, [{"step": step, **dict(zip(columns, row, strict=True))} for row in rows])
+
+    @parallel.main_only
+    def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        append(self.evaluations, [{"step": step, **row} for row in evaluation.completions])
 
     @parallel.main_only
     def finish(self) -> None:
@@ -120,19 +131,6 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
             f"cannot write {path}: {error}. The run stops; when there is room, continue from its last checkpoint with "
             "--resume"
         ) from error
-
-
-def strict_json(value: Any, **options: Any) -> str:
-    """JSON without NaN and Infinity, which it has no words for: they are null."""
-    return json.dumps(finite(value), allow_nan=False, **options)
-
-
-def finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: finite(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_rows(path: Path, last_step: int) -> None:

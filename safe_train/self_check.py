@@ -17,20 +17,18 @@ from safe_train import losses, parallel, sharding
 from safe_train.attention import as_published
 from safe_train.checks import LARGEST_HEAD_GAP, head_gap
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data import TokenBatch
+from safe_train.data import PromptDataset, TokenBatch
 from safe_train.layout import ROWS, largest_gap
 from safe_train.metrics import sampler_metrics
 from safe_train.randomness import seeded
-from safe_train.rollout import sampler_gap
 
 if TYPE_CHECKING:
     from safe_train.experience import Experience
     from safe_train.models import Policy
     from safe_train.trainer import SafeTrainer
 
-LENGTHS = (9, 4, 16)  # of the sequences: with different ones, padding and packing show
+LENGTHS = (9, 16)  # of the sequences: with two, padding and packing show
 PROMPTS = 8  # from whose text they are cut
-PROMPT_LENGTHS = (7, 3, 3)  # of the prompts that are sampled
 
 
 class Part(NamedTuple):
@@ -44,8 +42,8 @@ class Part(NamedTuple):
 def self_check(trainer: SafeTrainer) -> None:
     """Raises a ConfigError if the trainer's log-probs are not the model's. The run's random numbers are left alone."""
     policy, args = trainer.policy, trainer.args
-    name, limit = type(policy.causal_lm).__name__, largest_gap(policy.compute_dtype)
-    sequences = sequences_of([prompt.ids for prompt in trainer.prompts.at(0, PROMPTS)])
+    name, limit = type(policy.causal_lm).__name__, largest_gap(policy.compute_dtype, policy.temperature)
+    sequences = sequences_of(trainer.prompts)
     with seeded(0), torch.no_grad():
         batch = batch_of(sequences).to(trainer.device)
         together, ref_together, kl = log_probs(policy, batch)
@@ -55,13 +53,10 @@ def self_check(trainer: SafeTrainer) -> None:
         own, ref_own = (torch.cat([each[i] for each in found]) for i in range(2))
         with trainer.engine.gathered():
             parts = [
-                Part(head_gap(policy, sequences), LARGEST_HEAD_GAP, HEAD),
+                Part(head_gap(policy, sequences[:1]), LARGEST_HEAD_GAP, HEAD),
                 Part(mean_gap(together, own), limit, LAYOUT),
                 Part(mean_gap(ref_together, ref_own), limit, REFERENCE_LAYOUT),
             ]
-            if args.generation == "hf":
-                prompts = [ids[:length] for ids, length in zip(sequences, PROMPT_LENGTHS, strict=True)]
-                parts.append(Part(sampler_gap(policy, args, trainer.mode, prompts), limit, SAMPLER))
     if trainer.step == 0 and args.reference == "initial":
         parts.append(Part(kl.mean().item(), limit, REFERENCE))
     worst = parallel.maxima({part.message: part.gap for part in parts})
@@ -76,10 +71,6 @@ HEAD = (
     "the head of {model}: on the same hidden states its own log-probs differ by {gap:.2g} nats from the kernels', at "
     "most {largest:g} is rounding; take a model whose logits are a scale or softcap of its head's"
 )
-SAMPLER = (
-    "sampling from {model}: the sampler's log-probs differ by {gap:.2g} nats on average from the policy's, at most "
-    "{largest:g} is rounding; set cache_implementation to dynamic, or take another model"
-)
 LAYOUT = (
     "layout {layout}: log-probs of {model} on sequences together differ by {gap:.2g} nats on average from those of "
     "each alone, at most {largest:g} is rounding: sequences see one another. Set layout to rows, or "
@@ -93,12 +84,18 @@ REFERENCE = (
 )
 
 
-def sequences_of(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Consecutive tokens of the prompts, from the first again where there are too few."""
-    ids = [token for prompt in prompts for token in prompt]
+def sequences_of(prompts: PromptDataset) -> list[list[int]]:
+    """Consecutive tokens of the first prompts, from the first again where there are too few."""
+    ids = [token for prompt in prompts.at(0, PROMPTS) for token in prompt.ids]
     ids = ids * -(-sum(LENGTHS) // len(ids))
     starts = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
     return [ids[start : start + length] for start, length in zip(starts, LENGTHS, strict=True)]
+
+
+def sampled_prompts(prompts: PromptDataset) -> list[list[int]]:
+    """Of two lengths, so that padding shows, and two of one length, so that a batch of them does."""
+    first, second = sequences_of(prompts)
+    return [first[:7], second[:3], second[3:6]]
 
 
 def batch_of(sequences: Sequence[list[int]]) -> TokenBatch:

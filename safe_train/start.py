@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import importlib.util
+import os
 import shutil
 import traceback
 from collections.abc import Iterable, Sequence
@@ -12,18 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_train import parallel
+from safe_train import models, parallel, sharding, zero
+from safe_train.checks import check_positions, check_vocabulary
 from safe_train.config import ConfigError, SafeConfig, recorded, require_name
 from safe_train.data import Prompt
-from safe_train.rewards import (
+from safe_train.randomness import seeded
+from safe_train.reward_calls import (
+    Batch,
     NotANumber,
     RewardFunction,
-    is_classifier,
-    is_function_name,
-    is_server,
-    load_reward,
-    score,
+    ask,
+    check_columns,
+    check_signature,
+    trainer_state,
 )
+from safe_train.rewards import is_classifier, is_server, load_reward, reward_name
 from safe_train.rollout import Rollout
 from safe_train.versions import check_versions
 
@@ -39,7 +43,8 @@ def asked_for(
     check_versions()
     chosen = args.reward if rewards is None else rewards
     functions = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
-    args = recorded(args, functions, **given)
+    folder = os.path.abspath(args.output_dir)  # wherever the user's code goes later
+    args = recorded(args, functions, output_dir=folder, **given)
     if missing := args.missing():
         raise ConfigError(
             f"a run needs {', '.join(missing)}: name {'it' if len(missing) == 1 else 'them'} in the config, as "
@@ -58,54 +63,86 @@ def asked_for(
     return args, named
 
 
+def check_4bit(args: SafeConfig, device: torch.device, is_named: bool) -> None:
+    """Whether the weights can be loaded in 4 bits."""
+    if not args.load_in_4bit:
+        return
+    if not is_named:
+        raise ConfigError("load_in_4bit is for a model that is named: pass its name, or the object as you loaded it")
+    if device.type != "cuda":
+        raise ConfigError(
+            f"load_in_4bit needs a GPU, the device is {device.type}: leave it out, or take a smaller model"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("load_in_4bit needs a package: pip install 'bitsandbytes>=0.46'")
+    if sharding.settings() is not None or zero.stage() == 3:
+        raise ConfigError("load_in_4bit needs whole weights on each GPU, not FSDP or ZeRO-3: use DDP or one process")
+
+
+def check_outline(args: SafeConfig, tokenizer: Any, peft_config: Any) -> None:
+    """What the config alone says of the model, before its weights are loaded: positions, tokens, the disk's room.
+
+    A model whose code reads weights while it is made has no outline; its weights are checked all the same.
+    """
+    if (model := outline(args)) is not None:
+        check_positions(model.config, args, type(model).__name__)
+        check_vocabulary(model, tokenizer)
+        if (
+            args.lora_r == 0 and peft_config is None
+        ):  # what is trained of an adapter is known when it is made, and little
+            check_space(Path(args.output_dir), model.parameters())
+
+
+def outline(args: SafeConfig) -> Any:
+    """The model that the config describes, without memory for its weights; None where that cannot be made."""
+    with models.loading(args.model):
+        config = models.config_of(args)
+    kind = models.model_class(config)
+    try:
+        with seeded(0), torch.device("meta"):
+            return kind.from_config(config, trust_remote_code=args.trust_remote_code)
+    except Exception:  # code of any model
+        return None
+
+
 def load_rewards(
     rewards: Sequence[Reward], args: SafeConfig, device: torch.device, prompts: Sequence[Prompt]
 ) -> list[RewardFunction]:
-    """The rewards in their order. Functions and servers are loaded first and tried once; classifiers take longer."""
+    """The rewards in their order, those with a name tried once. Classifiers come last: they take longer."""
     loaded: dict[int, RewardFunction] = {}
+    columns = sorted({name for prompt in prompts for name in prompt.columns})
+    check_columns(columns)
     for i in sorted(range(len(rewards)), key=lambda i: is_classifier(rewards[i])):
         loaded[i] = load_reward(rewards[i], device, args)
-        if is_function_name(rewards[i]) or is_server(rewards[i]):
-            try_reward(str(rewards[i]), loaded[i], prompts)
+        if isinstance(rewards[i], str):
+            try_reward(str(rewards[i]), loaded[i], prompts, args)
+        else:
+            check_signature(reward_name(loaded[i]), loaded[i], columns)
     return [loaded[i] for i in range(len(rewards))]
 
 
-def try_reward(name: str, function: RewardFunction, prompts: Sequence[Prompt]) -> None:
+def try_reward(name: str, function: RewardFunction, prompts: Sequence[Prompt], args: SafeConfig | None = None) -> None:
     """Calls a reward with invented completions, before anything slow.
 
     What no other completions would mend is an error; anything else that it raises is a warning.
     """
+    args = args or SafeConfig()
     count = len(prompts)
-    inputs = Rollout(list(prompts), [[]] * count, [INVENTED] * count, [True] * count, [[]] * count).for_rewards()
+    inputs = Rollout(list(prompts), [[0]] * count, [INVENTED] * count, [True] * count, [[0.0]] * count).for_rewards()
     check_signature(name, function, inputs[2])
     try:
-        score(name, function, *inputs)
+        ask({reward_name(function): function}, Batch(*inputs, trainer_state(args)), args.async_reward_timeout)
     except NotANumber as error:
         warn(error)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     except RuntimeError as error:
         cause = error.__cause__
-        if is_server(name):
+        if is_server(name) or is_classifier(name):
             raise ConfigError(str(cause)) from error
         if isinstance(cause, (NameError, ImportError, SyntaxError)):
             raise ConfigError(f"{error}{place(cause)}") from error
         warn(f"{error}{place(cause)}")
-
-
-def check_signature(name: str, function: RewardFunction, columns: dict[str, list[Any]]) -> None:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # a builtin, which has none to read
-        return
-    try:
-        signature.bind(prompts=[], completions=[], **columns)
-    except TypeError as error:
-        names = ", ".join(["prompts", "completions", *columns])
-        raise ConfigError(
-            f"the reward {name!r} cannot be called with the keywords {names}: {error}; each parameter "
-            "must be one of them or have a default, and **columns takes the others"
-        ) from None
 
 
 def place(error: BaseException | None) -> str:

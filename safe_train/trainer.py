@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl
 
-from safe_train import losses, parallel, sharding
+from safe_train import events, losses, parallel, sharding
 from safe_train.adapters import untrained_experts, unwrapped
 from safe_train.chat import read_text
 from safe_train.checkpoint import Checkpoints, say
@@ -36,17 +38,18 @@ from safe_train.preview import Preview, mean_kl
 from safe_train.prompts import make_prompts
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
 from safe_train.reference import identity
-from safe_train.rewards import RewardFunction, Rewards
+from safe_train.reward_calls import RewardFunction, trainer_state
+from safe_train.rewards import Rewards, Scores
 from safe_train.rollout import MODES, Mode, Rollout, choose_mode, end_tokens, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
-from safe_train.self_check import check_sampler_gap, self_check
+from safe_train.self_check import check_sampler_gap, sampled_prompts, self_check
 from safe_train.signals import Stopped, StopSignals
-from safe_train.start import asked_for, check_space, load_rewards
+from safe_train.start import asked_for, check_4bit, check_outline, check_space, load_rewards
 from safe_train.stopping import described, stop_tokens
 
 Rows = Any  # a sequence of rows, a DataFrame, or what `datasets` has
 
-REWARDS, CALLBACKS = 0, 1  # whose random numbers
+REWARDS = 0  # whose random numbers, beside those of the callbacks
 
 
 class SafeTrainer:
@@ -55,15 +58,16 @@ class SafeTrainer:
     Args:
         model: a causal language model of transformers, a `PeftModel` around one, or the name of one. What is handed
             over is the reference, too. Default: `args.model`.
-        reward_funcs: one or several rewards: callables `(prompts, completions, **columns) -> list[float]`, or names.
-            Default: `args.reward`.
+        reward_funcs: one or several rewards: callables `(prompts, completions, **columns) -> list[float | None]` as
+            for TRL's GRPO, async ones too, or names. Default: `args.reward`.
         args: the settings.
         train_dataset, eval_dataset: rows with prompts (a list of dicts, a DataFrame, or a Dataset, DatasetDict or
             IterableDataset of `datasets`), or the name of a data set. Default: those `args` names.
         processing_class: the tokenizer; loaded with the model when that is a name.
         peft_config: replaces the LoRA settings of `args`; not for a `PeftModel`, whose active adapter is trained on.
-        callbacks: each is called after every step, behind its checkpoint, as `callback(trainer, metrics)`, on every
-            process. Its random numbers are its own: the seed and the step decide them.
+        callbacks: functions, each called after every step, behind its checkpoint, as `callback(trainer, metrics)`; or
+            objects of transformers' `TrainerCallback`. Both are called on every process. Their random numbers are their
+            own: the seed and the step decide them. `trainer.control.should_training_stop` ends the run.
 
     Started by `accelerate launch` or torchrun, each process samples, judges and trains on its share, and the weights,
     the controller and the metrics are the same on all of them; see `parallel`, `engine`, and for weights in parts
@@ -88,7 +92,7 @@ class SafeTrainer:
         eval_dataset: Rows | str | None = None,
         processing_class: Any = None,
         peft_config: Any = None,
-        callbacks: Sequence[Callable[[SafeTrainer, dict[str, Any]], None]] = (),
+        callbacks: Sequence[Callable[[SafeTrainer, dict[str, Any]], None] | TrainerCallback] = (),
     ):
         check_torch_state()
         args = args or SafeConfig()
@@ -98,9 +102,11 @@ class SafeTrainer:
             )
         given = {"model": model, "dataset": train_dataset, "eval_dataset": eval_dataset}
         args, rewards = asked_for(args, reward_funcs, processing_class, **given)
-        self.args, self.callbacks = args, callbacks
+        self.args, self.callbacks = args, events.instances(callbacks)
         self.accelerator = parallel.start(args)
         self.device = self.accelerator.device
+        is_named = model is None or isinstance(model, str)
+        check_4bit(args, self.device, is_named)
         self.folder_lock = FolderLock(Path(args.output_dir))
         self.folder_lock.acquire()
         set_seed(args.seed)
@@ -109,15 +115,24 @@ class SafeTrainer:
             self.tokenizer.chat_template = read_text("chat_template", args.chat_template)
         if args.stop_tokens is not None:
             stop_tokens(self.tokenizer, args.stop_tokens)
+        if is_named:
+            check_outline(args, self.tokenizer, peft_config)
         self.prompts = self.prompt_dataset(train_dataset, "dataset")
         self.eval_prompts: PromptDataset | None = None
         if args.eval_every or eval_dataset is not None:  # else read when first asked for: a run may never need them
             self.eval_prompts = self.prompt_dataset(eval_dataset, "eval_dataset")
         with guest(args.seed):  # a file that seeds when it is imported
             functions = load_rewards(rewards, args, self.device, self.prompts.at(0, 2))
-            self.rewards = Rewards(functions, args.reward_weights)
+            self.rewards = Rewards(
+                functions,
+                args.reward_weights,
+                aggregation=args.multi_objective_aggregation,
+                variance_coef=args.reward_variance_coef,
+                limit=args.async_reward_timeout,
+                state=self.reward_state,
+            )
 
-        model = unwrapped(load_model(args, self.device) if model is None or isinstance(model, str) else model)
+        model = unwrapped(load_model(args, self.device) if is_named else model)
         dtype = sharding.compute_dtype(self.device, model.dtype, args)
         use_tensor_cores(self.device, dtype)
         model = place(model, self.device)
@@ -155,13 +170,14 @@ class SafeTrainer:
         self.best_reward: float | None = None  # of an evaluation
         self.known_position = 0, 0  # of a step, in the stream of prompts; a resumed run knows that of its checkpoint
         self.times: dict[str, float] = {}
+        self.control, self.state = TrainerControl(), events.new_state(args)
 
     def sampling_mode(self) -> Mode:
         """How transformers samples this model right; vLLM has its own way."""
         if self.args.generation == "vllm":
             return MODES[0]
         with self.engine.gathered():
-            return choose_mode(self.policy, self.args)
+            return choose_mode(self.policy, self.args, sampled_prompts(self.prompts))
 
     def read_rows(self, rows: Any, setting: str) -> Source:
         """The rows that were handed over, or those that the setting names."""
@@ -205,7 +221,10 @@ class SafeTrainer:
         folder = RunFolder(args, self.accelerator, resume_at=self.step, layout=self.policy.layout)
         history = []
         with StopSignals() as signals:
+            events.begin(self)
             for step in self.steps():
+                with checkpoints.keeping(self):
+                    events.begin_step(self)
                 with self.timed("step"):
                     with checkpoints.keeping(self):
                         rollout, rewards = self.collect(step)
@@ -214,7 +233,8 @@ class SafeTrainer:
                     with checkpoints.keeping(self):
                         check_sampler_gap(experience, self.policy.compute_dtype, args)
                     control = self.update_controller(experience, rewards["reward"])
-                    self.compute_advantages(experience, self.training_rewards(rewards["reward"], rollout), control)
+                    learned_from_B = rewards.learned_from(args.multi_objective_aggregation, args.completions_per_prompt)
+                    self.compute_advantages(experience, self.training_rewards(learned_from_B, rollout), control)
                     with self.timed("update"):
                         update = self.update(experience, control)
                 metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
@@ -222,25 +242,28 @@ class SafeTrainer:
                 del experience  # or the next one is made beside it
                 self.step = step + 1
                 try:
-                    if args.eval_every and self.step % args.eval_every == 0:
-                        with checkpoints.keeping(self):
-                            metrics |= {f"eval/{name}": value for name, value in self.evaluate().numbers().items()}
+                    with checkpoints.keeping(self):
+                        events.call(self, "on_step_end")
+                        metrics |= self.evaluation_metrics(folder)
                 finally:  # the step is done even when its evaluation fails
                     if self.step % args.samples_every == 0:
-                        folder.log_samples(self.step, rollout, rewards["reward"])
+                        folder.log_samples(self.step, rollout, rewards)
                     folder.log(self.step, metrics)
                 history.append(metrics)
                 if self.is_best(metrics):
                     best.save(self)
-                stop, ends = signals.agreed(), self.step == args.total_steps or self.is_beyond(metrics["kl"])
-                if self.step % args.save_every == 0 or ends or stop:
+                ends, stop = self.is_last(metrics["kl"]), signals.agreed()
+                is_saved = ends or stop is not None or self.step % args.save_every == 0 or self.control.should_save
+                if is_saved:
                     checkpoints.save(self)
                 with checkpoints.keeping(self):
-                    self.call_back(metrics)
-                if ends:
+                    events.end_step(self, metrics, is_saved)
+                if self.was_stopped(checkpoints) or ends:
                     break
                 if stop:
                     raise Stopped.after(self.step, stop, args.output_dir)
+            with checkpoints.keeping(self):
+                events.call(self, "on_train_end")
         folder.finish()
         return history
 
@@ -249,28 +272,44 @@ class SafeTrainer:
         total, hidden = self.args.total_steps, not parallel.is_main()
         yield from tqdm(range(self.step, total), initial=self.step, total=total, unit="step", disable=hidden)
 
+    def evaluation_metrics(self, folder: RunFolder) -> dict[str, float]:
+        """Those of an evaluation, if it is time for one or a callback asked for it."""
+        is_time = self.args.eval_every and self.step % self.args.eval_every == 0
+        if not (is_time or self.control.should_evaluate):
+            return {}
+        evaluation = self.evaluate()
+        folder.log_evaluation(self.step, evaluation)
+        numbers = evaluation.numbers()
+        events.call(self, "on_evaluate", metrics={f"eval_{name}": value for name, value in numbers.items()})
+        return {f"eval/{name}": value for name, value in numbers.items()}
+
     def is_best(self, metrics: Mapping[str, Any]) -> bool:
-        """Whether this step was evaluated, and better than all before it."""
+        """Whether this step was evaluated, was better than all before it, and is to be kept for that."""
         reward = metrics.get("eval/reward")
-        if not self.args.save_best or reward is None or (self.best_reward is not None and reward <= self.best_reward):
+        if reward is None or math.isnan(reward) or (self.best_reward is not None and reward <= self.best_reward):
             return False
         self.best_reward = reward
-        return True
+        return self.args.save_best
+
+    def is_last(self, kl: float) -> bool:
+        """Whether the run ends with this step: it is the last, a callback asked for it, or the KL passed `stop_kl`."""
+        return self.step == self.args.total_steps or self.control.should_training_stop or self.is_beyond(kl)
 
     def is_beyond(self, kl: float) -> bool:
-        """Whether the KL passed `stop_kl`, at which the run ends as if it were done."""
         limit = self.args.stop_kl
         if limit is None or not parallel.from_main(kl > limit):
             return False
         say(f"stopped after step {self.step}, with a checkpoint: its KL {kl:.3g} is above stop_kl {limit:g}")
         return True
 
-    def call_back(self, metrics: dict[str, Any]) -> None:
-        """All callbacks; each gets metrics of its own."""
-        place = f"the callbacks of step {self.step}"
-        with parallel.together(place), guest(self.args.seed, self.step, CALLBACKS):
-            for callback in self.callbacks:
-                callback(self, dict(metrics))
+    def was_stopped(self, checkpoints: Checkpoints) -> bool:
+        """Whether a callback ended the run, which is then saved as if it were done."""
+        if not self.control.should_training_stop:
+            return False
+        if checkpoints.step != self.step:
+            checkpoints.save(self)
+        say(f"stopped after step {self.step}, with a checkpoint: a callback asked for it")
+        return True
 
     def evaluate(self) -> Evaluation:
         """Samples on the held-out prompts, always with the same random numbers, and leaves training's alone.
@@ -283,7 +322,12 @@ class SafeTrainer:
             self.eval_prompts = self.prompt_dataset(None, "eval_dataset")
         return evaluate(self.policy, self.complete, self.eval_prompts, self.rewards, self.args, self.device)
 
-    def collect(self, step: int) -> tuple[Rollout, dict[str, Tensor]]:
+    def reward_state(self) -> Any:
+        """The `transformers.TrainerState` that rewards are given; its steps are rollouts."""
+        rows = self.prompts.known_length
+        return trainer_state(self.args, self.step, self.position(self.step) / rows if rows else None)
+
+    def collect(self, step: int) -> tuple[Rollout, Scores]:
         """The rollout and the rewards of all processes, on each of them."""
         with own_random_numbers(self.args.seed, step):
             with self.timed("rollout"):
@@ -291,8 +335,8 @@ class SafeTrainer:
         with self.timed("reward"), parallel.together(f"the rewards of step {step + 1}"):
             with guest(self.args.seed, step, REWARDS):
                 rewards = self.rewards(*own.for_rewards())
-        scores = parallel.gather(torch.stack(list(rewards.values())))
-        return gathered(own), dict(zip(rewards, scores, strict=True))
+        self.times |= {f"reward/{name}": seconds for name, seconds in rewards.seconds.items()}
+        return gathered(own), rewards.gathered()
 
     def sample(self, step: int) -> Rollout:
         """Completions of this process's share of the step's prompts."""
@@ -306,16 +350,21 @@ class SafeTrainer:
         known_step, known_position = self.known_position
         return known_position + (step - known_step) * self.args.prompts_per_step
 
-    def complete(self, prompts: Sequence[Prompt]) -> Rollout:
-        """A completion for each of this process's prompts."""
+    def complete(self, prompts: Sequence[Prompt], **how: bool) -> Rollout:
+        """A completion for each of this process's prompts; with `greedy` the likeliest token each time."""
         with self.engine.gathered():
-            return self.sampler(prompts)
+            return self.sampler(prompts, **how)
 
     def update_controller(self, experience: Experience, reward_B: Tensor) -> Control:
-        """Takes the rollout into the reward moments, then asks the controller for the update's coefficients."""
-        self.reward_moments.update(reward_B.tolist())
+        """Takes the rollout into the reward moments, then asks the controller for the update's coefficients.
+
+        Where no reward applies to any completion, the running mean stands for the rollout's.
+        """
+        known_B = reward_B[~reward_B.isnan()]
+        self.reward_moments.update(known_B.tolist())
         kl, entropy = self.mean_kl_and_entropy(experience)
-        seen = parallel.from_main((kl, entropy, reward_B.mean().item(), self.reward_moments.std))
+        mean = known_B.mean().item() if len(known_B) else self.reward_moments.mean
+        seen = parallel.from_main((kl, entropy, mean, self.reward_moments.std))
         control = self.controller.update(*seen)
         parallel.check_same({"step": self.step, "controller": control, "random numbers": fingerprint()})
         return control
@@ -333,7 +382,7 @@ class SafeTrainer:
         In float64, on the CPU, where the differences within a group are still to be taken.
         """
         reward_B = reward_B.double()
-        if self.args.normalize_rewards:
+        if self.args.normalize_rewards and self.args.multi_objective_aggregation != "normalize_then_sum":
             reward_B = (reward_B - self.reward_moments.mean) / (self.reward_moments.std or 1.0)
         reward_B = reward_B - self.args.missing_eos_penalty * (~torch.tensor(rollout.ended)).double()
         if self.args.shuffle_advantages:

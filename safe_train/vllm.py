@@ -51,20 +51,27 @@ class VLLMSampler:
         self.sleep()
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt]) -> Rollout:
+    def __call__(self, prompts: Sequence[Prompt], greedy: bool = False) -> Rollout:
         eos_ids = end_tokens(self.policy, self.tokenizer, self.args)
         # One seed a completion, from the run's own random numbers: a resumed run samples the same.
         seeds = torch.randint(2**31, (len(prompts),)).tolist()
         with self.awake():
             requests = self.engine.generate(
                 [{"prompt_token_ids": prompt.ids} for prompt in prompts],
-                [self.sampling_params(eos_ids, seed) for seed in seeds],
+                [self.sampling_params(eos_ids, seed, greedy) for seed in seeds],
                 use_tqdm=False,
             )
         outputs = [request.outputs[0] for request in requests]
         tokens = [list(output.token_ids) for output in outputs]
         logprobs = [token_logprobs(output) for output in outputs]
-        rollout = Rollout.build(self.tokenizer, prompts, tokens, logprobs, eos_ids)
+        rollout = Rollout.build(
+            self.tokenizer,
+            prompts,
+            tokens,
+            logprobs,
+            eos_ids,
+            skip_special_tokens=self.args.reward_skip_special_tokens,
+        )
         for output, completion, ended in zip(outputs, rollout.completions, rollout.ended, strict=True):
             if not ended and len(completion) < self.args.max_new_tokens:
                 raise RuntimeError(
@@ -76,10 +83,10 @@ class VLLMSampler:
             self.weights_are_checked = True
         return rollout
 
-    def sampling_params(self, eos_ids: list[int], seed: int) -> Any:
+    def sampling_params(self, eos_ids: list[int], seed: int, greedy: bool) -> Any:
         args = self.args
         return self.vllm.SamplingParams(
-            temperature=args.temperature,
+            temperature=0.0 if greedy else self.policy.temperature,
             top_p=args.top_p,
             top_k=args.top_k,
             max_tokens=args.max_new_tokens,
@@ -133,6 +140,9 @@ def start_engine(vllm: Any, policy: Policy, args: SafeConfig) -> Any:
             load_format="dummy",
             skip_tokenizer_init=True,
             generation_config="vllm",
+            # Of what is drawn from: with the temperature, and with all that the engine might add. The published
+            # algorithms draw from the top k, and score the whole policy.
+            logprobs_mode="raw_logprobs" if args.top_k else "processed_logprobs",
             dtype=str(dtype).removeprefix("torch."),
             seed=args.seed,
             max_model_len=args.max_prompt_tokens + args.max_new_tokens,

@@ -7,7 +7,7 @@ import peft
 import pytest
 import tiny
 import torch
-from architectures import tiny_of
+from architectures import tiny_kind, tiny_of
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -178,6 +178,78 @@ def test_a_run_is_not_resumed_on_another_model(lora_r, tmp_path):
         ConfigError, match=r"1 of the weights .* not those of the run's beginning, such as .*embed_tokens"
     ):
         trainer(tmp_path, other, lora_r=lora_r).train(resume_from_checkpoint=True)
+
+
+HEADS = {
+    "LoRA": lambda: lora(target_modules=["q_proj", "lm_head"]),
+    "a copy": lambda: lora(modules_to_save=["lm_head"]),
+    "tokens of tied embeddings": lambda: lora(trainable_token_indices=[3, 4]),
+}
+
+
+def with_head(kind, is_active):
+    model = peft.get_peft_model(base(tie_word_embeddings=kind.startswith("tokens")), HEADS[kind](), adapter_name="old")
+    if not is_active:
+        model.add_adapter("rl", lora())
+        model.set_adapter("rl")
+    move(model, by=0.2)
+    return model
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_an_adapter_on_the_head_is_refused_and_what_the_message_says_helps(kind, tmp_path):
+    model = base(tie_word_embeddings=kind.startswith("tokens"))
+    message = "the output head must be a plain Linear layer, and the adapter '{}' is on it, as a .*: leave it out of"
+    with pytest.raises(ConfigError, match=message.format("default")):
+        trainer(tmp_path, model, HEADS[kind]())
+    trained = with_head(kind, is_active=True)
+    with pytest.raises(ConfigError, match=message.format("old")):
+        trainer(tmp_path, trained)
+    before = logits(trained)
+    run = trainer(tmp_path, trained.merge_and_unload(), lora(), total_steps=1)
+    torch.testing.assert_close(logits(run.policy.model), before, atol=1e-5, rtol=0)
+    assert run.train()[0]["kl"] == 0
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+@pytest.mark.parametrize("kind", list(HEADS)[:2])
+def test_an_adapter_on_the_head_that_is_not_active_is_refused_as_such(kind, is_deleted, tmp_path):
+    model = with_head(kind, is_active=False)
+    if is_deleted:
+        model.delete_adapter("old")
+    whose = "layer of a deleted adapter" if is_deleted else "adapter 'old'"
+    with pytest.raises(ConfigError, match=f"the {whose} is on it, .*not active, but peft leaves its layer there"):
+        trainer(tmp_path, model)
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["rl"])
+    alone = peft.PeftModel.from_pretrained(
+        base(tie_word_embeddings=False), tmp_path / "saved" / "rl", is_trainable=True
+    )
+    assert trainer(tmp_path / "run", alone, total_steps=1).train()[0]["kl"] == 0
+
+
+BUFFERS = {  # that a checkpoint holds, in layers that a token passes
+    "glm4_moe": "e_score_correction_bias",  # decides which experts compute, as in DeepSeek's
+    "apertus": "act_fn.beta",
+}
+
+
+def with_buffers(kind, by=0.0):
+    model = tiny_kind(kind, vocab_size=len(tiny.WORDS))
+    next(buffer for name, buffer in model.named_buffers() if BUFFERS[kind] in name).add_(by)
+    return model
+
+
+@pytest.mark.parametrize("kind", BUFFERS)
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_a_run_is_not_resumed_on_other_buffers(kind, lora_r, tmp_path):
+    settings = {"lora_r": lora_r, "total_steps": 1, "max_prompt_tokens": 16}
+    trainer(tmp_path, with_buffers(kind), **settings).train()
+    trainer(tmp_path, with_buffers(kind), **settings).train(resume_from_checkpoint=True)
+    with pytest.raises(ConfigError, match="1 of the weights that are not trained, or of the reference, are not those"):
+        trainer(tmp_path, with_buffers(kind, by=0.25), **settings).train(resume_from_checkpoint=True)
+    path = tmp_path / "checkpoints" / "step-1" / "reference.json"  # as an earlier version wrote it
+    path.write_text(json.dumps({name: x for name, x in json.loads(path.read_text()).items() if name != "buffers"}))
+    trainer(tmp_path, with_buffers(kind, by=0.25), **settings).train(resume_from_checkpoint=True)
 
 
 def swapped_rows():

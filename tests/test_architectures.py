@@ -108,7 +108,7 @@ def test_the_language_model_of_a_composite_one_is_trained_and_saved_with_the_res
     assert (found - expected).abs().max() > 1e-3
 
     folder = tmp_path / "checkpoints" / "step-1" / "policy"
-    again = load_model(SafeConfig(model=str(folder), lora_r=0), torch.device("cpu"))
+    again = load_model(SafeConfig(model=str(folder), **settings), torch.device("cpu"))
     assert type(again) is type(model)
     assert (own_logprobs(again.eval()) - found).abs().max() < 1e-4
     assert all(torch.equal(dict(again.named_parameters())[name], p) for name, p in towers.items())

@@ -12,16 +12,19 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
 
 from safe_train import SafeTrainer
 from safe_train.checkpoint import Checkpoints, discard
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
+from safe_train.prompts import PromptDataset
 from safe_train.randomness import python_generators, restore_generators, torch_generators
 from safe_train.run_folder import commit, keep_rows
 from safe_train.signals import Stopped
@@ -416,8 +419,9 @@ def test_a_run_from_python_is_never_continued_with_the_demos_model_prompts_or_re
     assert saved.model == "<python object LlamaForCausalLM>" and saved.dataset == "<python object list>"
     assert saved.reward == ["<python object good_words>", "vader"] and saved.eval_dataset is None
     given = [f"output_dir={tmp_path / 'run'}", "total_steps=2"]
+    evaluates = ["eval", str(tmp_path / "run"), f"eval_dataset={tmp_path / 'prompts.jsonl'}"]
     for kind in ("model", "reward", "dataset"):
-        for command in (["run", "--resume"], ["eval", str(tmp_path / "run")]):
+        for command in (["run", "--resume"], evaluates)[: 1 if kind == "dataset" else 2]:
             assert main([*command, *given]) == 2
             assert f"{kind} is <python object" in capsys.readouterr().err
         given += [pair for pair in names if pair.startswith(kind + "=")]
@@ -503,13 +507,34 @@ def test_evaluating_and_drawing_a_finished_run(tmp_path, capsys):
     assert main(["run", *settings, "eval_completions=4"]) == 0
     assert main(["eval", str(run)]) == 0
     assert "held-out completions" in capsys.readouterr().out
-    result = json.loads((run / "evaluation.json").read_text())
+    result = json.loads((run / "eval" / "step-2" / "evaluation.json").read_text())
     assert result["step"] == 2 and result["before"]["kl"] == pytest.approx(0, abs=1e-6) and result["after"]["kl"] > 0
     assert main(["report", str(run), "--output", str(tmp_path / "picture.png")]) == 0
     assert (tmp_path / "picture.png").exists()
     assert main(["report", str(tmp_path / "nothing")]) == 2
     assert main(["eval", str(tmp_path / "nothing")]) == 2
     assert "is not a run folder" in capsys.readouterr().err
+
+
+GENERATION = {
+    "as a chat model has it": {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 4]},
+    "odd": {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.05},  # transformers would not save it
+}
+
+
+@pytest.mark.parametrize("own", GENERATION)
+def test_a_model_is_saved_with_its_own_settings_for_generation(own, tmp_path):
+    model = tiny.model()
+    model.generation_config.update(**GENERATION[own])
+    before = model.generation_config.to_diff_dict()
+    trainer = tiny.trainer(tmp_path, policy=model, lora_r=0, total_steps=1)
+    trainer.train()
+    saved = tmp_path / "checkpoints" / "step-1" / "policy"
+    assert AutoModelForCausalLM.from_pretrained(saved).generation_config.to_diff_dict() == before
+    assert trainer.policy.model.generation_config.to_diff_dict() == before
+    resumed = tiny.trainer(tmp_path, policy=AutoModelForCausalLM.from_pretrained(saved), lora_r=0, total_steps=2)
+    with pytest.raises(ConfigError, match="not those of the run's beginning"):  # the reference is not the policy
+        resumed.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("changes", [{"lora_r": 2}, {"critic": "single"}, {"lora_r": 0}], ids=str)
@@ -546,7 +571,7 @@ def test_the_best_evaluation_keeps_its_checkpoint_also_through_a_resume(tmp_path
         trainer = tiny.trainer(
             tmp_path, total_steps=total_steps, save_best=True, eval_every=1, save_every=1, keep_checkpoints=1
         )
-        trainer.evaluate = lambda: SimpleNamespace(numbers=lambda: {"reward": rewards[trainer.step]})
+        trainer.evaluate = lambda: SimpleNamespace(numbers=lambda: {"reward": rewards[trainer.step]}, completions=[])
         trainer.train(**resume)
         return [path.name for path in (tmp_path / "best").iterdir()]
 
@@ -598,6 +623,44 @@ def test_another_data_set_begins_at_its_beginning(tmp_path, capsys):
     assert set(seen_by(tmp_path, True, rows, total_steps=5, prompts_per_step=4)) == {row["prompt"] for row in rows}
     assert "the data set has 8 rows, and had 16" in capsys.readouterr().out
     assert seen_by(tmp_path, True, rows, total_steps=6) and "rows, and had" not in capsys.readouterr().out
+
+
+OTHER_PROMPTS = "has other prompts than before, or has them in another order: it starts from its beginning"
+
+
+@pytest.mark.parametrize("kind", ["list", "stream"])
+def test_other_prompts_of_the_same_number_begin_at_their_beginning(kind, tmp_path, capsys):
+    def rows(given):
+        table = datasets.Dataset.from_list(given)
+        return given if kind == "list" else table.to_iterable_dataset()
+
+    settings = {"total_steps": 3, "prompts_per_step": 2}
+    whole = seen_by(tmp_path / "whole", False, rows(SIXTEEN), **settings | {"total_steps": 5})
+    seen_by(tmp_path / "run", False, rows(SIXTEEN), **settings)
+    others = [{"prompt": f"{row['prompt']} very"} for row in SIXTEEN]
+    resumed = seen_by(tmp_path / "run", True, rows(others), **settings | {"total_steps": 5})
+    assert OTHER_PROMPTS in capsys.readouterr().out
+    assert resumed == [f"{text} very" for text in whole[:4]]
+
+
+def test_the_same_prompts_in_another_file_or_with_other_columns_or_settings_go_on(tmp_path, capsys):
+    whole = seen_by(tmp_path / "whole", False, total_steps=7, prompts_per_step=2)
+    seen_by(tmp_path / "run", False, total_steps=3, prompts_per_step=2)
+    table = datasets.Dataset.from_list([{**row, "tools": None, "answer": "x"} for row in SIXTEEN])
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    changed = {"total_steps": 7, "prompts_per_step": 2, "max_prompt_tokens": 9}
+    again = seen_by(tmp_path / "run", True, str(tmp_path / "rows.parquet"), **changed)
+    assert again == whole[6:] and OTHER_PROMPTS not in capsys.readouterr().out
+
+
+def test_a_longer_run_that_finds_a_row_to_leave_out_goes_on(tmp_path, capsys):
+    last = PromptDataset(SIXTEEN, tiny.tokenizer(), 16).order(0)[-1]
+    rows = [{"prompt": ""} if i == last else row for i, row in enumerate(SIXTEEN)]
+    settings = {"prompts_per_step": 2, "on_bad_row": "skip"}
+    whole = seen_by(tmp_path / "whole", False, rows, total_steps=9, **settings)
+    seen_by(tmp_path / "run", False, rows, total_steps=3, **settings)
+    assert seen_by(tmp_path / "run", True, rows, total_steps=9, **settings) == whole[6:]
+    assert "starts from its beginning" not in capsys.readouterr().out
 
 
 def test_another_seed_is_refused_on_resume(tmp_path):

@@ -1,6 +1,7 @@
 """A run on several processes is the run on one: the same steps, checkpoints and files; and it ends when one dies."""
 
 import errno
+import json
 import os
 import signal
 import time
@@ -569,6 +570,38 @@ def test_the_trainer_takes_the_shipped_accelerate_configs(name, sharded, monkeyp
     assert arguments.num_processes == 8 and (sharding.settings() is not None) == sharded
 
 
+@pytest.mark.parametrize("started", [{"OMPI_COMM_WORLD_SIZE": "2"}, {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}], ids=str)
+def test_processes_that_would_all_do_the_same_work_are_refused(started, monkeypatch):
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="2 processes were started, and this one works in a group of 1: each group"):
+        parallel.check_launch()
+
+
+def without_asking_for_cpus(folder):
+    del os.environ["ACCELERATE_USE_CPU"]  # as torchrun leaves it
+    return [row["reward"] for row in tiny.trainer(folder, use_cpu=False).train()], parallel.size()
+
+
+def test_torchrun_without_a_gpu_shares_the_work_whether_cpus_were_asked_for_or_not(tmp_path):
+    first, second = processes.run(without_asking_for_cpus, 2, tmp_path)
+    assert first.error == second.error == "" and first.result == second.result and first.result[1] == 2
+
+
+@pytest.mark.parametrize(("processes_asked_for", "is_said"), [("2", True), ("1", False)])
+def test_one_process_where_several_were_asked_for_is_said(processes_asked_for, is_said, monkeypatch, capsys):
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    given = ["--cpu", "--num_processes", processes_asked_for, "--num_machines", "1", "train.py"]
+    arguments, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(given))
+    for variable, value in prepare_simple_launcher_cmd_env(arguments)[1].items():
+        monkeypatch.setenv(variable, value)
+    parallel.start(SafeConfig(use_cpu=True))
+    said = "accelerate launch was asked for several processes and started this one alone"
+    assert (said in capsys.readouterr().out) == is_said
+
+
 def test_each_process_samples_with_numbers_of_its_own(tmp_path):
     first, second = processes.run(draws, 2)
     assert first.result["own"] != second.result["own"] and first.result["again"] == first.result["own"]
@@ -598,3 +631,34 @@ def test_helpers_are_the_identity_for_a_process_that_is_alone():
     assert parallel.share([1, 2, 3]) == [1, 2, 3] and parallel.total_number(2) == 2 and parallel.is_main()
     with pytest.raises(ZeroDivisionError):
         parallel.main_only(lambda: 1 / 0)()
+
+
+def with_rewards_that_log(folder) -> tuple:
+    """The second process logs a column and a metric that the first one does not."""
+
+    def judge(completions, log_extra, log_metric):
+        rank = parallel.rank()
+        log_metric("rank", rank)
+        if rank == 1:
+            log_extra("note", [f"{rank}: {text}" for text in completions])
+            log_metric("share", 0.5)
+        return [None if rank == 0 and i == 0 else float(rank) for i in range(len(completions))]
+
+    trainer = tiny.trainer(folder, judge, total_steps=1, eval_every=1, eval_completions=4)
+    row = trainer.train()[0]
+    return {name: x for name, x in row.items() if name in LOGGED}
+
+
+LOGGED = ("rank", "share", "reward", "rewards/none_fraction", "eval/rank", "eval/rewards/judge/mean")
+
+
+def test_what_rewards_log_is_that_of_all_processes(tmp_path):
+    first, second = processes.run(with_rewards_that_log, 2, tmp_path)
+    assert first.error == second.error == ""
+    expected = {"rank": 0.5, "share": 0.5, "reward": 4 / 7, "rewards/none_fraction": 1 / 8, "eval/rank": 0.5}
+    expected["eval/rewards/judge/mean"] = 2 / 3
+    assert first.result == second.result == pytest.approx(expected)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    notes = [row["note"] for row in samples]
+    assert notes == [None] * 4 + [f"1: {row['completion']}" for row in samples[4:]]
+    assert [row["reward"] for row in samples] == [None, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]

@@ -1,20 +1,19 @@
 """Rows as people have them: the public formats, and what the model is given of them."""
 
-import csv
-import dataclasses
-import json
 import re
+import runpy
 import shlex
+import shutil
 from pathlib import Path
 
-import datasets
 import pytest
 import tiny
 
-from safe_train import SafeTrainer
-from safe_train.config import ConfigError, SafeConfig
+from safe_train.cli import main
+from safe_train.config import ConfigError
 from safe_train.formats import PromptFormat
 from safe_train.prompts import PromptDataset
+from safe_train.report import read_rows
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 ASK, ANSWER = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}
@@ -143,51 +142,43 @@ def test_rows_that_cannot_be_rendered_are_errors_or_left_out(rows, message):
     assert all(prompt.text == [ASK] for prompt in (*kept.at(0, 9), *kept.in_turn(0, 9)))
 
 
-DOCS = Path(__file__).parents[1] / "docs" / "trainer.md"
-COMMANDS = re.findall(r"^    (safe-train run .*'?dataset=.*reward=rewards.*)$", DOCS.read_text(), re.MULTILINE)
-
-
-def public_files(folder):
-    """Small files in the shapes that the page names."""
-    questions = [("the cat and the dog is", "1"), ("the tree, or a mat", "2"), ("is a dog happy", "3")] * 2
-    chats = [{"messages": [ASK, ANSWER, {"role": "user", "content": text}, ANSWER]} for text, _ in questions]
-    datasets.Dataset.from_list(chats).to_parquet(str(folder / "chats.parquet"))
-    with (folder / "questions.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("question", "answer"), *questions])
-    turns = [f"\n\nHuman: {text}\n\nAssistant: the cat\n\nHuman: the dog\n\nAssistant: " for text, _ in questions * 3]
-    lines = [json.dumps({"chosen": turn + "good", "rejected": turn + "bad"}) + "\n" for turn in turns]
-    (folder / "transcripts.jsonl").write_text("".join(lines))
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "trainer.md").read_text()
+COMMANDS = re.findall(r"^    (safe-train run .*'?dataset=.*reward=rewards.*)$", PAGE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_runs_of_the_page_start_from_public_formats(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    public_files(tmp_path)
-    (tmp_path / "rewards.py").write_text(
-        "def mine(prompts, completions, **columns):\n"
-        "    assert all(prompt[-1]['role'] == 'user' for prompt in prompts)\n"
-        "    return [float(len(completion[-1]['content'])) for completion in completions]\n"
-    )
-    pairs = [pair for pair in shlex.split(command) if "=" in pair]
-    small = {
-        k: v
-        for k, v in dataclasses.asdict(tiny.settings("runs/tiny")).items()
-        if k not in dict(p.split("=", 1) for p in pairs)
-    }
-    changed = [f"{k}={json.dumps(v)}" for k, v in small.items() if v != getattr(SafeConfig(), k) and k != "output_dir"]
-    args = SafeConfig.load(None, [*changed, *pairs, "total_steps=1"])
+def test_the_runs_of_the_page_start_from_the_files_beside_it(command, tmp_path, monkeypatch, capsys):
+    shutil.copytree(DOCS / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path / "examples")
+    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = TEMPLATE + "<eos>"
-    monkeypatch.setattr("safe_train.trainer.load_tokenizer", lambda args: tokenizer)
-    monkeypatch.setattr("safe_train.trainer.load_model", lambda *_: tiny.model())
-    run = SafeTrainer(args=args)
-    assert len(run.train()) == 1
+    tiny.model(max_position_embeddings=1024).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    arguments = shlex.split(command)[1:]
+    small = "use_cpu=true total_steps=2 prompts_per_step=2 max_new_tokens=4 eval_completions=2 lora_r=4".split()
+    small += ["eval_every=1"] if "eval_every" in command else []
+    assert main([*(a.replace("Qwen/Qwen2.5-0.5B-Instruct", "model") for a in arguments), *small]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"dataset: \d+ rows; prompts from '(messages|question|chosen)'.* rendered.*repeat another", said)
+    assert re.search(r"dataset: \d+ rows; prompts from '(messages|question|chosen)'.* rendered", said)
     assert "the first prompt as the model sees it:\n" in said and "prompt_as=user makes" not in said
-    if args.eval_dataset:
-        assert run.evaluate().reward >= 0
+    rows = read_rows(next(Path("runs").glob("*/metrics.jsonl")))
+    assert len(rows) == 2 and ("eval/reward" in rows[0]) == ("eval_every" in command)
+
+
+def test_the_rewards_beside_the_page():
+    namespace = runpy.run_path(str(DOCS / "examples" / "rewards.py"))
+    answers = ["6 * 12 = 72\n#### 22", "1200 - 200\n#### 1,000", "3 - 8\n#### -5", "#### 9"]
+    said = ["72, and then 22.", [{"role": "assistant", "content": "1000 litres"}], "5", "nine"]
+    assert namespace["correct"](completions=said, answer=answers) == [1, 1, 0, 0]
+    assert namespace["brief"](prompts=[], completions=["a " * 20, [{"content": "a " * 10}]]) == [0, -0.5]
 
 
 def test_the_page_has_three_runs():
-    assert len(COMMANDS) == 3
+    assert len(COMMANDS) == 3 and {path.name for path in (DOCS / "examples").iterdir() if path.is_file()} == {
+        "chats.parquet",
+        "questions.csv",
+        "transcripts.jsonl",
+        "rewards.py",
+    }

@@ -160,7 +160,9 @@ def test_the_importance_cap_leaves_penalty_and_entropy_alone():
 
 
 def value_case(values, old, returns):
-    micro = SimpleNamespace(values_KL=torch.tensor(old), returns_L=torch.tensor(returns))
+    micro = SimpleNamespace(
+        values_KL=torch.tensor(old), returns_L=torch.tensor(returns), is_scored_L=torch.tensor(True)
+    )
     live = torch.tensor(values, requires_grad=True)
     weight = torch.full((len(returns),), 1 / len(returns))
     losses.value_loss(live, micro, weight, SafeConfig(value_clip=0.2, huber_delta=0.5)).backward()
@@ -175,7 +177,7 @@ def test_both_heads_regress_the_returns():
 
 def test_value_loss_without_clipping_is_huber():
     values, returns = torch.tensor([[0.3, -0.2]]), torch.tensor([0.25, 2.0])
-    micro = SimpleNamespace(values_KL=values, returns_L=returns)
+    micro = SimpleNamespace(values_KL=values, returns_L=returns, is_scored_L=torch.tensor(True))
     loss = losses.value_loss(values, micro, torch.full((2,), 0.5), SafeConfig())
     torch.testing.assert_close(loss, huber_loss(values[0], returns, delta=0.5))
 

@@ -30,7 +30,7 @@ import math
 def good(prompts, completions, **columns):
     return [float(len(text)) for text in completions]
 
-def names_too_little(completions):
+def environmental(completions, environments):
     return [0.0 for _ in completions]
 
 def wants_more(prompts, completions, solution, **columns):
@@ -176,7 +176,7 @@ MISTAKES = {
     "wrong path": (lambda here: here.pairs(dataset="rowz.jsonl"), "'rowz.jsonl'"),
     "wrong split": (wrong_split, "cannot load the data set 'org/rows:trian' .*Should be one of"),
     "wrong column": (file("other.jsonl", '{"why": "x"}\n', dataset=1), "dataset /.*jsonl: .*'prompt' field .*'why'"),
-    "reward that names too little": (reward("names_too_little"), "cannot be called with the keywords .*answer"),
+    "reward of TRL's environments": (reward("environmental"), "asks for environments, .* not offered"),
     "reward that wants a column": (reward("wants_more"), "missing a required argument: 'solution'"),
     "reward with a wrong name": (reward("misspelt"), r"NameError: name 'maht' .*rewards\.py, line 14"),
     "reward with a wrong import": (reward("imports"), "ModuleNotFoundError: No module named 'no_such_package_any"),
@@ -197,6 +197,8 @@ MISTAKES = {
     "too old transformers": (old_transformers, r"transformers 4.57.1 is installed, .* --upgrade 'transformers>=5'"),
     "eval set without rows": (eval_set_without_rows, "eval_dataset /.*empty.jsonl: the prompt data set is empty"),
     "reward server down": (server_down, r"http://127.0.0.1:\d+/score gave no answer in 1 attempts.*Connection refused"),
+    "4 bits without a GPU": (lambda here: here.pairs(load_in_4bit="true"), "load_in_4bit needs a GPU, the device is"),
+    "4 bits of all weights": (lambda here: here.pairs(load_in_4bit="true", lora_r=0), "must be false with lora_r 0"),
     "seed too large": (lambda here: here.pairs(seed=2**32), "seed must be from 0 to 4294967295"),
 }  # fmt: skip
 
@@ -225,10 +227,36 @@ def test_a_port_in_use_is_named(here):
     assert "give another: accelerate launch --main_process_port" in found.stderr and "Traceback" not in found.stderr
 
 
-def test_a_prompt_longer_than_the_model_is_named(here, capsys):
-    tiny.model(max_position_embeddings=34).save_pretrained(here.folder / "model")
+TOO_LITTLE = {
+    "positions of the config": ({"max_position_embeddings": 34}, "max_new_tokens must be at most 34"),
+    "a RoPE that changes": (
+        {
+            "max_position_embeddings": 99,
+            "rope_parameters": {
+                "rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 20
+            },
+        },
+        "must be at most 20 for LlamaForCausalLM: its rope_type dynamic",
+    ),
+    "rows for the tokens": ({"vocab_size": 20}, "the tokenizer has 22 tokens, LlamaForCausalLM has rows for 20"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TOO_LITTLE)
+def test_what_the_config_says_is_too_little_is_named_before_the_weights_are_loaded(what, here, capsys):
+    changes, message = TOO_LITTLE[what]
+    tiny.model(**changes).save_pretrained(here.folder / "model")
+    here.monkeypatch.setattr("safe_train.trainer.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert main(["run", *here.pairs()]) == 2
-    assert "max_prompt_tokens + max_new_tokens must be at most 34" in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_model_without_an_outline_is_loaded_all_the_same(here):
+    def reads_weights(*_, **options):
+        raise NotImplementedError("aten::item on meta")
+
+    here.monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", reads_weights)
+    assert main(["run", *here.pairs()]) == 0
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_named(here, capsys):
@@ -237,6 +265,10 @@ def test_a_disk_without_room_for_a_checkpoint_is_named(here, capsys):
     assert main(["run", *here.pairs()]) == 2
     found = re.search(r"has 0.00 GB free, and a checkpoint takes (\S+) GB: make room", capsys.readouterr().err)
     assert found
+    with here.monkeypatch.context() as patch:  # of all weights it is known before they are loaded
+        patch.setattr("safe_train.trainer.load_model", lambda *_: pytest.fail("the model was loaded"))
+        assert main(["run", *here.pairs(lora_r=0)]) == 2
+    assert "a checkpoint takes 0.00 GB: make room" in capsys.readouterr().err
     room.free = 10**9
     assert main(["run", *here.pairs()]) == 0
     written = sum(path.stat().st_size for path in (here.folder / "run" / "checkpoints").rglob("*") if path.is_file())

@@ -8,9 +8,10 @@ import pytest
 import tiny
 import torch
 import transformers
-from architectures import tiny_of
+from architectures import tiny_kind, tiny_of
 from memory import Allocations
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from safe_kernels import linear_policy_loss, linear_token_stats
 from safe_train.cli import main
@@ -111,10 +112,105 @@ def test_lora_reaches_the_linear_layers_of_gpt2(recwarn):
 
 
 def test_sequences_must_fit_the_models_positions():
-    message = r"max_prompt_tokens \+ max_new_tokens must be at most 64, .* LlamaForCausalLM has, got 60 \+ 5"
+    message = r"max_prompt_tokens \+ max_new_tokens must be at most 64, .* LlamaForCausalLM has .*, got 60 \+ 5"
     with pytest.raises(ConfigError, match=message):
         make_policy(tiny.model(max_position_embeddings=64), SafeConfig(max_prompt_tokens=60, max_new_tokens=5))
     make_policy(tiny.model(max_position_embeddings=64), SafeConfig(max_prompt_tokens=60, max_new_tokens=4))
+
+
+POSITIONS = {  # as the configs of each kind have them
+    "gpt2": "n_positions",
+    "whisper": "max_target_positions",
+    "mpt": "max_seq_len",
+    "rwkv": "context_length",
+    "kimi_linear": "model_max_length",
+    "llama": "max_position_embeddings",
+}
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_positions_are_seen_by_any_name_before_the_weights_are_loaded(kind, tmp_path):
+    tiny_kind(kind, **{POSITIONS[kind]: 64}).config.save_pretrained(tmp_path)  # and no weights
+    for longest, message in ((49, r"at most 64, the positions that .* has .*, got 16 \+ 49"), (48, "cannot load")):
+        args = SafeConfig(model=str(tmp_path), max_prompt_tokens=16, max_new_tokens=longest)
+        with pytest.raises(ConfigError, match=message):
+            load_model(args, torch.device("cpu"))
+
+
+def test_a_rope_that_changes_is_seen_before_the_weights_are_loaded(tmp_path):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    tiny.model(max_position_embeddings=128, rope_parameters=rope).config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="its rope_type dynamic turns a token otherwise"):
+        load_model(SafeConfig(model=str(tmp_path), max_prompt_tokens=60, max_new_tokens=5), torch.device("cpu"))
+
+
+def with_forward(forward):
+    """A tiny Llama with another forward than transformers gives it."""
+    model = tiny.model()
+    model.__class__ = type("Mine", (LlamaForCausalLM,), {"forward": forward})
+    return model
+
+
+def no_mask(self, input_ids, use_cache=None, labels=None):
+    return LlamaForCausalLM.forward(self, input_ids=input_ids, use_cache=use_cache)
+
+
+def as_dict(self, **inputs):
+    return {"logits": LlamaForCausalLM.forward(self, **inputs).logits}
+
+
+def as_tuple(self, **inputs):
+    return LlamaForCausalLM.forward(self, **inputs).to_tuple()
+
+
+def logits_alone(self, **inputs):
+    return LlamaForCausalLM.forward(self, **inputs).logits
+
+
+def without_logits(self, **inputs):
+    output = LlamaForCausalLM.forward(self, **inputs)
+    return BaseModelOutput(last_hidden_state=output.logits)
+
+
+def of_pictures(self, pixel_values, **inputs):
+    return LlamaForCausalLM.forward(self, **inputs)
+
+
+FORWARDS = {
+    of_pictures: "its forward must run on input_ids, attention_mask, use_cache alone, .*'pixel_values'",
+    no_mask: "its forward must take input_ids, attention_mask, use_cache, and does not take attention_mask",
+    as_dict: "its forward must return a ModelOutput with logits, .*returned a dict",
+    as_tuple: "its forward must return a ModelOutput with logits, .*returned a tuple",
+    logits_alone: "its forward must return a ModelOutput with logits, .*returned a Tensor",
+    without_logits: "its forward must return a ModelOutput with logits, .*returned a BaseModelOutput",
+}
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_a_forward_that_is_not_transformers_own_is_refused_by_name(forward, tmp_path):
+    with pytest.raises(ConfigError, match=f"^Mine cannot be trained: {FORWARDS[forward]}"):
+        tiny.trainer(tmp_path, policy=with_forward(forward))
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_a_model_that_returns_tuples_by_its_config_is_told_so(kind, tmp_path):
+    model = tiny_kind(kind, vocab_size=len(tiny.WORDS))
+    model.config.return_dict = False
+    with pytest.raises(ConfigError, match="ForCausalLM cannot be trained: .*set model.config.return_dict = True"):
+        tiny.trainer(tmp_path, policy=model, max_prompt_tokens=16)
+
+
+class Bare(torch.nn.Module):
+    """A language model of nobody's."""
+
+    def get_output_embeddings(self):
+        return None
+
+
+def test_a_model_that_is_not_transformers_is_refused_by_name(tmp_path):
+    for model in (Bare(), LlamaModel(tiny.model().config)):
+        with pytest.raises(ConfigError, match=f"the model is a {type(model).__name__}, which is not a causal language"):
+            tiny.trainer(tmp_path, policy=model)
 
 
 def test_a_model_that_transformers_does_not_know_is_an_error(tmp_path):
@@ -152,11 +248,18 @@ def test_dropout_is_off_even_in_training_mode():
     assert torch.equal(policy(batch), policy(batch))
 
 
-def test_generation_settings_of_the_checkpoint_are_dropped():
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_generation_settings_of_the_model_are_its_own_but_while_the_policy_is_sampled(lora_r):
     model = tiny.model()
-    model.generation_config.update(top_k=5, temperature=0.3, repetition_penalty=1.5, eos_token_id=1)
-    kept = make_policy(model, SafeConfig()).causal_lm.generation_config.to_diff_dict()
-    assert not {"top_k", "temperature", "repetition_penalty"} & kept.keys() and kept["eos_token_id"] == 1
+    own = {"top_k": 5, "temperature": 0.3, "repetition_penalty": 1.5, "eos_token_id": 1}
+    model.generation_config.update(**own)
+    policy = make_policy(model, SafeConfig(lora_r=lora_r))
+    with pytest.raises(ZeroDivisionError), policy.sampling() as sampled:
+        assert not own.items() & sampled.generation_config.to_dict().items()
+        assert not own.items() & policy.causal_lm.generation_config.to_dict().items()
+        _ = 1 / 0
+    for each in (policy.model, policy.causal_lm):
+        assert own.items() <= each.generation_config.to_dict().items()
 
 
 def test_adapted_head_and_frozen_policy_are_refused():

@@ -1,10 +1,12 @@
 """Classifiers as rewards: the score of each text is that of the text alone, read at its last real token."""
 
+import json
 import warnings
 
 import pytest
 import tiny
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BartConfig,
     BartForSequenceClassification,
@@ -22,10 +24,12 @@ from transformers import (
     OPTForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForSequenceClassification,
 )
 
-from safe_train.config import ConfigError
-from safe_train.rewards import load_reward
+from safe_train.config import ConfigError, SafeConfig
+from safe_train.rewards import Rewards, load_reward
 
 PROMPTS = ["the cat <eos>", "a dog sat on", "the", "<pad> a tree", "a"]
 COMPLETIONS = [" sat <eos>", " very bad and sad <pad>", " <eos>", " is good", ""]
@@ -67,6 +71,18 @@ def bert(**changes):
 
 def roberta(**changes):
     return RobertaForSequenceClassification(RobertaConfig(**WIDTH | LAYERS | POSITIONS | {"pad_token_id": 1} | changes))
+
+
+def bart(**changes):
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in SIZES_OF_BART.items()}
+    rest = {"d_model": 32, "init_std": 0.3, "num_labels": 1, "eos_token_id": 1, "pad_token_id": 0}
+    return BartForSequenceClassification(BartConfig(vocab_size=len(tiny.WORDS), **sizes | rest | POSITIONS | changes))
+
+
+def t5(**changes):
+    sizes = {"vocab_size": len(tiny.WORDS), "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    rest = {"num_labels": 1, "decoder_start_token_id": 0, "initializer_factor": 2.0}
+    return T5ForSequenceClassification(T5Config(**sizes | rest | changes))
 
 
 def fnet(**changes):
@@ -160,9 +176,101 @@ def test_a_classifier_and_a_tokenizer_that_are_not_of_one_model(tmp_path):
         reward([""], [""])
 
 
+@pytest.mark.parametrize("make", [bart, t5])
+def test_an_encoder_with_a_decoder_is_read_at_its_last_end_token_however_many_there_are(make, tmp_path, monkeypatch):
+    """It wants equally many in all texts of a batch, and a policy may write some as well."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(tiny, "tokenizer", ending(tiny.tokenizer))
+    reward = load_reward(saved(tmp_path / "model", make()))
+    texts = ["the cat", "a dog <eos> sat on", "the", "a <eos> tree <eos> is", "a dog sat on a tree <eos>", "sad"]
+    right = []
+    for text in texts:
+        ids = torch.tensor([reward.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            right.append(reward.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.item())
+    for size in (16, 2):
+        reward.batch_size = size
+        assert reward([""] * len(texts), texts) == pytest.approx(right, abs=1e-4)
+    assert max(right) - min(right) > 1e-3
+
+
+def ending(make):
+    """A tokenizer that ends each text with <eos>, as those of BART and T5 do."""
+
+    def made():
+        tokenizer = make()
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
+        return tokenizer
+
+    return made
+
+
 def test_a_classifier_that_cannot_score_is_refused_before_the_run(tmp_path):
     """BART reads the state of the end token, which this tokenizer does not write."""
-    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in SIZES_OF_BART.items()}
-    config = BartConfig(vocab_size=len(tiny.WORDS), d_model=32, num_labels=1, eos_token_id=1, pad_token_id=0, **sizes)
     with pytest.raises(ConfigError, match="'model' cannot score a text: Each example must contain .* <eos> token"):
-        load_reward(saved(tmp_path / "model", BartForSequenceClassification(config)))
+        load_reward(saved(tmp_path / "model", bart()))
+
+
+CHATS = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in tiny.PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "the prompts are chats, and the tokenizer of the reward model 'model' has no chat template: take"),
+        ("{{ raise_exception('no assistant may speak') }}", "no assistant may speak"),
+    ],
+)
+def test_a_classifier_that_cannot_read_the_chats_is_refused_before_the_run(template, message, tmp_path, monkeypatch):
+    folder = saved(tmp_path / "model", llama())
+    reward = load_reward(folder)
+    reward.tokenizer.chat_template = template
+    reward.tokenizer.save_pretrained(folder)
+    words = tiny.tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    monkeypatch.setattr(tiny, "tokenizer", lambda: words)
+    monkeypatch.setattr("safe_train.trainer.make_policy", lambda *_, **__: pytest.fail("the policy was made"))
+    with pytest.raises(ConfigError, match=message):
+        tiny.trainer(tmp_path / "run", folder, prompts=CHATS)
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "Qwen2ForProcessRewardModel", "BertModel"])
+def test_what_is_no_sequence_classifier_is_named_before_its_weights_are_loaded(kind, tmp_path, monkeypatch):
+    folder = saved(tmp_path / "model", llama())
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": [kind]}))
+    monkeypatch.setattr("safe_train.reward_model.load_weights", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match=rf"is a {kind}, not a sequence classifier .*file.py:function.* or a server"):
+        load_reward(folder)
+
+
+def test_an_adapter_or_a_damaged_file_is_no_traceback(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    folder = saved(tmp_path / "model", llama())
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    for name, message in ((tmp_path / "adapter", "cannot load the reward model"), (folder, "cut short or damaged")):
+        with pytest.raises(ConfigError, match=message):
+            load_reward(str(name))
+
+
+def test_classifiers_of_one_name_are_told_apart(tmp_path):
+    torch.manual_seed(0)
+    rewards = Rewards([load_reward(saved(tmp_path / owner / "rm", llama())) for owner in "ab"])
+    scores = rewards(["the cat"], [" sat"], {})
+    assert list(scores) == ["rm", "rm_2", "reward"] and scores["rm"] != scores["rm_2"]
+
+
+def test_dtype_and_batch_size_are_settings(tmp_path):
+    torch.manual_seed(0)
+    folder = saved(tmp_path / "model", llama().bfloat16())
+    args = SafeConfig(reward_dtype="bfloat16", reward_batch_size=3)
+    for settings, dtype, size in ((SafeConfig(), torch.float32, 16), (args, torch.bfloat16, 3)):
+        reward = load_reward(folder, args=settings)
+        assert reward.model.dtype == dtype and reward.batch_size == size
+        seen, score = [], reward.score
+        reward.score = lambda rows, score=score, seen=seen: seen.append(len(rows)) or score(rows)
+        right = [at_the_last_token(reward.model, p + c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+        found = reward(PROMPTS, COMPLETIONS)
+        assert found == pytest.approx(right, abs=1e-4 if dtype == torch.float32 else 0.1) and max(seen) == min(size, 5)

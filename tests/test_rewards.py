@@ -1,5 +1,6 @@
 """Rewards: summed, checked and named; from functions, files, models and servers."""
 
+import functools
 import json
 import sys
 import threading
@@ -39,18 +40,19 @@ def test_a_reward_called_reward_does_not_take_the_place_of_the_sum():
     def other(completions, **columns):
         return [2.0] * len(completions)
 
+    def scores(functions, weights=None):
+        return {name: x.tolist() for name, x in Rewards(functions, weights)(["a"], ["b"], {}).items()}
+
     reward = constant(3.0)
-    assert {name: x.tolist() for name, x in Rewards([reward])(["a"], ["b"], {}).items()} == {"reward": [3.0]}
-    for functions, weights in (([reward, other], None), ([reward], [0.5])):
-        with pytest.raises(ConfigError, match="cannot be called 'reward'"):
-            Rewards(functions, weights)
+    assert scores([reward]) == {"reward": [3.0]}
+    assert scores([reward], [0.5]) == {"reward_2": [3.0], "reward": [1.5]}
+    assert scores([reward, other]) == {"reward_2": [3.0], "other": [2.0], "reward": [5.0]}
 
 
 @pytest.mark.parametrize(
     ("reward", "error", "message"),
     [
         (constant(float("nan")), ValueError, "reward 'reward' returned nan for the completion 'b'"),
-        (constant(None), ValueError, "reward 'reward' returned None"),
         (constant("good"), ValueError, "reward 'reward' returned 'good' for the completion 'b'"),
         (constant([1.0]), ValueError, r"reward 'reward' returned \[1.0\] for the completion 'b'"),
         (constant(10**400), ValueError, "reward 'reward' returned 1000"),
@@ -130,8 +132,8 @@ def test_what_a_reward_does_to_its_arguments_stays_with_it():
         prompts.clear()
         return [0.0] * len(completions)
 
-    def second(**columns):
-        return meddler(**columns)
+    def second(prompts, completions, facts, lock):
+        return meddler(prompts, completions, facts, lock)
 
     Rewards([meddler, second])(prompts, completions, columns)
     assert seen == [(1, "sat", 1, 0.0)] * 4 and len(prompts) == 2
@@ -148,9 +150,22 @@ def test_a_reward_that_exits_does_not_end_the_run_as_if_it_were_done():
         Rewards([leaves])(["a"], ["b"], {})
 
 
-def test_two_rewards_of_one_name_are_refused():
-    with pytest.raises(ConfigError, match="share a name"):
-        Rewards([constant(1), constant(2)])
+def test_rewards_of_one_name_are_numbered():
+    def far(completions, target):
+        return [float(target)] * len(completions)
+
+    class Judge:
+        def __call__(self, completions):
+            return [5.0] * len(completions)
+
+    def far_2(completions):
+        return [4.0] * len(completions)
+
+    near = functools.partial(far, target=1)
+    functions = [near, functools.partial(near, target=2), functools.partial(far, target=3), far_2, Judge(), Judge()]
+    scores = Rewards(functions)(["a"], ["b"], {})
+    expected = {"far": 1.0, "far_2": 2.0, "far_3": 3.0, "far_2_2": 4.0, "Judge": 5.0, "Judge_2": 5.0, "reward": 20.0}
+    assert {name: x.item() for name, x in scores.items()} == expected
 
 
 def test_reward_from_a_file(tmp_path):
@@ -234,9 +249,12 @@ def test_reward_model_scores_prompt_and_completion(tmp_path):
     assert reward(chat[:1], chat[1:]) == pytest.approx(reward(["the cat"], [" sat"]), abs=1e-5)
     reward.tokenizer.model_max_length = 3
     assert reward(["the cat sat on"], [" a mat"]) == pytest.approx(reward([""], ["a mat"]), abs=1e-5)
-    with pytest.raises(ConfigError, match="has 3 outputs, it must have 1"):
+    with pytest.raises(ConfigError, match=r"has 3 outputs \(LABEL_0, LABEL_1, LABEL_2\), it must have 1: take"):
         load_reward(str(tmp_path / "3"))
-    tiny.model().save_pretrained(tmp_path / "no head")  # of a reward: transformers would make one up
+    model = LlamaForSequenceClassification(LlamaConfig(**settings, **heads, num_labels=1)).model
+    model.save_pretrained(tmp_path / "no head")  # of a reward: transformers would make one up
+    config = json.loads((tmp_path / "no head" / "config.json").read_text())
+    (tmp_path / "no head" / "config.json").write_text(json.dumps(config | {"architectures": None, "num_labels": 1}))
     tiny.tokenizer().save_pretrained(tmp_path / "no head")
     with pytest.raises(ConfigError, match="no weights for 1 of its tensors, such as score.weight"):
         load_reward(str(tmp_path / "no head"))
@@ -374,7 +392,6 @@ def test_a_refusal_stops_at_once(server, status):
         ({"scores": 1.0}, "list of numbers, got 1.0"),
         ({"scores": ["good"]}, "list of numbers, got .*good"),
         ({"scores": [1.0, 2.0]}, "answered 2 scores for 1 completions"),
-        ({"scores": [None]}, "returned None for the completion 'c'"),
         ({"scores": [float("nan")]}, "returned nan for the completion 'c'"),
     ],
 )

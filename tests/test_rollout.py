@@ -8,7 +8,16 @@ import pytest
 import tiny
 import torch
 from architectures import tiny_kind
-from transformers import CompileConfig, Gemma2Config, Gemma2ForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    CompileConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import Prompt, PromptDataset, TokenBatch
@@ -29,6 +38,8 @@ from safe_train.rollout import (
     static_cache,
 )
 from safe_train.stopping import StopStrings
+
+PROBES = [[2, 3, 4, 5, 6, 7, 8], [2, 3, 4], [9, 4, 7]]  # prompts of two lengths
 
 
 def rollout_of(model, rows=tiny.PROMPTS, copies=1, seed=0, **settings):
@@ -263,6 +274,8 @@ def test_the_tokenizers_end_token_ends_a_completion_too():
     assert {tokens[-1] for tokens, ended in zip(rollout.completions, rollout.ended, strict=True) if ended} == {1, 5}
     assert not any({1, 5} & set(tokens[:-1]) for tokens in rollout.completions)
     tokenizer.eos_token = policy.model.generation_config.eos_token_id = None
+    assert end_tokens(policy, tokenizer) == [1]  # by the model's config
+    policy.model.config.eos_token_id = None
     assert end_tokens(policy, tokenizer) == []
 
 
@@ -328,7 +341,7 @@ def test_the_fastest_mode_that_samples_the_policy_is_chosen(kind, mode, capsys):
     args = SafeConfig(max_prompt_tokens=16, max_new_tokens=6, lora_r=2)
     policy = make_policy(tiny_kind(kind), args)
     before = torch.get_rng_state()
-    assert choose_mode(policy, args) == mode
+    assert choose_mode(policy, args, PROBES) == mode
     assert torch.equal(before, torch.get_rng_state())
     assert ("log-probs differ by" in capsys.readouterr().out) == (kind != "llama")
     tokenizer = tiny.tokenizer()
@@ -349,16 +362,75 @@ def test_a_model_that_no_mode_samples_right_is_refused(kind):
     """Their own forward counts positions otherwise than their code for generation."""
     args = SafeConfig(max_prompt_tokens=16, max_new_tokens=6)
     with pytest.raises(ConfigError, match="cannot be sampled from: padded, .*; in groups .* without a cache"):
-        choose_mode(make_policy(tiny_kind(kind), args), args)
+        choose_mode(make_policy(tiny_kind(kind), args), args, PROBES)
 
 
-def test_a_sampler_with_another_temperature_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "safe_train.rollout.GenerationConfig", lambda **kw: GenerationConfig(**kw | {"temperature": 0.9})
-    )
+class Processed(LogitsProcessor):
+    """What a model's own code for generation may do to its scores, beside what it was told to."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def __call__(self, input_ids, scores):
+        return self.change(scores)
+
+
+CHANGES = {
+    "another temperature": lambda scores: scores / 0.9,
+    "a filter": lambda scores: scores.masked_fill(scores < scores.topk(3).values[:, -1:], -torch.inf),
+    "a penalty": lambda scores: scores - 0.3 * torch.arange(scores.shape[1]),
+}
+
+
+def generating_with(change, model=None):
+    """A model that applies the change in each `generate`, before the processors that it is given."""
+    model = tiny.model() if model is None else model
+    original = type(model)._get_logits_processor
+
+    def with_change(self, *arguments, logits_processor, **options):
+        first = LogitsProcessorList([Processed(change), *logits_processor])
+        return original(self, *arguments, logits_processor=first, **options)
+
+    model._get_logits_processor = with_change.__get__(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_model_that_samples_from_another_distribution_stops_the_run(kind, tmp_path):
     with pytest.raises(ConfigError, match="LlamaForCausalLM cannot be sampled from: padded, log-probs differ by"):
-        tiny.trainer(tmp_path)
+        tiny.trainer(tmp_path, policy=generating_with(CHANGES[kind]))
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_the_gap_of_each_rollout_shows_another_distribution(kind, tmp_path):
+    trainer = tiny.trainer(tmp_path)
+    generating_with(CHANGES[kind], trainer.policy.causal_lm)
+    with pytest.raises(ConfigError, match=r"log-probs differ by .* \(sampler_gap\), at most 0.01 is rounding"):
+        trainer.train()
+
+
+def test_what_is_left_out_of_the_models_settings_is_said(tmp_path, capsys):
+    tiny.trainer(tmp_path)
+    assert "settings for generation" not in capsys.readouterr().out
+    model = tiny.model()
+    model.generation_config.update(top_p=0.8, top_k=20, repetition_penalty=1.05, temperature=1.0, eos_token_id=[1, 4])
+    tiny.trainer(tmp_path, policy=model, temperature=0.7)
+    assert (
+        "sampling at temperature 0.7, without the model's own settings for generation: top_k 20, top_p 0.8, "
+        "repetition_penalty 1.05\n"
+    ) in capsys.readouterr().out
+
+
+def test_settings_of_the_model_for_generation_change_no_rollout(tmp_path):
+    """Those of a checkpoint, and those that a callback sets while the run goes on; the model keeps them."""
+    rollouts = []
+    for own in ({}, {"do_sample": True, "temperature": 0.1, "top_k": 2, "min_p": 0.9, "repetition_penalty": 3.0}):
+        trainer = tiny.trainer(tmp_path, temperature=1.3)
+        trainer.policy.causal_lm.generation_config.update(**own)
+        rollouts.append(trainer.sample(0))
+        assert own.items() <= trainer.policy.causal_lm.generation_config.to_dict().items()
+    assert rollouts[0] == rollouts[1]
 
 
 def test_stop_tokens_and_strings_end_completions():

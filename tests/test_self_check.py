@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import processes
 import pytest
 import tiny
 import torch
+from architectures import tiny_kind
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from safe_train import parallel, rollout, self_check
+from safe_train import parallel, self_check
 from safe_train.checkpoint import Checkpoints
 from safe_train.config import ConfigError
+from safe_train.rollout import Mode
 
 SIZES = {
     "vocab_size": len(tiny.WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -105,33 +108,6 @@ def test_a_reference_that_mixes_sequences_alone(tmp_path, monkeypatch):
     refused(trainer, tmp_path, "the reference, layout rows")
 
 
-def test_a_sampler_with_another_temperature(tmp_path, monkeypatch):
-    right = rollout.settings
-
-    def warm(*arguments):
-        found = right(*arguments)
-        found.temperature = 1.3
-        return found
-
-    trainer = tiny.trainer(tmp_path)
-    monkeypatch.setattr(rollout, "settings", warm)
-    refused(trainer, tmp_path, "sampling from LlamaForCausalLM", "cache_implementation")
-
-
-def test_a_sampler_that_keeps_the_likeliest_tokens(tmp_path, monkeypatch):
-    """A sibling: a filter of the model's own generation settings."""
-    trainer = tiny.trainer(tmp_path)
-    right = rollout.settings
-
-    def narrow(*arguments):
-        found = right(*arguments)
-        found.top_k = 3
-        return found
-
-    monkeypatch.setattr(rollout, "settings", narrow)
-    refused(trainer, tmp_path, "sampling from LlamaForCausalLM")
-
-
 # What is right passes, and is not disturbed
 
 
@@ -164,8 +140,20 @@ def test_it_runs_again_on_what_was_resumed(tmp_path, monkeypatch):
 
 
 def test_prompts_of_one_token_are_enough():
-    assert self_check.sequences_of([[5]]) == [[5] * n for n in self_check.LENGTHS]
-    assert self_check.sequences_of([range(20), range(20, 40)])[1] == [9, 10, 11, 12]
+    assert self_check.sequences_of(of([5])) == [[5] * n for n in self_check.LENGTHS]
+    assert self_check.sequences_of(of(list(range(20)), list(range(20, 40))))[1] == list(range(9, 25))
+    assert self_check.sampled_prompts(of(list(range(40)))) == [list(range(7)), [9, 10, 11], [12, 13, 14]]
+
+
+def test_sampling_is_tried_with_prompts_of_one_length_as_well(tmp_path):
+    """RWKV's state is right for one row, and wrong for several."""
+    trainer = tiny.trainer(tmp_path, policy=tiny_kind("rwkv"), lora_r=2, max_prompt_tokens=8, max_new_tokens=3)
+    assert trainer.mode == Mode(padded=False, cached=False)
+
+
+def of(*prompts):
+    found = [SimpleNamespace(ids=ids) for ids in prompts]
+    return SimpleNamespace(at=lambda start, count: [found[i % len(found)] for i in range(count)])
 
 
 def on_process(folder, broken_rank):

@@ -381,7 +381,7 @@ def test_everything_a_step_touches_is_on_the_accelerators_device(tmp_path, monke
     for needs_values in ("models.fingerprint", "trainer.check_deterministic"):
         monkeypatch.setattr(f"safe_train.{needs_values}", lambda *_: {})
     monkeypatch.setattr("safe_train.models.check_head", lambda policy: None)  # there are no numbers on this device
-    monkeypatch.setattr("safe_train.trainer.choose_mode", lambda policy, args: MODES[0])
+    monkeypatch.setattr("safe_train.trainer.choose_mode", lambda *_: MODES[0])
     trainer = tiny.trainer(tmp_path, lora_r=0)
     models = (trainer.policy, *trainer.policy.frozen_copies, trainer.critic)
     assert len(models) == 3 and all(p.device == device for model in models for p in model.parameters())

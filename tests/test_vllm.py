@@ -17,7 +17,7 @@ from safe_train.config import ConfigError, SafeConfig
 from safe_train.data import PromptDataset, TokenBatch
 from safe_train.losses import logprobs
 from safe_train.models import make_policy
-from safe_train.rollout import make_sampler
+from safe_train.rollout import make_sampler, sample
 from safe_train.vllm import merged_weights
 
 
@@ -58,6 +58,7 @@ class LLM:
         assert config.architectures == ["LlamaForCausalLM"]
         self.model = EngineModel(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval())
         self.settings, self.calls, self.last_tokens_left_out = settings, [], 0
+        self.further_temperature = 1.0  # that no setting of the run says
         self.awake, self.cache_is_fresh = True, False
 
     def sleep(self, level):
@@ -86,13 +87,21 @@ class LLM:
         return [self.complete(*pair) for pair in zip(prompts, sampling_params, strict=True)]
 
     def complete(self, prompt, params):
-        assert (params.temperature, params.top_p, params.top_k, params.logprobs) == (1.0, 1.0, 0, 0)
+        assert (params.top_p, params.logprobs) == (1.0, 0)
         generator = torch.Generator().manual_seed(params.seed)
         tokens, logprobs, reason = [], [], "length"
         while len(tokens) < params.max_tokens and reason == "length":
             ids = torch.tensor([prompt["prompt_token_ids"] + tokens])
-            logprob = self.model.model(ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
-            tokens.append(torch.multinomial(logprob.exp(), 1, generator=generator).item())
+            raw = self.model.model(ids, use_cache=False).logits[0, -1].float()
+            drawn = raw / ((params.temperature or 1.0) * self.further_temperature)
+            if params.top_k:
+                drawn = drawn.masked_fill(drawn < drawn.topk(params.top_k).values[-1], -torch.inf)
+            choice = (
+                torch.multinomial(drawn.softmax(-1), 1, generator=generator) if params.temperature else raw.argmax()
+            )
+            tokens.append(choice.item())
+            is_raw = self.settings.get("logprobs_mode", "raw_logprobs") == "raw_logprobs"
+            logprob = (raw if is_raw else drawn).log_softmax(-1)
             logprobs.append({tokens[-1]: SimpleNamespace(logprob=logprob[tokens[-1]].item())})
             reason = "stop" if tokens[-1] in params.stop_token_ids else "length"
         kept = len(tokens) - (self.last_tokens_left_out if reason == "stop" else 0)
@@ -126,6 +135,13 @@ def optimizer_step(policy):
     for _ in range(2):  # the first step moves LoRA's B only
         policy(batch).square().mean().backward()
         optimizer.step()
+
+
+def test_greedy_completions_are_those_of_transformers(vllm):
+    policy, prompts, sampler = setting()
+    own = sample(policy, tiny.tokenizer(), prompts, dataclasses.replace(sampler.args, generation="hf"), greedy=True)
+    drawn, greedy = sampler(prompts), sampler(prompts, greedy=True)
+    assert greedy.completions == own.completions and drawn.completions != own.completions
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -277,7 +293,38 @@ def test_a_run_and_its_evaluation_sample_by_vllm(vllm, tmp_path):
     assert trainer.sampler.engine.calls.count("generate") == 2
     assert all(row["sampler_gap_max"] < 2e-5 and abs(row["sampler_kl"]) < 1e-6 for row in history)
     trainer.evaluate()
-    assert trainer.sampler.engine.calls.count("generate") == 3
+    assert trainer.sampler.engine.calls.count("generate") == 4  # sampled and greedy
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_the_log_probs_are_those_that_were_drawn_from(vllm, tmp_path, temperature):
+    history = tiny.trainer(
+        tmp_path, generation="vllm", importance_cap=2.0, total_steps=2, temperature=temperature
+    ).train()
+    assert all(row["sampler_gap_max"] < 2e-5 for row in history)
+
+
+def test_the_published_algorithms_draw_from_the_top_and_score_the_whole_policy(vllm, tmp_path):
+    changes = {"algorithm": "safe_paper", "top_k": 3, "minibatch_size": None, "generation": "vllm"}
+    assert all(row["sampler_gap_max"] < 2e-5 for row in tiny.trainer(tmp_path, **changes).train())
+    with pytest.raises(ConfigError, match="temperature must be 1 with generation vllm and top_k, .*, got 0.7"):
+        tiny.trainer(tmp_path, temperature=0.7, **changes)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_temperature_of_the_engines_own_stops_the_run(vllm, tmp_path, step):
+    """At the first rollout, and at a later one."""
+    trainer = tiny.trainer(tmp_path, generation="vllm", total_steps=3)
+    right = trainer.sampler.engine.generate
+
+    def hotter(*arguments, **options):
+        trainer.sampler.engine.further_temperature = 1.0 if trainer.step < step else 3.0
+        return right(*arguments, **options)
+
+    trainer.sampler.engine.generate = hotter
+    message = "the log-probs of vLLM's first completions differ" if step == 0 else r"\(sampler_gap\), at most 0.3"
+    with pytest.raises(ConfigError, match=message):
+        trainer.train()
 
 
 def test_without_vllm_the_extra_is_named(monkeypatch):
