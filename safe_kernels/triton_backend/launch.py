@@ -58,7 +58,7 @@ GEMMS = {
     ("sm_90", "with reference", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 219
     ("sm_90", "product", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 165
     ("sm_100", "statistics", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=4, descriptors=True),  # 202
-    ("sm_100", "with reference", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=3, descriptors=True),  # 205
+    ("sm_100", "with reference", 16): GemmChoice(64, 128, 64, num_warps=8, num_stages=3, descriptors=True),  # 177
     ("sm_100", "product", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 149
     ("gfx942", "statistics", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=2),  # 170
     ("gfx942", "with reference", 16): GemmChoice(128, 128, 32, num_warps=8, num_stages=2),  # 230
