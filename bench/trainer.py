@@ -80,6 +80,7 @@ class Layout:
             logprob_L=inputs.old_logprob_L,
             sampler_logprob_L=inputs.old_logprob_L,
             advantage_L=inputs.advantage_L,
+            is_scored_L=torch.ones_like(inputs.advantage_L, dtype=torch.bool),
             returns_L=inputs.returns_L,
             values_KL=inputs.old_values_KL[: len(self.critic.heads)],
         )

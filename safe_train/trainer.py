@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,13 +124,14 @@ class SafeTrainer:
             self.eval_prompts = self.prompt_dataset(eval_dataset, "eval_dataset")
         with guest(args.seed):  # a file that seeds when it is imported
             functions = load_rewards(rewards, args, self.device, self.prompts.at(0, 2))
+            own = weakref.ref(self)  # in a cycle it would hold its memory and its folder after its last use
             self.rewards = Rewards(
                 functions,
                 args.reward_weights,
                 aggregation=args.multi_objective_aggregation,
                 variance_coef=args.reward_variance_coef,
                 limit=args.async_reward_timeout,
-                state=self.reward_state,
+                state=lambda: own().reward_state(),  # type: ignore[union-attr]
             )
 
         model = unwrapped(load_model(args, self.device) if is_named else model)
