@@ -131,6 +131,13 @@ class Checkpoints:
         for older in complete[: max(0, end - self.keep)]:
             discard(older)
 
+    @parallel.main_only
+    def discard_after(self, step: int) -> None:
+        """Deletes the checkpoints of what a run that went back to `step` has left behind."""
+        for path in self.complete():
+            if step_of(path) > step:
+                discard(path)
+
     def load(self, trainer: SafeTrainer, path: Path | None = None) -> None:
         """Restores the given checkpoint, or the newest that can be read; a run that has none yet starts at step 0."""
         if path is not None:

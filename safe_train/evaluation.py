@@ -20,7 +20,7 @@ from safe_train.metrics import logged_metrics, mean_of, reward_metrics, std_of
 from safe_train.models import Policy
 from safe_train.randomness import guest, own_random_numbers, seeded
 from safe_train.report import strict_json
-from safe_train.rewards import Rewards, Scores
+from safe_train.rewards import Rewards, Scores, distinct
 from safe_train.rollout import Rollout, Sampler
 
 EVALUATION_SEED = 20_250
@@ -105,28 +105,24 @@ def evaluate(
 
 
 def rows(how: str, judged: Judged) -> list[dict[str, Any]]:
-    """One a completion: its text, every reward, and its sums over the tokens."""
+    """One a completion: its text, every reward, its sums over the tokens, and what rewards logged of it."""
     rollout = judged.rollout
     sums = {name: by_completion(judged.parts, f"{name}_L") for name in ("logprob", "ref_logprob", "kl")}
-    scores = {f"rewards/{name}": x.tolist() for name, x in judged.scores.items() if name != "reward"}
-    scores |= judged.scores.extra
-    found = []
-    for i, tokens in enumerate(rollout.completions):
-        found.append(
-            {
-                "how": how,
-                "prompt": rollout.prompts[i].text,
-                "completion": rollout.texts[i],
-                "reward": judged.scores["reward"][i].item(),
-                **{name: values[i] for name, values in scores.items()},
-                "kl": sums["kl"][i] / max(1, len(tokens)),
-                "logprob": sums["logprob"][i],
-                "reference_logprob": sums["ref_logprob"][i],
-                "tokens": len(tokens),
-                "ended": rollout.ended[i],
-            }
-        )
-    return found
+    lengths = [len(tokens) for tokens in rollout.completions]
+    columns = {
+        "prompt": [prompt.text for prompt in rollout.prompts],
+        "completion": rollout.texts,
+        "reward": judged.scores["reward"].tolist(),
+        **{f"rewards/{name}": x.tolist() for name, x in judged.scores.items() if name != "reward"},
+        "kl": [kl / max(1, length) for kl, length in zip(sums["kl"], lengths, strict=True)],
+        "logprob": sums["logprob"],
+        "reference_logprob": sums["ref_logprob"],
+        "tokens": lengths,
+        "ended": rollout.ended,
+    }
+    logged = judged.scores.extra
+    columns |= dict(zip(distinct(logged, taken=("step", "how", *columns)), logged.values(), strict=True))
+    return [{"how": how, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
 
 def by_completion(parts: Sequence[Experience], name: str) -> list[float]:
@@ -147,7 +143,7 @@ def standard_error(reward_PG: Tensor) -> float:
     """Of the mean over P prompts with G completions each, which are alike; nan is left out."""
     mean_P = reward_PG.nanmean(1)
     known_P = mean_P[~mean_P.isnan()]
-    return std_of(known_P) / (len(known_P) - 1) ** 0.5 if len(known_P) > 1 else 0.0
+    return std_of(known_P) / (len(known_P) - 1) ** 0.5 if len(known_P) > 1 else math.nan
 
 
 def pass_at(k: int, reward_PG: Tensor, pass_reward: float) -> float:

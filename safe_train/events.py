@@ -12,11 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from safe_train import parallel
-from safe_train.config import SafeConfig
+from safe_train.config import ConfigError, SafeConfig
 from safe_train.randomness import guest
 from safe_train.report import read_rows
 
@@ -83,6 +83,9 @@ def begin(trainer: SafeTrainer) -> None:
         for each in objects(trainer):
             if absent := never_called(each):
                 print(f"callback {type(each).__name__}: {', '.join(absent)} is never called here", flush=True)
+    early = [each for each in objects(trainer) if isinstance(each, EarlyStoppingCallback)]
+    if early and not trainer.args.eval_every:
+        raise ConfigError("EarlyStoppingCallback stops by evaluations, and there are none: set eval_every")
     call(trainer, "on_init_end")
     call(trainer, "on_train_begin")
 

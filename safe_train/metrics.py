@@ -75,7 +75,8 @@ def variance_of(x: Tensor) -> float:
 
 def logged_metrics(scores: Scores, taken: Iterable[str] = ()) -> dict[str, float]:
     """What rewards logged by `log_metric`, averaged over calls and processes."""
-    names = distinct(scores.metrics, taken=("step", *taken))
+    own = (f"logged/{name}" if name.startswith("eval/") else name for name in scores.metrics)  # no evaluation's
+    names = distinct(own, taken=("step", "layout", *taken))
     return {name: sum(x) / len(x) for name, x in zip(names, scores.metrics.values(), strict=True)}
 
 

@@ -22,11 +22,13 @@ from torch.nn.functional import huber_loss
 
 from safe_kernels import soft_min
 from safe_train import losses, parallel, sharding
-from safe_train.config import PAPER, SafeConfig
+from safe_train.config import PAPER, ConfigError, SafeConfig
 from safe_train.controller import EMA_SHORT, PHASE_SCALE, PID_DECAY, Control, clip
 from safe_train.critic import Critic
 from safe_train.data import MicroBatch, TokenBatch
 from safe_train.experience import Experience
+from safe_train.rewards import Scores
+from safe_train.rollout import Rollout
 from safe_train.trainer import SafeTrainer
 
 PENALTY_COEF, MOMENTUM_COEF, PPO_KL_COEF = 0.1, 5.0, 0.05
@@ -156,19 +158,25 @@ class PaperCritic(Critic):
         return torch.stack([value(normal_LH).squeeze(-1) for value in values])
 
 
+class NotScored(ConfigError, parallel.StoppedTogether):
+    """Found in the rewards of all processes, by all of them at the same place."""
+
+
 class PaperTrainer(SafeTrainer):
     """`SafeTrainer` for `safe_paper`, `asymmetric_paper` and `ppo_paper`."""
 
     make_controller, make_moments, make_critic = PaperController, PaperMoments, PaperCritic
     algorithms = PAPER
 
-    def update_controller(self, experience: Experience, reward_B: Tensor) -> Control:
+    def collect(self, step: int) -> tuple[Rollout, Scores]:
+        rollout, scores = super().collect(step)
+        reward_B = scores["reward"]
         if reward_B.isnan().any():
-            raise ValueError(
+            raise NotScored(
                 f"no reward applies to {int(reward_B.isnan().sum())} of {len(reward_B)} completions (all said None), "
                 f"which the published {self.args.algorithm} has no meaning for: take safe, ppo or grpo"
             )
-        return super().update_controller(experience, reward_B)
+        return rollout, scores
 
     def mean_kl_and_entropy(self, experience: Experience) -> tuple[float, float]:
         """Sampled KL over the tokens, and entropy over the completions."""

@@ -127,7 +127,7 @@ class Rewards:
                     f"{parts}, their weights {[*self.weights.values()]}"
                 )
         seconds = {name: answer.seconds for name, answer in answers.items()}
-        extra, metrics = extra_columns(answers.values()), metrics_of(answers)
+        extra, metrics = extra_columns(answers), metrics_of(answers)
         return Scores({**scores, "reward": total}, self.weights, extra, metrics, seconds)
 
 
@@ -151,10 +151,11 @@ def aggregated(weighted_KB: Tensor, aggregation: str, variance_coef: float = 0.0
     return total.masked_fill(weighted_KB.isnan().all(0), torch.nan)
 
 
-def extra_columns(answers: Iterable[Answer]) -> dict[str, list[Any]]:
-    """The columns that rewards logged, of which those of a row of samples.jsonl keep their names."""
-    logged = [(column, values) for answer in answers for column, values in answer.extra.items()]
-    names = distinct([column for column, _ in logged], taken=("step", "prompt", "completion", "reward"))
+def extra_columns(answers: Mapping[str, Answer]) -> dict[str, list[Any]]:
+    """The columns that rewards logged, under other names where a row of samples.jsonl has those already."""
+    logged = [(column, values) for answer in answers.values() for column, values in answer.extra.items()]
+    taken = ("step", "prompt", "completion", "reward", *(f"rewards/{name}" for name in answers))
+    names = distinct([column for column, _ in logged], taken=taken)
     return {name: values for name, (_, values) in zip(names, logged, strict=True)}
 
 

@@ -31,7 +31,8 @@ class Subject(NamedTuple):
         if found is None:
             raise ConfigError(f"{self.run} has no complete checkpoint")
         restore_policy(trainer, *found)
-        return found[1].state["step"]
+        trainer.step = found[1].state["step"]  # which rewards are told
+        return trainer.step
 
     def objects(self) -> dict[str, Any]:
         """What a trainer takes beside the settings: the kind of a run's adapter; an adapter's model and tokenizer."""
@@ -52,6 +53,8 @@ def find(what: str, checkpoint: str | None, config: str | None, overrides: Seque
     if run is not None:
         if config is not None:
             raise ConfigError(f"{run} has settings of its own: give others as key=value, not by --config")
+        if path != run and checkpoint is not None:
+            raise ConfigError(f"{path} is one checkpoint, and --checkpoint {checkpoint} another: give the run, {run}")
         args = SafeConfig.load(run / "config.yaml", [f"output_dir={run}", *overrides])
         return Subject(args, run.name, run, path if run != path else chosen(run, checkpoint))
     if checkpoint is not None:

@@ -216,6 +216,9 @@ class SafeTrainer:
         self.folder_lock.acquire()
         if resume_from_checkpoint:
             checkpoints.load(self, None if resume_from_checkpoint is True else Path(resume_from_checkpoint))
+            best.discard_after(self.step)
+            if args.save_best and parallel.from_main(not best.complete()):
+                self.best_reward = None
         elif self.step == 0:
             refuse_existing(Path(args.output_dir))
         parallel.check_same({"step": self.step})
@@ -338,7 +341,10 @@ class SafeTrainer:
             with guest(self.args.seed, step, REWARDS):
                 rewards = self.rewards(*own.for_rewards())
         self.times |= {f"reward/{name}": seconds for name, seconds in rewards.seconds.items()}
-        return gathered(own), rewards.gathered()
+        scores = rewards.gathered()
+        if scores["reward"].isnan().all() and parallel.is_main():
+            tqdm.write(f"step {step + 1}: every reward is None, so this step learns from KL and entropy alone")
+        return gathered(own), scores
 
     def sample(self, step: int) -> Rollout:
         """Completions of this process's share of the step's prompts."""

@@ -583,6 +583,20 @@ def test_the_best_evaluation_keeps_its_checkpoint_also_through_a_resume(tmp_path
     assert len(best.train(resume_from_checkpoint=tmp_path / "best" / "step-6")) == 1
 
 
+def test_the_best_of_an_abandoned_branch_goes_with_it(tmp_path):
+    rewards = {1: 0.2, 2: 0.3, 3: 0.9, 4: 0.1}
+
+    def run(total_steps, **resume):
+        trainer = tiny.trainer(tmp_path, total_steps=total_steps, save_best=True, eval_every=1, save_every=1)
+        trainer.evaluate = lambda: SimpleNamespace(numbers=lambda: {"reward": rewards[trainer.step]}, completions=[])
+        trainer.train(**resume)
+        return [path.name for path in (tmp_path / "best").iterdir()]
+
+    assert run(3) == ["step-3"]
+    rewards[3] = 0.1
+    assert run(4, resume_from_checkpoint=tmp_path / "checkpoints" / "step-2") == ["step-3"]  # the best there is
+
+
 def test_adams_betas_are_those_of_the_settings_also_on_resume(tmp_path):
     tiny.trainer(tmp_path, total_steps=1, adam_beta1=0.8).train()
     changed = tiny.trainer(tmp_path, total_steps=2, adam_beta1=0.7, adam_beta2=0.95)

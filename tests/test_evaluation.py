@@ -149,6 +149,15 @@ def test_a_checkpoint_is_the_same_with_its_run_and_without(more, tmp_path, monke
     assert alone["now"]["kl"] == pytest.approx(0 if more else newest["after"]["kl"], abs=1e-5)
 
 
+def test_rewards_are_told_the_step_of_what_is_evaluated(tmp_path):
+    folder = run(tmp_path)
+    (tmp_path / "rewards.py").write_text(
+        "def step(completions, trainer_state):\n    return [float(trainer_state.global_step)] * len(completions)\n"
+    )
+    assert main(["eval", str(folder), f"reward={tmp_path}/rewards.py:step"]) == 0
+    assert {row["reward"] for row in results(folder / "eval" / "step-2")[1] if row["step"] == 2} == {2.0}
+
+
 def test_an_adapter_of_another_kind_is_evaluated_as_what_it_is(tmp_path):
     settings = dict(pair.split("=", 1) for pair in files(tmp_path))
     kind = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=True, task_type="CAUSAL_LM")

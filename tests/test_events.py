@@ -14,6 +14,7 @@ from transformers.trainer_callback import DefaultFlowCallback, ProgressCallback
 
 from safe_train import events
 from safe_train.checkpoint import Checkpoints
+from safe_train.config import ConfigError
 from safe_train.report import read_rows
 from safe_train.trainer import SafeTrainer
 
@@ -173,6 +174,11 @@ def test_transformers_own_callbacks_run_and_what_is_never_called_is_said(tmp_pat
     assert "callback ProgressCallback: on_predict, on_prediction_step is never called here" in said
     assert "callback DefaultFlowCallback: on_epoch_end is never called here" in said
     assert "callback PrinterCallback" not in said and "'eval/reward'" in said
+
+
+def test_early_stopping_without_evaluations_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="EarlyStoppingCallback stops by evaluations, .* set eval_every"):
+        run(tmp_path, EarlyStoppingCallback(3), total_steps=1)
 
 
 def test_a_resumed_run_may_have_other_callbacks(tmp_path):

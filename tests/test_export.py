@@ -96,6 +96,8 @@ def test_the_checkpoint_that_is_named_is_written(tmp_path, capsys):
     torch.testing.assert_close(first, logits(peft.PeftModel.from_pretrained(base, step / "policy")), atol=1e-5, rtol=0)
     assert main(["export", str(step), str(tmp_path / "again"), "--merge"]) == 0
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), first)
+    assert main(["export", str(step), str(tmp_path / "third"), "--checkpoint", "2"]) == 2
+    assert "is one checkpoint, and --checkpoint 2 another" in capsys.readouterr().err
 
 
 KINDS = {

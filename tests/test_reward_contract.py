@@ -21,6 +21,7 @@ import torch
 from safe_train.config import PAPER, ConfigError, SafeConfig
 from safe_train.experience import Experience
 from safe_train.losses import group_advantages, value_loss
+from safe_train.report import read_rows
 from safe_train.reward_server import RewardServer
 from safe_train.rewards import Rewards, load_reward
 from safe_train.start import load_rewards
@@ -362,6 +363,56 @@ def test_a_metric_takes_the_place_of_none_of_the_trainers(tmp_path):
 
     row = tiny.trainer(tmp_path, judge, total_steps=1, eval_every=1).train()[0]
     assert row["kl"] != 77.0 and row["kl_2"] == 77.0 == row["eval/kl_2"] and row["eval/kl"] != 77.0
+
+
+def test_a_metric_is_no_evaluation(tmp_path):
+    """Else `save_best` would take it for one."""
+
+    def judge(completions, log_metric):
+        log_metric("eval/reward", 77.0)
+        log_metric("layout", 3.0)
+        return tiny.good_words(None, completions)
+
+    trainer = tiny.trainer(tmp_path, judge, total_steps=2, eval_every=2, save_best=True)
+    first, second = trainer.train()
+    assert "eval/reward" not in first and (first["logged/eval/reward"], first["layout_2"]) == (77.0, 3.0)
+    assert trainer.best_reward == second["eval/reward"] < 77.0
+
+
+def test_an_extra_column_takes_the_place_of_no_other(tmp_path):
+    names = ("rewards/judge", "how", "tokens", "kl", "note")
+
+    def judge(completions, log_extra):
+        for name in names:
+            log_extra(name, ["mine"] * len(completions))
+        return tiny.good_words(None, completions)
+
+    tiny.trainer(tmp_path, judge, total_steps=1, eval_every=1).train()
+    for name, expected in (("samples.jsonl", {}), ("evaluation.jsonl", {"how": "sampled"})):
+        row = read_rows(tmp_path / name)[0]
+        assert row["rewards/judge"] == row["reward"] and row["note"] == "mine" and expected.items() <= row.items()
+        renamed = names[:-1] if expected else names[:1]
+        assert all(row[f"{each}_2"] == "mine" for each in renamed)
+
+
+def test_a_step_to_which_no_reward_applies_is_said(tmp_path, capsys):
+    def some(completions, trainer_state):
+        return [None if trainer_state.global_step == 0 else 1.0] * len(completions)
+
+    tiny.trainer(tmp_path, some, total_steps=2).train()
+    out = capsys.readouterr().out
+    assert "step 1: every reward is None, so this step learns from KL and entropy alone" in out
+    assert "step 2: every reward" not in out
+
+
+def test_a_published_algorithm_that_meets_none_keeps_its_last_step(tmp_path):
+    def late(completions, trainer_state):
+        return [None if trainer_state.global_step == 2 else 1.0] * len(completions)
+
+    changes = {"algorithm": "ppo_paper", "minibatch_size": None, "save_every": 50, "total_steps": 4}
+    with pytest.raises(ConfigError, match="has no meaning for"):
+        tiny.trainer(tmp_path, late, **changes).train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
 
 
 def returning(*columns):
