@@ -409,7 +409,7 @@ def test_a_published_algorithm_that_meets_none_keeps_its_last_step(tmp_path):
     def late(completions, trainer_state):
         return [None if trainer_state.global_step == 2 else 1.0] * len(completions)
 
-    changes = {"algorithm": "ppo_paper", "minibatch_size": None, "save_every": 50, "total_steps": 4}
+    changes = {"algorithm": "safe_paper", "minibatch_size": None, "save_every": 50, "total_steps": 4}
     with pytest.raises(ConfigError, match="has no meaning for"):
         tiny.trainer(tmp_path, late, **changes).train()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
