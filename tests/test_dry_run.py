@@ -26,7 +26,7 @@ def test_it_says_what_the_run_would_do_and_leaves_nothing(here, capsys):
     pairs = here.pairs(
         output_dir=place, total_steps="5", completions_per_prompt="3", eval_dataset=f"{here.folder}/rows.jsonl"
     )
-    before = sorted(here.folder.rglob("*"))
+    before = files_of(here.folder)
     assert main(["check", *pairs]) == 0
     said = capsys.readouterr().out
     lora = 2 * (4 * (4 * 32 + 16 * 2 + 32 * 2) + 4 * 3 * (32 + 48))  # q, k, v, o, and three of the MLP, of two layers
@@ -45,8 +45,13 @@ def test_it_says_what_the_run_would_do_and_leaves_nothing(here, capsys):
         "dataset: the first prompt as the model sees it:\n",
     ):
         assert re.search(line, said), (line, said)
-    assert sorted(here.folder.rglob("*")) == before
+    assert files_of(here.folder) == before
     assert main(["run", *pairs]) == 0
+
+
+def files_of(folder):
+    """Without what Python keeps of a module that it imports, as of the file of a reward."""
+    return sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
