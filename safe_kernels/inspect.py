@@ -64,7 +64,7 @@ COUNTED = {  # kernel, and which of its optional arguments are there
     "gradient with KL": (gradient_kernel, ("ref_logits", "grad_entropy", "grad_kl")),
     "statistics with a reference and softcap": (statistics_kernel, ("ref_logits", "softcap")),
 }
-ROWS, VOCABULARY = 8192, 151_936  # that the times are derived for
+TOKENS, VOCABULARY = 8192, 151_936  # that the times are derived for
 ABSENT = {  # of the fused kernel, by its reference
     "none": ("ref_hidden", "ref_weight", "ref_bias"),
     "shared": ("ref_weight",),
@@ -103,7 +103,7 @@ def counted(target: str = "sm_90") -> Iterator[dict[str, Any]]:
         streams = 1 + ("ref_logits" in present)
         found |= counts(binary.asm["cubin"], found["registers"], choice.num_warps, logit_bytes=2, streams=streams)
         for gpu, rates in GPUS.items():
-            least = least_seconds(found, rates, ROWS * VOCABULARY)
+            least = least_seconds(found, rates, TOKENS * VOCABULARY)
             found[gpu] = {f"{bound}_ms": round(1e3 * seconds, 2) for bound, seconds in least.items()}
         yield {"counted": name, "target": target, **found}
 

@@ -20,7 +20,7 @@ from safe_train.metrics import logged_metrics, mean_of, reward_metrics, std_of
 from safe_train.models import Policy
 from safe_train.randomness import guest, own_random_numbers, seeded
 from safe_train.report import strict_json
-from safe_train.rewards import Rewards, Scores, distinct
+from safe_train.rewards import Rewards, Scores
 from safe_train.rollout import Rollout, Sampler
 
 EVALUATION_SEED = 20_250
@@ -120,8 +120,7 @@ def rows(how: str, judged: Judged) -> list[dict[str, Any]]:
         "tokens": lengths,
         "ended": rollout.ended,
     }
-    logged = judged.scores.extra
-    columns |= dict(zip(distinct(logged, taken=("step", "how", *columns)), logged.values(), strict=True))
+    columns |= judged.scores.columns(taken=("step", "how", *columns))
     return [{"how": how, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
 

@@ -38,11 +38,13 @@ def objects(trainer: SafeTrainer) -> list[TrainerCallback]:
 
 
 def new_state(args: SafeConfig) -> TrainerState:
+    """What callbacks and rewards are told of a run's progress: its steps are rollouts."""
     return TrainerState(
         max_steps=args.total_steps,
         logging_steps=1,
         eval_steps=args.eval_every,
         save_steps=args.save_every,
+        train_batch_size=args.completions_per_step,
         is_local_process_zero=parallel.is_main(),
         is_world_process_zero=parallel.is_main(),
     )
@@ -145,7 +147,7 @@ def update(trainer: SafeTrainer) -> None:
     """What `trainer.state` says, from the trainer."""
     state, rows = trainer.state, trainer.prompts.known_length
     state.global_step, state.best_metric = trainer.step, trainer.best_reward
-    state.epoch = trainer.position(trainer.step) / rows if rows else 0.0
+    state.epoch = trainer.position(trainer.step) / rows if rows else None
 
 
 def agree(trainer: SafeTrainer) -> None:

@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from safe_train import parallel
-from safe_train.config import ConfigError, SafeConfig
+from safe_train.config import ConfigError
 from safe_train.reward_server import RewardServer
 
 RewardFunction = Callable[..., Any]
@@ -71,8 +70,16 @@ class Batch:
             "completion_ids": self.completion_ids,
         }
         found = {name: copies(given[name]) for name in taken(function, given)}
-        services = {"trainer_state": copy.deepcopy(self.trainer_state), **log}
+        services = {"trainer_state": own_copy(self.trainer_state), **log}
         return found | {name: services[name] for name in taken(function, services)}
+
+
+def own_copy(state: Any) -> Any:
+    """Of a `TrainerState`, whose history may be long."""
+    found = copy.copy(state)
+    if found is not None:
+        found.log_history = list(state.log_history)
+    return found
 
 
 def ask(functions: Mapping[str, RewardFunction], batch: Batch, limit: float) -> dict[str, Answer]:
@@ -320,20 +327,3 @@ def as_json(value: Any) -> Any:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError):
         return str(value)
-
-
-def trainer_state(args: SafeConfig, step: int = 0, epoch: float | None = None) -> Any:
-    """What rewards are told of the run's progress: `global_step` and `max_steps` count rollouts."""
-    from transformers import TrainerState
-
-    return TrainerState(
-        epoch=epoch,
-        global_step=step,
-        max_steps=args.total_steps,
-        logging_steps=1,
-        eval_steps=args.eval_every,
-        save_steps=args.save_every,
-        train_batch_size=args.completions_per_step,
-        is_local_process_zero=parallel.is_main(),
-        is_world_process_zero=parallel.is_main(),
-    )

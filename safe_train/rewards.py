@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Scores(Mapping[str, Tensor]):
 
     by_name: dict[str, Tensor]
     weights: dict[str, float] = field(default_factory=dict)  # of each reward
-    extra: dict[str, list[Any]] = field(default_factory=dict)  # columns of log_extra, for samples.jsonl
+    extra: dict[tuple[str, str], list[Any]] = field(default_factory=dict)  # of log_extra, by reward and column
     metrics: dict[str, list[float]] = field(default_factory=dict)  # values of log_metric, one a call
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -49,13 +49,19 @@ class Scores(Mapping[str, Tensor]):
         """Those of all processes, by rank; the seconds are this process's."""
         stacked = parallel.gather(torch.stack(list(self.by_name.values())))
         found = parallel.gather_objects((len(self["reward"]), self.extra, self.metrics))
-        columns = dict.fromkeys(column for _, extra, _ in found for column in extra)
-        extra = {c: [x for count, own, _ in found for x in own.get(c, [None] * count)] for c in columns}
+        logged = {key for _, extra, _ in found for key in extra}
+        keys = [(name, column) for name in self.by_name for _, column in sorted(x for x in logged if x[0] == name)]
+        extra = {key: [x for count, own, _ in found for x in own.get(key, [None] * count)] for key in keys}
         metrics: dict[str, list[float]] = defaultdict(list)
         for _, _, own in found:
             for name, values in own.items():
                 metrics[name] += values
         return Scores(dict(zip(self.by_name, stacked, strict=True)), self.weights, extra, metrics, self.seconds)
+
+    def columns(self, taken: Iterable[str]) -> dict[str, list[Any]]:
+        """What rewards logged of each completion, under other names where those are taken."""
+        names = distinct((column for _, column in self.extra), taken)
+        return dict(zip(names, self.extra.values(), strict=True))
 
     def learned_from(self, aggregation: str, group_size: int) -> Tensor:
         """What advantages [B] are made of, from the scores of a whole rollout.
@@ -78,7 +84,7 @@ class Rewards:
         weights: one a reward (default: all 1); each score is multiplied by its own first.
         aggregation, variance_coef: `multi_objective_aggregation` and `reward_variance_coef`.
         limit: seconds that an async function has.
-        state: returns the run's `transformers.TrainerState`.
+        state: the run's `transformers.TrainerState`, which is kept up to date.
 
     Raises:
         RuntimeError: a function raised something, or took too long.
@@ -94,7 +100,7 @@ class Rewards:
         aggregation: str = "sum_then_normalize",
         variance_coef: float = 0.1,
         limit: float = 600.0,
-        state: Callable[[], Any] = lambda: None,
+        state: Any = None,
     ):
         is_alone = len(functions) == 1 and weights is None  # else "reward" is what all come to
         names = distinct(map(reward_name, functions), taken=() if is_alone else ["reward"])
@@ -114,7 +120,7 @@ class Rewards:
         columns: Mapping[str, list[Any]],
         completion_ids: list[list[int]] | None = None,
     ) -> Scores:
-        batch = Batch(prompts, completions, columns, completion_ids or [[] for _ in completions], self.state())
+        batch = Batch(prompts, completions, columns, completion_ids or [[] for _ in completions], self.state)
         answers = ask(self.functions, batch, self.limit)
         scores = {name: answer.scores for name, answer in answers.items()}
         total = aggregated(weighted(scores, self.weights), self.aggregation, self.variance_coef)
@@ -127,8 +133,8 @@ class Rewards:
                     f"{parts}, their weights {[*self.weights.values()]}"
                 )
         seconds = {name: answer.seconds for name, answer in answers.items()}
-        extra, metrics = extra_columns(answers), metrics_of(answers)
-        return Scores({**scores, "reward": total}, self.weights, extra, metrics, seconds)
+        extra = {(name, column): x for name, answer in answers.items() for column, x in answer.extra.items()}
+        return Scores({**scores, "reward": total}, self.weights, extra, metrics_of(answers), seconds)
 
 
 def weighted(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -149,14 +155,6 @@ def aggregated(weighted_KB: Tensor, aggregation: str, variance_coef: float = 0.0
     else:
         total = weighted_KB.nansum(0)
     return total.masked_fill(weighted_KB.isnan().all(0), torch.nan)
-
-
-def extra_columns(answers: Mapping[str, Answer]) -> dict[str, list[Any]]:
-    """The columns that rewards logged, under other names where a row of samples.jsonl has those already."""
-    logged = [(column, values) for answer in answers.values() for column, values in answer.extra.items()]
-    taken = ("step", "prompt", "completion", "reward", *(f"rewards/{name}" for name in answers))
-    names = distinct([column for column, _ in logged], taken=taken)
-    return {name: values for name, (_, values) in zip(names, logged, strict=True)}
 
 
 def metrics_of(answers: Mapping[str, Answer]) -> dict[str, list[float]]:

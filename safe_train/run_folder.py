@@ -81,8 +81,8 @@ class RunFolder:
             "completion": rollout.texts,
             "reward": scores["reward"].tolist(),
             **{f"rewards/{name}": score_B.tolist() for name, score_B in scores.items() if name != "reward"},
-            **scores.extra,
         }
+        columns |= scores.columns(taken=("step", *columns))
         rows = zip(*columns.values(), strict=True)
         append(self.samples, [{"step": step, **dict(zip(columns, row, strict=True))} for row in rows])
 

@@ -17,6 +17,7 @@ from safe_train import models, parallel, sharding, zero
 from safe_train.checks import check_positions, check_vocabulary
 from safe_train.config import ConfigError, SafeConfig, recorded, require_name
 from safe_train.data import Prompt
+from safe_train.events import new_state
 from safe_train.randomness import seeded
 from safe_train.reward_calls import (
     Batch,
@@ -25,7 +26,6 @@ from safe_train.reward_calls import (
     ask,
     check_columns,
     check_signature,
-    trainer_state,
 )
 from safe_train.rewards import is_classifier, is_server, load_reward, reward_name
 from safe_train.rollout import Rollout
@@ -131,7 +131,7 @@ def try_reward(name: str, function: RewardFunction, prompts: Sequence[Prompt], a
     inputs = Rollout(list(prompts), [[0]] * count, [INVENTED] * count, [True] * count, [[0.0]] * count).for_rewards()
     check_signature(name, function, inputs[2])
     try:
-        ask({reward_name(function): function}, Batch(*inputs, trainer_state(args)), args.async_reward_timeout)
+        ask({reward_name(function): function}, Batch(*inputs, new_state(args)), args.async_reward_timeout)
     except NotANumber as error:
         warn(error)
     except ValueError as error:

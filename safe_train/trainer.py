@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +38,7 @@ from safe_train.preview import Preview, mean_kl
 from safe_train.prompts import make_prompts
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
 from safe_train.reference import identity
-from safe_train.reward_calls import RewardFunction, trainer_state
+from safe_train.reward_calls import RewardFunction
 from safe_train.rewards import Rewards, Scores
 from safe_train.rollout import MODES, Mode, Rollout, choose_mode, end_tokens, make_sampler
 from safe_train.run_folder import RunFolder, refuse_existing
@@ -104,6 +103,7 @@ class SafeTrainer:
         given = {"model": model, "dataset": train_dataset, "eval_dataset": eval_dataset}
         args, rewards = asked_for(args, reward_funcs, processing_class, **given)
         self.args, self.callbacks = args, events.instances(callbacks)
+        self.control, self.state = TrainerControl(), events.new_state(args)
         self.accelerator = parallel.start(args)
         self.device = self.accelerator.device
         is_named = model is None or isinstance(model, str)
@@ -124,14 +124,13 @@ class SafeTrainer:
             self.eval_prompts = self.prompt_dataset(eval_dataset, "eval_dataset")
         with guest(args.seed):  # a file that seeds when it is imported
             functions = load_rewards(rewards, args, self.device, self.prompts.at(0, 2))
-            own = weakref.ref(self)  # in a cycle it would hold its memory and its folder after its last use
             self.rewards = Rewards(
                 functions,
                 args.reward_weights,
                 aggregation=args.multi_objective_aggregation,
                 variance_coef=args.reward_variance_coef,
                 limit=args.async_reward_timeout,
-                state=lambda: own().reward_state(),  # type: ignore[union-attr]
+                state=self.state,
             )
 
         model = unwrapped(load_model(args, self.device) if is_named else model)
@@ -172,7 +171,6 @@ class SafeTrainer:
         self.best_reward: float | None = None  # of an evaluation
         self.known_position = 0, 0  # of a step, in the stream of prompts; a resumed run knows that of its checkpoint
         self.times: dict[str, float] = {}
-        self.control, self.state = TrainerControl(), events.new_state(args)
 
     def sampling_mode(self) -> Mode:
         """How transformers samples this model right; vLLM has its own way."""
@@ -325,15 +323,12 @@ class SafeTrainer:
             if self.args.eval_dataset is None:
                 raise ConfigError("an evaluation needs held-out prompts: set eval_dataset")
             self.eval_prompts = self.prompt_dataset(None, "eval_dataset")
+        events.update(self)
         return evaluate(self.policy, self.complete, self.eval_prompts, self.rewards, self.args, self.device)
-
-    def reward_state(self) -> Any:
-        """The `transformers.TrainerState` that rewards are given; its steps are rollouts."""
-        rows = self.prompts.known_length
-        return trainer_state(self.args, self.step, self.position(self.step) / rows if rows else None)
 
     def collect(self, step: int) -> tuple[Rollout, Scores]:
         """The rollout and the rewards of all processes, on each of them."""
+        events.update(self)
         with own_random_numbers(self.args.seed, step):
             with self.timed("rollout"):
                 own = self.sample(step)

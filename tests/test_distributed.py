@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import time
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -603,15 +602,15 @@ def test_one_process_where_several_were_asked_for_is_said(processes_asked_for, i
 
 
 def test_each_process_samples_with_numbers_of_its_own(tmp_path):
-    first, second = processes.run(draws, 2)
+    first, second = processes.run(draws, 2, tmp_path)
     assert first.result["own"] != second.result["own"] and first.result["again"] == first.result["own"]
     assert first.result["shared"] == second.result["shared"]
 
 
-def draws() -> dict:
+def draws(folder) -> dict:
     from safe_train.randomness import own_random_numbers
 
-    tiny.trainer(Path("unused"))
+    tiny.trainer(folder)
     found = {}
     for name in ("own", "again"):
         with own_random_numbers(3, 5):

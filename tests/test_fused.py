@@ -190,7 +190,12 @@ def test_descriptors_and_pointers_give_the_same_bits(reference, request, monkeyp
 
 
 @pytest.mark.parametrize("change", ["odd stride", "odd base"])
-def test_what_no_descriptor_can_describe(change, descriptors):
+@pytest.mark.parametrize("with_larger_tiles", [False, True])
+def test_what_no_descriptor_can_describe(change, with_larger_tiles, descriptors, monkeypatch):
+    """The choice of tiles is by widths alone: with other tiles the bits would be others."""
+    if with_larger_tiles:
+        larger = dataclasses.replace(launch.gemm_choice(), columns=32, split=64)
+        monkeypatch.setattr(launch, "plain_choice", lambda *_: larger)
     case = case_of(width=16, reference=None)
     whole = statistics(**case)
     if change == "odd stride":

@@ -26,22 +26,11 @@ R, C = 4, 16
 def merged_kernel(left, left_ref, right, right_ref, out, R: tl.constexpr, C: tl.constexpr):
     rows, inverse = tl.arange(0, R), tl.full([R], 1.0 / 0.7, tl.float32)
     at = rows[:, None] * C + tl.arange(0, C)[None, :]
-    first = update(
-        empty_policy(tl.zeros([R], tl.float32)),
-        empty_reference(tl.zeros([R], tl.float32)),
-        tl.load(left + at),
-        tl.load(left_ref + at),
-        inverse,
-    )
-    second = update(
-        empty_policy(tl.zeros([R], tl.float32)),
-        empty_reference(tl.zeros([R], tl.float32)),
-        tl.load(right + at),
-        tl.load(right_ref + at),
-        inverse,
-    )
-    policy, reference = merge(first[0], first[1], second[0], second[1], inverse)
     zero = tl.zeros([R], tl.float32)
+    policy, reference = empty_policy(zero), empty_reference(zero)
+    first = update(policy, reference, tl.load(left + at), tl.load(left_ref + at), inverse)
+    second = update(policy, reference, tl.load(right + at), tl.load(right_ref + at), inverse)
+    policy, reference = merge(first[0], first[1], second[0], second[1], inverse)
     logprob, entropy, _ = finish_policy(policy, zero, inverse)
     ref_logprob, kl, _ = finish_reference(policy, reference, zero, inverse)
     tl.store(out + rows, logprob)
@@ -54,11 +43,13 @@ def merged_kernel(left, left_ref, right, right_ref, out, R: tl.constexpr, C: tl.
 def merged_policy_kernel(left, right, out, R: tl.constexpr, C: tl.constexpr):
     rows, inverse = tl.arange(0, R), tl.full([R], 1.0 / 0.7, tl.float32)
     at = rows[:, None] * C + tl.arange(0, C)[None, :]
-    first = update_policy(empty_policy(tl.zeros([R], tl.float32)), tl.load(left + at), inverse)
-    policy = merge_policy(
-        first, update_policy(empty_policy(tl.zeros([R], tl.float32)), tl.load(right + at), inverse), inverse
+    zero = tl.zeros([R], tl.float32)
+    empty = empty_policy(zero)
+    first, second = (
+        update_policy(empty, tl.load(left + at), inverse),
+        update_policy(empty, tl.load(right + at), inverse),
     )
-    logprob, entropy, _ = finish_policy(policy, tl.zeros([R], tl.float32), inverse)
+    logprob, entropy, _ = finish_policy(merge_policy(first, second, inverse), zero, inverse)
     tl.store(out + rows, logprob)
     tl.store(out + R + rows, entropy)
 

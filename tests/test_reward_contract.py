@@ -11,12 +11,12 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from transformers import TrainerState
 
 from safe_train.config import PAPER, ConfigError, SafeConfig
 from safe_train.experience import Experience
@@ -112,8 +112,8 @@ def test_a_function_gets_what_it_names(tmp_path):
         return [0.0] * len(given["completions"])
 
     columns = {"level": [1, 2], "prompt": ["x", "y"], "completion": ["x", "y"], "completion_ids": [[0], [0]]}
-    state = SimpleNamespace(global_step=3)
-    rewards = Rewards([narrow, wide, lambda completions: np.zeros(2)], state=lambda: state)
+    state = TrainerState(global_step=3, log_history=[{"step": 3}])
+    rewards = Rewards([narrow, wide, lambda completions: np.zeros(2)], state=state)
     rewards(["p", "q"], ["a", "b"], columns, [[5], [6, 7]])
     assert seen["narrow"] == (["a", "b"], [1, 2], "default")
     given = seen["wide"]
@@ -122,7 +122,8 @@ def test_a_function_gets_what_it_names(tmp_path):
         "prompts", "completions", "completion_ids", "level", "trainer_state", "log_extra", "log_metric"
     }  # fmt: skip
     given["trainer_state"].global_step = 9
-    assert state.global_step == 3
+    given["trainer_state"].log_history.clear()
+    assert state.global_step == 3 and state.log_history
 
 
 @pytest.mark.parametrize("column", ["prompts", "completions", "trainer_state", "log_extra", "log_metric"])
@@ -337,7 +338,8 @@ def test_what_is_logged():
         return [1.0, 2.0]
 
     scores = scored([first, second])
-    assert scores.extra == {"note": ["a", 0.5], "reward_2": [1, 2], "note_2": ["{'set': {1}}", None]}
+    columns = {"note": ["a", 0.5], "reward_2": [1, 2], "note_2": ["{'set': {1}}", None]}
+    assert scores.columns(taken=["reward"]) == columns
     assert scores.metrics == {"share": [0.25, 0.75, 2.0]}
 
 

@@ -180,7 +180,7 @@ def fused_statistics(
     if len(asked.tokens_N) == 0:
         return
     matrices = [None if x is None else by_row(x) for x in (hidden_NH, weight_VH, ref_hidden_NH, ref_weight_VH)]
-    choice = choice_for(matrices, bias_V, ref_bias_V, asked)
+    choice = choice_for(matrices, is_plain(bias_V, ref_bias_V, asked))
     carried = POLICY_CARRY if ref_hidden_NH is None else len(CARRY)
     splits = triton.cdiv(asked.vocabulary, choice.split)
     carry = stats.new_empty(splits, carried, len(asked.tokens_N))
@@ -188,20 +188,24 @@ def fused_statistics(
     merge_splits(carry, asked, stats)
 
 
-def choice_for(
-    matrices: Sequence[Tensor | None], bias_V: Tensor | None, ref_bias_V: Tensor | None, asked: Asked
-) -> launch.GemmChoice:
+def choice_for(matrices: Sequence[Tensor | None], plain: bool) -> launch.GemmChoice:
+    """By widths and dtypes alone: bits do not depend on where a tensor begins."""
     kind = kind_of(matrices)
-    return plain_choice_for(matrices, bias_V, ref_bias_V, asked) or launch.gemm_choice(*kind)
+    may_load_in_bulk = all(x is None or x.shape[1] * x.element_size() % 16 == 0 for x in matrices)
+    larger = launch.plain_choice(*kind) if plain and may_load_in_bulk else None
+    return larger or launch.gemm_choice(*kind)
 
 
-def plain_choice_for(
+def is_fastest(
     matrices: Sequence[Tensor | None], bias_V: Tensor | None, ref_bias_V: Tensor | None, asked: Asked
-) -> launch.GemmChoice | None:
-    """The choice with which the fused kernel is also the fastest, where there is one: it needs bulk loads."""
-    is_plain = bias_V is None and ref_bias_V is None and asked.softcap is None
-    fits = is_plain and all(x is None or (x.stride(1) == 1 and takes_descriptor(x)) for x in matrices)
-    return launch.plain_choice(*kind_of(matrices)) if fits else None
+) -> bool:
+    """Whether the fused kernel beats a product and the row kernel: with the larger tiles, loaded in bulk."""
+    in_bulk = all(x is None or (x.stride(1) == 1 and takes_descriptor(x)) for x in matrices)
+    return in_bulk and is_plain(bias_V, ref_bias_V, asked) and launch.plain_choice(*kind_of(matrices)) is not None
+
+
+def is_plain(bias_V: Tensor | None, ref_bias_V: Tensor | None, asked: Asked) -> bool:
+    return bias_V is None and ref_bias_V is None and asked.softcap is None
 
 
 def kind_of(matrices: Sequence[Tensor | None]) -> tuple[torch.device, str, int]:

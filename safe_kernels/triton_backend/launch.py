@@ -17,7 +17,7 @@ class RowChoice:
 
 
 # By the width of a warp: each thread loads 16 bytes at a time. On an H200 1024, 2048 and 4096 columns take the same
-# time to 2 %, at the rate of a copy; 1024 with 4 warps spill with no combination of arguments, the others with all.
+# time to 2 %, at the rate of a copy; 1024 with 4 warps do not spill with any arguments; the others do with all.
 ROWS_BY_WARP = {32: RowChoice(rows=1, columns=1024, num_warps=4), 64: RowChoice(rows=1, columns=2048, num_warps=4)}
 ROWS = ROWS_BY_WARP[32 if torch.version.hip is None else 64]
 
@@ -51,23 +51,23 @@ class GemmChoice:
 # By architecture, work and bits of the operands: the largest tile that does not spill, chosen by compilation. The
 # comment is the highest number of registers a thread, over references and optional arguments.
 GEMMS = {
-    ("sm_80", "statistics", 16): GemmChoice(128, 128, 32, num_warps=8, num_stages=4),  # 255
-    ("sm_80", "with reference", 16): GemmChoice(128, 64, 32, num_warps=8, num_stages=4),  # 255
-    ("sm_80", "product", 16): GemmChoice(128, 64, 32, num_warps=8, num_stages=4),  # 185
-    ("sm_90", "statistics", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=4, descriptors=True),  # 193
-    ("sm_90", "with reference", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 219
-    ("sm_90", "product", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 165
-    ("sm_100", "statistics", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=4, descriptors=True),  # 202
-    ("sm_100", "with reference", 16): GemmChoice(64, 128, 64, num_warps=8, num_stages=3, descriptors=True),  # 177
-    ("sm_100", "product", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 149
-    ("gfx942", "statistics", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=2),  # 170
-    ("gfx942", "with reference", 16): GemmChoice(128, 128, 32, num_warps=8, num_stages=2),  # 230
-    ("gfx942", "product", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=2),  # 132
+    ("sm_80", "statistics", 16): GemmChoice(128, 128, 32, num_warps=8, num_stages=4),  # 243
+    ("sm_80", "with reference", 16): GemmChoice(128, 64, 32, num_warps=8, num_stages=4),  # 253
+    ("sm_80", "product", 16): GemmChoice(128, 64, 32, num_warps=8, num_stages=4),  # 124
+    ("sm_90", "statistics", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=4, descriptors=True),  # 165
+    ("sm_90", "with reference", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 198
+    ("sm_90", "product", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 111
+    ("sm_100", "statistics", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=4, descriptors=True),  # 173
+    ("sm_100", "with reference", 16): GemmChoice(64, 128, 64, num_warps=8, num_stages=3, descriptors=True),  # 176
+    ("sm_100", "product", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 123
+    ("gfx942", "statistics", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=2),  # 168
+    ("gfx942", "with reference", 16): GemmChoice(128, 128, 32, num_warps=8, num_stages=2),  # 233
+    ("gfx942", "product", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=2),  # 130
 }
 FLOAT32 = {  # NVIDIA's tensor cores do not multiply float32 exactly, and without them bulk loads cost registers
-    "statistics": GemmChoice(64, 128, 16, num_warps=8, num_stages=2),  # 182
-    "with reference": GemmChoice(64, 64, 32, num_warps=8, num_stages=2),  # 210
-    "product": GemmChoice(64, 64, 16, num_warps=4, num_stages=1),  # 164; in Triton 3.6 two stages spill on sm_100
+    "statistics": GemmChoice(64, 128, 16, num_warps=8, num_stages=2),  # 190
+    "with reference": GemmChoice(64, 64, 32, num_warps=8, num_stages=2),  # 216
+    "product": GemmChoice(64, 64, 16, num_warps=4, num_stages=1),  # 162; in Triton 3.6 two stages spill on sm_100
 }
 GEMMS |= {(target, work, 32): FLOAT32[work] for target, work, _ in GEMMS}
 # Without bias and softcap larger tiles do not spill. On an H200, at 8192 x 151,936 x 2048, they beat a product and the

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..inputs import LinearInputs, Terms, take
 from ..objective import Objective
-from .fused import fused_statistics, plain_choice_for
+from .fused import fused_statistics, is_fastest
 from .gemm import product as product_of_rows
 from .launch import INNER, PART_BYTES, ROWS_OF_A_TILE, ROWS_OF_A_TRAINED_TILE, SWEEP_BYTES, TILE_BYTES
 from .logits import Asked, Rows, gradient, new_stats, statistics
@@ -32,7 +32,7 @@ def linear_statistics(inputs: LinearInputs, terms: Terms | None) -> tuple[Tensor
     stats = new_stats(inputs.tokens_N, with_reference)
     matrices = (inputs.hidden_NH, inputs.weight_VH, inputs.ref_hidden_NH, inputs.ref_weight_VH)
     bias_V, ref_bias_V = biases(inputs).values()
-    if inputs.batch_invariant or plain_choice_for(matrices, bias_V, ref_bias_V, asked):
+    if inputs.batch_invariant or is_fastest(matrices, bias_V, ref_bias_V, asked):
         fused_statistics(*matrices, bias_V, ref_bias_V, asked, stats)
     else:
         carry = stats.new_empty(len(CARRY), len(inputs.tokens_N))
