@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from workloads import Workload
 
-from safe_train import hardware
+from safe_train.run import hardware
 
 FEWEST = 3  # repeats
 LONGEST = 2.5  # seconds of a call that is worth repeating

@@ -47,8 +47,8 @@ from study_arms import (  # noqa: E402
 from study_report import Row, best, read_rows, write_report  # noqa: E402
 
 from safe_train.config import SafeConfig, parse  # noqa: E402
-from safe_train.report import read_metrics  # noqa: E402
-from safe_train.run_folder import append, commit, strict_json  # noqa: E402
+from safe_train.run.report import read_metrics  # noqa: E402
+from safe_train.run.run_folder import append, commit, strict_json  # noqa: E402
 
 STAGES = ("sweep", "main", "published", "ablation", "sensitivity")
 CURVES = ("reward", "reward_std", "kl", "kl_threshold", "kl_coef", "entropy", "value_loss", "time/step_s")

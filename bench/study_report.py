@@ -11,10 +11,10 @@ from typing import Any
 
 from study_arms import CHANGES, MAIN, PUBLISHED, REPLAYED, Settings, base_of
 
+from safe_train.algorithms.controller import Controller, Moments
 from safe_train.config import SafeConfig
-from safe_train.controller import Controller, Moments
-from safe_train.report import numbers
-from safe_train.report import read_rows as read_json_lines
+from safe_train.run.report import numbers
+from safe_train.run.report import read_rows as read_json_lines
 
 Row = dict[str, Any]
 

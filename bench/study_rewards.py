@@ -7,9 +7,9 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from safe_train.evaluation import distinct_words
-from safe_train.rewards import text_of
-from safe_train.rewards import vader as make_vader
+from safe_train.rewards.rewards import text_of
+from safe_train.rewards.rewards import vader as make_vader
+from safe_train.run.evaluation import distinct_words
 
 KEYWORDS = ("help", "sure", "here")
 NOISE = 0.5  # standard deviation, that of VADER on the first rollout

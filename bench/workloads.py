@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -192,11 +191,12 @@ def smollm2_states(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Final hidden states [N, H] of the demo's texts, the head's weight [V, H], and the token that follows each."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from safe_train import models
+    from safe_train.config import CONFIGS
+    from safe_train.models.policy import smollm2_folder
 
-    folder = models.smollm2_folder()
+    folder = smollm2_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    texts = Path(models.__file__).parent / "configs" / "demo_train.jsonl"
+    texts = CONFIGS / "demo_train.jsonl"
     lines = [" ".join(map(str, json.loads(line).values())) for line in texts.read_text().splitlines()]
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)("\n".join(lines)).input_ids)
     ids = ids.repeat(-(-(tokens + 1) // len(ids)))

@@ -15,7 +15,7 @@ try:
     import yaml
 
     from safe_train.config import HINTS, ConfigError, SafeConfig
-    from safe_train.versions import check_versions, own_version
+    from safe_train.run.versions import check_versions, own_version
 except ModuleNotFoundError as error:
     sys.exit(f"safe-train needs the package {error.name!r}, which this brings: pip install 'safe-kernels[train]'")
 
@@ -136,7 +136,7 @@ def home_path(text: str) -> Path:
 def command_run(arguments: argparse.Namespace) -> None:
     from safe_train import parallel
     from safe_train.paper import make_trainer
-    from safe_train.run_folder import refuse_existing, refuse_foreign, remove_run
+    from safe_train.run.run_folder import refuse_existing, refuse_foreign, remove_run
 
     resume = arguments.resume_from or arguments.resume
     args = run_settings(arguments)
@@ -153,9 +153,9 @@ def command_run(arguments: argparse.Namespace) -> None:
 
 def command_check(arguments: argparse.Namespace) -> None:
     from safe_train import parallel
-    from safe_train.dry_run import check
+    from safe_train.commands.check import check
     from safe_train.paper import make_trainer
-    from safe_train.run_folder import refuse_existing, refuse_foreign
+    from safe_train.run.run_folder import refuse_existing, refuse_foreign
 
     words, config = [*arguments.words, *arguments.overrides], arguments.config
     if config is None and words and "=" not in words[0]:
@@ -186,9 +186,9 @@ def run_settings(arguments: argparse.Namespace) -> SafeConfig:
 
 
 def command_demo(arguments: argparse.Namespace) -> None:
-    from safe_train.evaluation import comparison
     from safe_train.paper import make_trainer
-    from safe_train.run_folder import refuse_existing, refuse_foreign, remove_run
+    from safe_train.run.evaluation import comparison
+    from safe_train.run.run_folder import refuse_existing, refuse_foreign, remove_run
 
     chosen = [f"model={arguments.model}"] if arguments.model else []
     control = ["shuffle_advantages=true", "output_dir=runs/demo-control"] if arguments.control else []
@@ -211,9 +211,10 @@ def command_demo(arguments: argparse.Namespace) -> None:
 
 
 def command_eval(arguments: argparse.Namespace) -> None:
-    from safe_train import parallel, subject
-    from safe_train.evaluation import comparison, save
+    from safe_train import parallel
+    from safe_train.commands import subject
     from safe_train.paper import make_trainer
+    from safe_train.run.evaluation import comparison, save
 
     found = subject.find(arguments.what, arguments.checkpoint, arguments.config, arguments.overrides)
     with tempfile.TemporaryDirectory() as elsewhere:  # the run may be going on, and goes on
@@ -230,15 +231,15 @@ def command_eval(arguments: argparse.Namespace) -> None:
 
 
 def command_export(arguments: argparse.Namespace) -> None:
-    from safe_train import subject
-    from safe_train.export import export
+    from safe_train.commands import subject
+    from safe_train.commands.export import export
 
     found = subject.find(arguments.run, arguments.checkpoint, None, arguments.overrides)
     print(export(found, arguments.output, merge=arguments.merge, dtype=arguments.dtype))
 
 
 def command_report(arguments: argparse.Namespace) -> None:
-    from safe_train.report import write_report
+    from safe_train.run.report import write_report
 
     target = arguments.output or arguments.runs[0] / "report.png"
     write_report(arguments.runs, target)

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from safe_train import other_names, written
-from safe_train.limits import ALGORITHMS, PAPER, ConfigError, check
+from safe_train.settings import other_names, written
+from safe_train.settings.limits import ALGORITHMS, PAPER, ConfigError, check
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from torch.nn.functional import huber_loss
 
 from safe_kernels import soft_min
-from safe_train import losses, parallel, sharding
+from safe_train import parallel
+from safe_train.algorithms import losses
+from safe_train.algorithms.controller import EMA_SHORT, PHASE_SCALE, PID_DECAY, Control, clip
+from safe_train.algorithms.critic import Critic
+from safe_train.algorithms.experience import Experience
 from safe_train.config import PAPER, ConfigError, SafeConfig
-from safe_train.controller import EMA_SHORT, PHASE_SCALE, PID_DECAY, Control, clip
-from safe_train.critic import Critic
-from safe_train.data import MicroBatch, TokenBatch
-from safe_train.experience import Experience
-from safe_train.rewards import Scores
-from safe_train.rollout import Rollout
+from safe_train.data.batches import MicroBatch, TokenBatch
+from safe_train.engines import sharding
+from safe_train.rewards.rewards import Scores
+from safe_train.sampling.rollout import Rollout
 from safe_train.trainer import SafeTrainer
 
 PENALTY_COEF, MOMENTUM_COEF, PPO_KL_COEF = 0.1, 5.0, 0.05

@@ -17,35 +17,38 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl
 
-from safe_train import events, losses, parallel, sharding
-from safe_train.adapters import untrained_experts, unwrapped
-from safe_train.chat import read_text
-from safe_train.checkpoint import Checkpoints, say
-from safe_train.checks import check_vocabulary
+from safe_train import parallel
+from safe_train.algorithms import losses
+from safe_train.algorithms.controller import Control, Controller, Moments
+from safe_train.algorithms.critic import Critic
+from safe_train.algorithms.experience import Experience, gathered, value_states
+from safe_train.algorithms.preview import Preview, mean_kl
 from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, require_name
-from safe_train.controller import Control, Controller, Moments
-from safe_train.critic import Critic
-from safe_train.data import MicroBatch, Prompt, PromptDataset
-from safe_train.datasets_io import Source, from_python, read
-from safe_train.determinism import check_deterministic, check_torch_state
-from safe_train.engine import learning_rate, make_engine, place, schedule
-from safe_train.evaluation import Evaluation, evaluate
-from safe_train.experience import Experience, gathered, value_states
-from safe_train.folder_lock import FolderLock, releasing
-from safe_train.metrics import step_metrics
-from safe_train.models import Policy, load_model, load_tokenizer, make_policy, use_tensor_cores
-from safe_train.preview import Preview, mean_kl
-from safe_train.prompts import make_prompts
+from safe_train.data.batches import MicroBatch, Prompt, PromptDataset
+from safe_train.data.chat import read_text
+from safe_train.data.datasets_io import Source, from_python, read
+from safe_train.data.prompts import make_prompts
+from safe_train.engines import sharding
+from safe_train.engines.engine import learning_rate, make_engine, place, schedule
+from safe_train.models.adapters import untrained_experts, unwrapped
+from safe_train.models.checks import check_vocabulary
+from safe_train.models.determinism import check_deterministic, check_torch_state
+from safe_train.models.policy import Policy, load_model, load_tokenizer, make_policy, use_tensor_cores
+from safe_train.models.reference import identity
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
-from safe_train.reference import identity
-from safe_train.reward_calls import RewardFunction
-from safe_train.rewards import Rewards, Scores
-from safe_train.rollout import MODES, Mode, Rollout, choose_mode, end_tokens, make_sampler
-from safe_train.run_folder import RunFolder, refuse_existing
-from safe_train.self_check import check_sampler_gap, sampled_prompts, self_check
-from safe_train.signals import Stopped, StopSignals
-from safe_train.start import asked_for, check_4bit, check_outline, check_space, load_rewards
-from safe_train.stopping import described, stop_tokens
+from safe_train.rewards.calls import RewardFunction
+from safe_train.rewards.rewards import Rewards, Scores
+from safe_train.run import events
+from safe_train.run.checkpoint import Checkpoints, say
+from safe_train.run.evaluation import Evaluation, evaluate
+from safe_train.run.folder_lock import FolderLock, releasing
+from safe_train.run.metrics import step_metrics
+from safe_train.run.run_folder import RunFolder, refuse_existing
+from safe_train.run.self_check import check_sampler_gap, sampled_prompts, self_check
+from safe_train.run.signals import Stopped, StopSignals
+from safe_train.run.start import asked_for, check_4bit, check_outline, check_space, load_rewards
+from safe_train.sampling.rollout import MODES, Mode, Rollout, choose_mode, end_tokens, make_sampler
+from safe_train.sampling.stopping import described, stop_tokens
 
 Rows = Any  # a sequence of rows, a DataFrame, or what `datasets` has
 

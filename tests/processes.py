@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from safe_train import run_folder
+from safe_train.run import run_folder
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, then forks
 CONTEXT.set_forkserver_preload(["safe_train.trainer", "peft", "transformers.models.llama.modeling_llama", "tokenizers"])

@@ -8,11 +8,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from safe_train import SafeTrainer, losses, start
+from safe_train import SafeTrainer
+from safe_train.algorithms import losses
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data import TokenBatch
-from safe_train.models import is_linear, load_model
+from safe_train.data.batches import TokenBatch
+from safe_train.models.policy import is_linear, load_model
+from safe_train.run import start
 
 
 def test_what_4_bits_need_is_named(tmp_path, monkeypatch):
@@ -26,7 +28,7 @@ def test_what_4_bits_need_is_named(tmp_path, monkeypatch):
         start.check_4bit(args, gpu, is_named=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     start.check_4bit(args, gpu, is_named=True)
-    monkeypatch.setattr("safe_train.sharding.settings", lambda: "FSDP")
+    monkeypatch.setattr("safe_train.engines.sharding.settings", lambda: "FSDP")
     with pytest.raises(ConfigError, match="needs whole weights on each GPU, not FSDP"):
         start.check_4bit(args, gpu, is_named=True)
     with pytest.raises(ConfigError, match="load_in_4bit must be false with generation vllm"):
@@ -51,7 +53,7 @@ def test_a_layer_with_packed_weights_gets_lora():
 def test_weights_are_asked_for_in_4_bits(tmp_path, monkeypatch):
     asked = {}
     tiny.model().save_pretrained(tmp_path)
-    monkeypatch.setattr("safe_train.models.load_weights", lambda *_, **options: asked.update(options))
+    monkeypatch.setattr("safe_train.models.policy.load_weights", lambda *_, **options: asked.update(options))
     load_model(SafeConfig(model=str(tmp_path), load_in_4bit=True), torch.device("cuda"))
     settings = asked["quantization_config"]
     assert settings.load_in_4bit and settings.bnb_4bit_quant_type == "nf4" and settings.bnb_4bit_use_double_quant
@@ -65,7 +67,7 @@ def bitsandbytes(monkeypatch):
     # On some CPUs it would round to bfloat16, and lose gradients, in evaluation mode.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     monkeypatch.setattr("safe_train.trainer.check_4bit", lambda *_: None)
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
     return package
 
 

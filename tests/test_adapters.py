@@ -11,11 +11,12 @@ from architectures import tiny_kind, tiny_of
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from safe_train import SafeTrainer, adapters
+from safe_train import SafeTrainer
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data import TokenBatch
-from safe_train.models import make_policy
-from safe_train.zero import Zero2Engine
+from safe_train.data.batches import TokenBatch
+from safe_train.engines.zero import Zero2Engine
+from safe_train.models import adapters
+from safe_train.models.policy import make_policy
 
 BATCH = TokenBatch.pack([[2, 3, 4], [9]], [[5, 6, 7, 8], [10, 1]])
 IDS = torch.tensor([[2, 3, 4, 5, 6, 7]])
@@ -23,7 +24,7 @@ IDS = torch.tensor([[2, 3, 4, 5, 6, 7]])
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
 
 
 def config(method="Lora", **settings):

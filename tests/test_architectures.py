@@ -9,10 +9,10 @@ import torch
 from architectures import KINDS, SPECIAL, tiny_config, tiny_kind
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from safe_train import losses
+from safe_train.algorithms import losses
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data import TokenBatch
-from safe_train.models import load_model, lora_config
+from safe_train.data.batches import TokenBatch
+from safe_train.models.policy import load_model, lora_config
 
 # Longer than the windows and chunks of 4 tokens, and of different lengths.
 SEQUENCES = ([[5, 6, 7, 3], [8], [9, 10]], [[11, 12, 13, 14, 15, 20], [13, 14, 3, 9], [4]])
@@ -59,7 +59,7 @@ def verdict(kind, folder):
 
 @pytest.mark.slow
 def test_every_causal_kind_is_right_or_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
     verdicts = {}
     for kind in KINDS:
         if kind in NOT_BUILT:

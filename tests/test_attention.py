@@ -13,12 +13,12 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from transformers import modeling_utils
 
 from safe_kernels import linear_token_stats
-from safe_train import attention
-from safe_train.attention import boundaries, choose_attention, generation_attention, obstacle, use_attention
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data import Prompt, TokenBatch
-from safe_train.models import make_policy
-from safe_train.rollout import sample
+from safe_train.data.batches import Prompt, TokenBatch
+from safe_train.models import attention
+from safe_train.models.attention import boundaries, choose_attention, generation_attention, obstacle, use_attention
+from safe_train.models.policy import make_policy
+from safe_train.sampling.rollout import sample
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WINDOW = 4

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safe_train.attention import use_attention
+from safe_train.models.attention import use_attention
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.append(str(BENCH))

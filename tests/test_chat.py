@@ -5,10 +5,10 @@ import tiny
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
-from safe_train.chat import Chat, cut_chat, text_tokens, turn_end
 from safe_train.config import ConfigError
-from safe_train.formats import PromptFormat
-from safe_train.prompts import PromptDataset
+from safe_train.data.chat import Chat, cut_chat, text_tokens, turn_end
+from safe_train.data.formats import PromptFormat
+from safe_train.data.prompts import PromptDataset
 
 SPECIAL = ["<s>", "</s>", "[INST]", "[/INST]", "<start>", "<end>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>"]
 # Shortened, with what matters here: who writes a BOS token, and what stands behind an answer.

@@ -21,13 +21,13 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from safe_train import SafeTrainer
-from safe_train.checkpoint import Checkpoints, discard
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.prompts import PromptDataset
+from safe_train.data.prompts import PromptDataset
 from safe_train.randomness import python_generators, restore_generators, torch_generators
-from safe_train.run_folder import commit, keep_rows
-from safe_train.signals import Stopped
+from safe_train.run.checkpoint import Checkpoints, discard
+from safe_train.run.run_folder import commit, keep_rows
+from safe_train.run.signals import Stopped
 
 REWARD = """
 import time
@@ -41,7 +41,7 @@ def slow_reward(completions, **columns):
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
 
 
 def metrics(run: Path) -> list[dict]:
@@ -265,7 +265,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path, monkeypatch
     checkpoints = Checkpoints(tmp_path, 2)
     trainer.train()
     trainer.step = 3
-    monkeypatch.setattr("safe_train.checkpoint.flush", lambda path: 1 / 0)
+    monkeypatch.setattr("safe_train.run.checkpoint.flush", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         checkpoints.save(trainer)
     assert [path.name for path in checkpoints.complete()] == ["step-1", "step-2"]
@@ -288,7 +288,7 @@ def test_a_full_disk_while_saving_stops_the_run_and_leaves_the_checkpoint_before
         raise error
 
     trainer = tiny.trainer(tmp_path, total_steps=3, save_every=1)
-    trainer.callbacks = [lambda *_: monkeypatch.setattr(f"safe_train.checkpoint.{writer}", fails)]
+    trainer.callbacks = [lambda *_: monkeypatch.setattr(f"safe_train.run.checkpoint.{writer}", fails)]
     with pytest.raises(OSError, match=rf"cannot write .*step-2: .*{FULL}.*step-1 is whole: continue from it"):
         trainer.train()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import safe_train
-from safe_train import other_names
 from safe_train.cli import main
 from safe_train.config import CONFIGS, ConfigError, SafeConfig, parse
+from safe_train.settings import other_names
 
 
 def test_scientific_notation_in_yaml_is_a_number(tmp_path):
@@ -226,7 +226,7 @@ def test_missing_config_file_lists_the_shipped_ones():
 
 
 def test_every_setting_is_read_by_the_trainer_and_explained(capsys):
-    sources = [path for path in Path(safe_train.__file__).parent.glob("*.py") if path.name != "config.py"]
+    sources = [path for path in Path(safe_train.__file__).parent.rglob("*.py") if path.name != "config.py"]
     code = "\n".join(path.read_text() for path in sources)
     used = set(re.findall(r"\bargs\.(\w+)", code)) | {"algorithm"}  # which sets critic and controller
     assert main(["config"]) == 0

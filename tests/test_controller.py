@@ -7,8 +7,8 @@ import statistics
 
 import pytest
 
+from safe_train.algorithms.controller import Controller, Ema, Moments
 from safe_train.config import SafeConfig
-from safe_train.controller import Controller, Ema, Moments
 
 
 def controller(**settings) -> Controller:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safe_train.data import (
+from safe_train.data.batches import (
     TokenBatch,
     balanced,
     microbatches,

@@ -9,7 +9,7 @@ import pandas
 import pytest
 
 from safe_train.config import ConfigError
-from safe_train.datasets_io import from_python, load_rows, read
+from safe_train.data.datasets_io import from_python, load_rows, read
 
 # What a reader might take for something else: a date, a number, a missing value, objects that differ in their keys.
 ROWS = [

@@ -21,9 +21,10 @@ from test_distributed import (
     without_clock,
 )
 
-from safe_train import parallel, zero
+from safe_train import parallel
 from safe_train.config import ConfigError
-from safe_train.engine import Engine
+from safe_train.engines import zero
+from safe_train.engines.engine import Engine
 
 CASES = {
     "LoRA": {},
@@ -151,7 +152,7 @@ def everything(folder, foreign, adapter) -> dict:
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+        patch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
         found = {name: steps(folder / name, **case) for name, case in CASES.items()}
         history = trainer_on(folder / "foreign", total_steps=4, window=2, lora_r=0).train()
         adapted = trainer_on(folder / "adapter", total_steps=4, window=2, **HANDED_OVER).train()

@@ -6,10 +6,11 @@ import pytest
 import tiny
 import torch
 
-from safe_train import SafeConfig, SafeTrainer, losses
+from safe_train import SafeConfig, SafeTrainer
+from safe_train.algorithms import losses
+from safe_train.algorithms.experience import Experience
 from safe_train.cli import main
-from safe_train.experience import Experience
-from safe_train.report import read_metrics
+from safe_train.run.report import read_metrics
 
 pytestmark = pytest.mark.integration
 

@@ -11,8 +11,8 @@ import transformers
 from architectures import tiny_of
 
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data import TokenBatch
-from safe_train.models import make_policy
+from safe_train.data.batches import TokenBatch
+from safe_train.models.policy import make_policy
 from safe_train.randomness import python_generators
 
 BATCH = TokenBatch.pack([[2, 3, 4], [9]], [[5, 6, 7, 8], [10, 1]])

@@ -13,11 +13,13 @@ import pytest
 import tiny
 import torch
 
-from safe_train import experience, parallel, sharding
+from safe_train import parallel
+from safe_train.algorithms import experience
 from safe_train.config import CONFIGS, ConfigError, SafeConfig
-from safe_train.data import PromptDataset
-from safe_train.rollout import Rollout
-from safe_train.signals import Stopped
+from safe_train.data.batches import PromptDataset
+from safe_train.engines import sharding
+from safe_train.run.signals import Stopped
+from safe_train.sampling.rollout import Rollout
 
 CLOCK = ("time/", "memory/", "tokens_per_second")
 ACCELERATE = CONFIGS / "accelerate"
@@ -147,7 +149,7 @@ def all_steps(folder, names) -> dict:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+        patch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
         return all_steps(tmp_path_factory.mktemp("alone"), CASES)
 
 
@@ -517,7 +519,7 @@ def has_no_room(folder) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if parallel.is_main():
-        trainer.callbacks = [lambda *_: setattr(__import__("safe_train.checkpoint").checkpoint, "flush", full)]
+        trainer.callbacks = [lambda *_: setattr(__import__("safe_train.run.checkpoint").checkpoint, "flush", full)]
     trainer.train()
 
 

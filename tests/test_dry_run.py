@@ -10,14 +10,14 @@ import tiny
 import torch
 from test_mistakes import MISTAKES, Place
 
-from safe_train import dry_run
 from safe_train.cli import main
-from safe_train.data import TokenBatch
+from safe_train.commands import check as dry_run
+from safe_train.data.batches import TokenBatch
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
     return Place(tmp_path, monkeypatch)
 
 
@@ -91,7 +91,7 @@ def test_a_folder_with_a_run_needs_overwrite(here, capsys):
 
 
 def test_a_failing_self_check_is_exit_2(here, capsys):
-    here.monkeypatch.setattr("safe_train.self_check.LARGEST_HEAD_GAP", -1.0)
+    here.monkeypatch.setattr("safe_train.run.self_check.LARGEST_HEAD_GAP", -1.0)
     assert main(["check", *here.pairs()]) == 2
     assert "the head of LlamaForCausalLM: on the same hidden states" in capsys.readouterr().err
     assert not (here.folder / "run").exists()

@@ -10,14 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from safe_train import SafeTrainer
-from safe_train.checkpoint import Checkpoints
 from safe_train.cli import main
-from safe_train.report import read_rows
+from safe_train.run.checkpoint import Checkpoints
+from safe_train.run.report import read_rows
 
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
 
 
 def logprobs(model, prompt, completion):

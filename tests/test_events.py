@@ -12,16 +12,16 @@ import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback, ProgressCallback
 
-from safe_train import events
-from safe_train.checkpoint import Checkpoints
 from safe_train.config import ConfigError
-from safe_train.report import read_rows
+from safe_train.run import events
+from safe_train.run.checkpoint import Checkpoints
+from safe_train.run.report import read_rows
 from safe_train.trainer import SafeTrainer
 
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
 
 
 class Recorder(TrainerCallback):
@@ -89,7 +89,7 @@ def stopping_function(trainer, metrics):
 @pytest.mark.parametrize("event", ["on_step_end", "on_evaluate", "on_log", "function"])
 def test_a_callback_that_stops_the_run_leaves_it_saved_reported_and_resumable(event, tmp_path, monkeypatch, capsys):
     reported = []
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda runs, target: reported.append(target))
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda runs, target: reported.append(target))
     settings = {"total_steps": 5, "save_every": 2, "eval_every": 1}
     _, whole = run(tmp_path / "whole", **settings)
     callback = stopping_function if event == "function" else Stopping(event, 3)

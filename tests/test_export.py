@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from safe_train import SafeTrainer, cli
 from safe_train.cli import main
-from safe_train.export import DTYPES
+from safe_train.commands.export import DTYPES
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }} {{ m.content }} {% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
@@ -23,7 +23,7 @@ PROBES = torch.tensor([[2, 9, 4, 7, 12, 3, 8, 15, 6, 11]])
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
 
 
 def logits(model):
@@ -166,7 +166,7 @@ def other_base(folder):
 
 
 def wrong_merge(monkeypatch):
-    import safe_train.export as module
+    import safe_train.commands.export as module
 
     own = module.merged
 
@@ -194,7 +194,7 @@ def test_what_would_not_be_the_policy_is_refused_and_leaves_no_folder(tmp_path, 
         assert message in capsys.readouterr().err
     assert set(cli.DTYPES) == set(DTYPES)
     with monkeypatch.context() as patch:
-        patch.setattr("safe_train.export.shutil.copy", full_disk)
+        patch.setattr("safe_train.commands.export.shutil.copy", full_disk)
         assert export(tmp_path) == 2 and "cannot write" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         wrong_merge(patch)

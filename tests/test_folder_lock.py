@@ -12,15 +12,15 @@ import pytest
 import tiny
 from test_checkpoint import metrics, prepare, rows_written, safe_train
 
-from safe_train import folder_lock
 from safe_train.cli import main
 from safe_train.config import ConfigError
-from safe_train.folder_lock import FolderLock
+from safe_train.run import folder_lock
+from safe_train.run.folder_lock import FolderLock
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from safe_train.folder_lock import FolderLock
+from safe_train.run.folder_lock import FolderLock
 
 lock = FolderLock(Path(sys.argv[1]))
 lock.acquire()
@@ -34,7 +34,7 @@ time.sleep(60)
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import tiny
 
 from safe_train.cli import main
 from safe_train.config import ConfigError
-from safe_train.formats import PromptFormat
-from safe_train.prompts import PromptDataset
-from safe_train.report import read_rows
+from safe_train.data.formats import PromptFormat
+from safe_train.data.prompts import PromptDataset
+from safe_train.run.report import read_rows
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 ASK, ANSWER = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}
@@ -151,7 +151,7 @@ COMMANDS = re.findall(r"^    (safe-train run .*'?dataset=.*reward=rewards.*)$", 
 def test_the_runs_of_the_page_start_from_the_files_beside_it(command, tmp_path, monkeypatch, capsys):
     shutil.copytree(DOCS / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path / "examples")
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = TEMPLATE + "<eos>"
     tiny.model(max_position_embeddings=1024).save_pretrained("model")

@@ -10,18 +10,18 @@ import tiny
 import torch
 
 from safe_train import parallel
-from safe_train.checkpoint import Checkpoints
-from safe_train.losses import group_advantages
+from safe_train.algorithms.losses import group_advantages
 from safe_train.randomness import guest
-from safe_train.report import read_metrics
-from safe_train.rewards import load_reward
-from safe_train.run_folder import append, keep_rows, strict_json
+from safe_train.rewards.rewards import load_reward
+from safe_train.run.checkpoint import Checkpoints
+from safe_train.run.report import read_metrics
+from safe_train.run.run_folder import append, keep_rows, strict_json
 
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
 
 
 def parameters(trainer):
@@ -294,7 +294,7 @@ def test_metrics_hold_null_where_a_number_is_not_finite_and_are_read_as_nan(tmp_
 
 
 def test_a_run_with_numbers_that_are_not_finite_is_logged_drawn_and_resumed(tmp_path, monkeypatch):
-    from safe_train.report import write_report
+    from safe_train.run.report import write_report
 
     trainer = tiny.trainer(tmp_path, total_steps=2)
     step, calls = trainer.optimizer_step, []

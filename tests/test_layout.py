@@ -11,13 +11,13 @@ from architectures import tiny_kind, tiny_of
 from torch.nn.functional import linear
 
 from safe_kernels.integrations.transformers import head_inputs, logit_transform, own_logits
-from safe_train import layout
-from safe_train.attention import use_attention
-from safe_train.checks import check_vocabulary, head_gap
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data import TokenBatch, balanced_rows, padded_microbatches
-from safe_train.layout import check_causal, choose_layout, layout_gap
-from safe_train.models import make_policy
+from safe_train.data.batches import TokenBatch, balanced_rows, padded_microbatches
+from safe_train.models import layout
+from safe_train.models.attention import use_attention
+from safe_train.models.checks import check_vocabulary, head_gap
+from safe_train.models.layout import check_causal, choose_layout, layout_gap
+from safe_train.models.policy import make_policy
 
 SEQUENCES = ([[5, 6, 7, 2], [8], [9, 10]], [[11, 12], [13, 14, 3, 1], [1]])
 
@@ -162,7 +162,7 @@ def test_a_head_that_the_kernels_do_not_reproduce_is_refused(monkeypatch):
     policy.logit_transform["logit_scale"] = 1.01
     assert head_gap(policy) > 1e-3
     reading = {"logit_scale": 1.01, "softcap": None}
-    monkeypatch.setattr("safe_train.checks.logit_transform", lambda model: reading)
+    monkeypatch.setattr("safe_train.models.checks.logit_transform", lambda model: reading)
     with pytest.raises(ConfigError, match="the head of LlamaForCausalLM: on the same hidden states its own"):
         make_policy(tiny.model(), settings())
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import huber_loss
 
-from safe_train import losses
+from safe_train.algorithms import losses
+from safe_train.algorithms.controller import Control
+from safe_train.algorithms.critic import Critic
 from safe_train.config import SafeConfig
-from safe_train.controller import Control
-from safe_train.critic import Critic
 
 NO_TERMS = {"entropy_coef": 0.0, "beta": 0.0}
 

@@ -12,8 +12,8 @@ from tokenizers import models
 
 from safe_train import SafeTrainer
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.evaluation import pass_at
-from safe_train.math_rewards import extracted, final_answer, math_answer
+from safe_train.rewards.math import extracted, final_answer, math_answer
+from safe_train.run.evaluation import pass_at
 
 RIGHT = [
     ("so 40 + 2 = 42", "42"),
@@ -127,7 +127,7 @@ def test_the_shipped_config_trains_on_rows_like_those_of_gsm8k(tmp_path):
 
 def test_rows_without_an_answer_are_refused_before_the_run(tmp_path):
     with pytest.raises(ConfigError, match="a column 'answer' or 'solution', and the rows have neither"):
-        tiny.trainer(tmp_path / "run", "safe_train.math_rewards:final_answer")
+        tiny.trainer(tmp_path / "run", "safe_train.rewards.math:final_answer")
 
 
 def test_pass_at_k_is_the_share_of_draws_of_k_that_hold_one_that_passes():

@@ -18,11 +18,12 @@ import tiny
 import torch
 from safetensors import SafetensorError
 
-from safe_train import folder_lock, models, start, versions
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data import Prompt
-from safe_train.start import try_reward
+from safe_train.data.batches import Prompt
+from safe_train.models import policy
+from safe_train.run import folder_lock, start, versions
+from safe_train.run.start import try_reward
 
 REWARDS = """
 import math
@@ -78,7 +79,7 @@ class Place:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
     return Place(tmp_path, monkeypatch)
 
 
@@ -344,7 +345,7 @@ def test_classifiers_are_loaded_after_functions_and_keep_their_place(monkeypatch
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), models.loading("org/model"):
+    with pytest.raises(ZeroDivisionError), policy.loading("org/model"):
         1 / 0  # noqa: B018
-    with pytest.raises(ConfigError, match="cannot load the model 'org/model': OSError"), models.loading("org/model"):
+    with pytest.raises(ConfigError, match="cannot load the model 'org/model': OSError"), policy.loading("org/model"):
         raise OSError

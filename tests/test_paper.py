@@ -9,8 +9,8 @@ import pytest
 import tiny
 import torch
 
+from safe_train.algorithms.experience import Experience
 from safe_train.config import PAPER, ConfigError, SafeConfig
-from safe_train.experience import Experience
 from safe_train.paper import PaperController, PaperCritic, PaperMoments, PaperTrainer, value_errors
 from safe_train.trainer import SafeTrainer
 
@@ -29,7 +29,7 @@ def trainer(folder, algorithm, **changes):
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

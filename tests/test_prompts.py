@@ -4,9 +4,9 @@ import tiny
 from tokenizers.processors import TemplateProcessing
 
 from safe_train.config import ConfigError
-from safe_train.datasets_io import from_python
-from safe_train.formats import PromptFormat, transcript_messages
-from safe_train.prompts import PromptDataset, PromptStream
+from safe_train.data.datasets_io import from_python
+from safe_train.data.formats import PromptFormat, transcript_messages
+from safe_train.data.prompts import PromptDataset, PromptStream
 
 
 def dataset(rows, max_prompt_tokens=8, seed=0):

@@ -18,13 +18,13 @@ import tiny
 import torch
 from transformers import TrainerState
 
+from safe_train.algorithms.experience import Experience
+from safe_train.algorithms.losses import group_advantages, value_loss
 from safe_train.config import PAPER, ConfigError, SafeConfig
-from safe_train.experience import Experience
-from safe_train.losses import group_advantages, value_loss
-from safe_train.report import read_rows
-from safe_train.reward_server import RewardServer
-from safe_train.rewards import Rewards, load_reward
-from safe_train.start import load_rewards
+from safe_train.rewards.rewards import Rewards, load_reward
+from safe_train.rewards.server import RewardServer
+from safe_train.run.report import read_rows
+from safe_train.run.start import load_rewards
 
 NAN = math.nan
 
@@ -255,7 +255,7 @@ def test_an_async_function_that_takes_too_long_is_named():
 
 
 def test_an_async_function_that_blocks_the_loop_is_told(monkeypatch):
-    monkeypatch.setattr("safe_train.reward_calls.GRACE", 0.1)
+    monkeypatch.setattr("safe_train.rewards.calls.GRACE", 0.1)
     over = threading.Event()
 
     async def blocks(completions):
@@ -548,7 +548,7 @@ def test_a_rollout_that_no_reward_applies_to_keeps_the_language_only(tmp_path):
 @pytest.mark.parametrize("skip", [True, False])
 def test_special_tokens_reach_the_reward_when_asked_for(skip, tmp_path):
     """A token that opens a tool call is special, and so is the one that ends the turn."""
-    from safe_train.rollout import Rollout
+    from safe_train.sampling.rollout import Rollout
 
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["under"]})

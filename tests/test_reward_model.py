@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.rewards import Rewards, load_reward
+from safe_train.rewards.rewards import Rewards, load_reward
 
 PROMPTS = ["the cat <eos>", "a dog sat on", "the", "<pad> a tree", "a"]
 COMPLETIONS = [" sat <eos>", " very bad and sad <pad>", " <eos>", " is good", ""]
@@ -239,7 +239,7 @@ def test_what_is_no_sequence_classifier_is_named_before_its_weights_are_loaded(k
     folder = saved(tmp_path / "model", llama())
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": [kind]}))
-    monkeypatch.setattr("safe_train.reward_model.load_weights", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("safe_train.rewards.classifier.load_weights", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ConfigError, match=rf"is a {kind}, not a sequence classifier .*file.py:function.* or a server"):
         load_reward(folder)
 

@@ -12,8 +12,8 @@ import tiny
 import torch
 
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.reward_server import RewardServer
-from safe_train.rewards import Rewards, load_reward, text_of
+from safe_train.rewards.rewards import Rewards, load_reward, text_of
+from safe_train.rewards.server import RewardServer
 
 
 def constant(value):

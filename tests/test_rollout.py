@@ -19,14 +19,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from safe_train.algorithms.experience import Experience
+from safe_train.algorithms.losses import importance_corrected, logprobs
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data import Prompt, PromptDataset, TokenBatch
-from safe_train.experience import Experience
-from safe_train.losses import importance_corrected, logprobs
-from safe_train.metrics import sampler_metrics
-from safe_train.models import make_policy
-from safe_train.rewards import Rewards
-from safe_train.rollout import (
+from safe_train.data.batches import Prompt, PromptDataset, TokenBatch
+from safe_train.models.policy import make_policy
+from safe_train.rewards.rewards import Rewards
+from safe_train.run.metrics import sampler_metrics
+from safe_train.sampling.rollout import (
     Mode,
     Rollout,
     choose_mode,
@@ -37,7 +37,7 @@ from safe_train.rollout import (
     sample,
     static_cache,
 )
-from safe_train.stopping import StopStrings
+from safe_train.sampling.stopping import StopStrings
 
 PROBES = [[2, 3, 4, 5, 6, 7, 8], [2, 3, 4], [9, 4, 7]]  # prompts of two lengths
 
@@ -159,7 +159,7 @@ def test_decoding_is_compiled_once_for_all_rollouts(checkpointing, monkeypatch):
     compiler = CompileConfig(backend="eager", mode=None, fullgraph=True)
     compiler._compile_all_devices = True
     monkeypatch.setattr(
-        "safe_train.rollout.GenerationConfig", lambda **kw: GenerationConfig(compile_config=compiler, **kw)
+        "safe_train.sampling.rollout.GenerationConfig", lambda **kw: GenerationConfig(compile_config=compiler, **kw)
     )
     torch._dynamo.reset()
     counters.clear()

@@ -11,10 +11,11 @@ import torch
 from architectures import tiny_kind
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from safe_train import parallel, self_check
-from safe_train.checkpoint import Checkpoints
+from safe_train import parallel
 from safe_train.config import ConfigError
-from safe_train.rollout import Mode
+from safe_train.run import self_check
+from safe_train.run.checkpoint import Checkpoints
+from safe_train.sampling.rollout import Mode
 
 SIZES = {
     "vocab_size": len(tiny.WORDS), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -26,7 +27,7 @@ SIZES = {
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
 
 
 def model(kind, **changes):

@@ -180,7 +180,7 @@ def test_a_study_from_the_sweep_to_the_tables_and_once_more(tmp_path, capsys):
 
 
 def test_a_number_that_is_null_in_the_rows_is_one_that_was_not_finite(tmp_path):
-    from safe_train.run_folder import append
+    from safe_train.run.run_folder import append
 
     lines = [row(kl=(0.1,) * 19 + (math.nan,), after={"kl": math.inf}, before={"kl": 0.0})]
     append(tmp_path / "study.jsonl", lines)

@@ -15,11 +15,12 @@ import torch
 from architectures import tiny_of
 
 import safe_train
-from safe_train import losses, preview, self_check
-from safe_train.experience import Experience
-from safe_train.models import make_policy
-from safe_train.preview import mean_kl
-from safe_train.rollout import sample
+from safe_train.algorithms import losses, preview
+from safe_train.algorithms.experience import Experience
+from safe_train.algorithms.preview import mean_kl
+from safe_train.models.policy import make_policy
+from safe_train.run import self_check
+from safe_train.sampling.rollout import sample
 
 TEMPERATURES = (0.7, 1.3)
 CLOSE = {"atol": 2e-5, "rtol": 0}
@@ -28,7 +29,7 @@ CLOSE = {"atol": 2e-5, "rtol": 0}
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
 
 
 def softcapped(**changes):
@@ -200,7 +201,7 @@ def test_samples_follow_the_tempered_distribution(temperature, changes):
 
 
 def tiny_prompt(text, tokenizer):
-    from safe_train.data import PromptDataset
+    from safe_train.data.batches import PromptDataset
 
     return PromptDataset([{"prompt": text}], tokenizer, 16).at(0, 1)[0]
 
@@ -220,7 +221,7 @@ PLACES = {  # modules that take log-probs, and what their calls are given
 
 def test_no_other_module_takes_log_probs():
     found = set()
-    for path in Path(safe_train.__file__).parent.glob("*.py"):
+    for path in Path(safe_train.__file__).parent.rglob("*.py"):
         text = path.read_text()
         if re.search(rf"\b({'|'.join(CALLS)}|log_softmax|logsumexp|cross_entropy)\(", text):
             found.add(path.stem)
@@ -249,7 +250,7 @@ def test_each_call_of_a_run_is_given_the_temperature(changes, tmp_path, monkeypa
 
         return call
 
-    for place in ("checks", "self_check"):
+    for place in ("models.checks", "run.self_check"):
         monkeypatch.setattr(f"safe_train.{place}.head_gap", lambda *_: 0.0)  # at temperature 1, on both sides
     for module in (losses, preview):
         for name in CALLS:

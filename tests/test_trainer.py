@@ -13,14 +13,14 @@ import tiny
 import torch
 from accelerate.utils import DistributedType
 
+from safe_train.algorithms.experience import Experience
+from safe_train.algorithms.preview import Preview, mean_kl, step_scale
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data import Prompt
-from safe_train.engine import schedule
-from safe_train.experience import Experience
-from safe_train.metrics import peak_memory_gb
-from safe_train.preview import Preview, mean_kl, step_scale
+from safe_train.data.batches import Prompt
+from safe_train.engines.engine import schedule
 from safe_train.randomness import python_generators
-from safe_train.rollout import MODES, Rollout
+from safe_train.run.metrics import peak_memory_gb
+from safe_train.sampling.rollout import MODES, Rollout
 
 ALGORITHMS = ("safe", "ppo", "ppo_two_heads", "grpo")
 
@@ -28,7 +28,7 @@ ALGORITHMS = ("safe", "ppo", "ppo_two_heads", "grpo")
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run_folder.write_report", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
 
 
 def experience_of(trainer):
@@ -86,7 +86,7 @@ def test_ratio_is_exactly_one_before_the_first_optimizer_step(algorithm, tmp_pat
 
 
 def tiny_loss(hidden, trainer, micro, control):
-    from safe_train.losses import policy_loss
+    from safe_train.algorithms.losses import policy_loss
 
     weight = torch.full_like(micro.logprob_L, 0.1)
     return policy_loss(hidden, trainer.policy.head(), micro, weight, control, trainer.args)
@@ -346,7 +346,7 @@ def test_evaluation_repeats_and_leaves_the_random_numbers_of_training_alone(tmp_
 
 
 def test_report_names_the_mechanisms_that_never_acted(tmp_path):
-    from safe_train.report import idle_mechanisms, read_metrics, write_report
+    from safe_train.run.report import idle_mechanisms, read_metrics, write_report
 
     tiny.trainer(tmp_path / "a", learning_rate=1e-9).train()
     tiny.trainer(tmp_path / "b", algorithm="grpo").train()
@@ -360,7 +360,7 @@ def test_report_names_the_mechanisms_that_never_acted(tmp_path):
 
 
 def test_report_tells_runs_of_one_name_apart_and_survives_a_row_cut_short(tmp_path, monkeypatch):
-    from safe_train import report
+    from safe_train.run import report
 
     drawn = []
     monkeypatch.setattr(report, "draw_reward", lambda axis, rows, color, name, alone: drawn.append(name))
@@ -378,9 +378,9 @@ def test_everything_a_step_touches_is_on_the_accelerators_device(tmp_path, monke
     device = torch.device("meta")
     accelerator = SimpleNamespace(device=device, distributed_type=DistributedType.NO)
     monkeypatch.setattr("safe_train.parallel.Accelerator", lambda **kwargs: accelerator)
-    for needs_values in ("models.fingerprint", "trainer.check_deterministic"):
+    for needs_values in ("models.policy.fingerprint", "trainer.check_deterministic"):
         monkeypatch.setattr(f"safe_train.{needs_values}", lambda *_: {})
-    monkeypatch.setattr("safe_train.models.check_head", lambda policy: None)  # there are no numbers on this device
+    monkeypatch.setattr("safe_train.models.policy.check_head", lambda _: None)  # this device has no numbers
     monkeypatch.setattr("safe_train.trainer.choose_mode", lambda *_: MODES[0])
     trainer = tiny.trainer(tmp_path, lora_r=0)
     models = (trainer.policy, *trainer.policy.frozen_copies, trainer.critic)

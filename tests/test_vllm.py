@@ -13,12 +13,12 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from safe_train.algorithms.losses import logprobs
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data import PromptDataset, TokenBatch
-from safe_train.losses import logprobs
-from safe_train.models import make_policy
-from safe_train.rollout import make_sampler, sample
-from safe_train.vllm import merged_weights
+from safe_train.data.batches import PromptDataset, TokenBatch
+from safe_train.models.policy import make_policy
+from safe_train.sampling.rollout import make_sampler, sample
+from safe_train.sampling.vllm import merged_weights
 
 
 @dataclasses.dataclass(kw_only=True)

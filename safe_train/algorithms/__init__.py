@@ -1,0 +1,1 @@
+"""What SAFE, PPO and GRPO are: credit, losses, critic and controller."""

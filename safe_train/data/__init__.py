@@ -1,0 +1,1 @@
+"""Prompts: read, rendered, tokenized, and packed into batches."""

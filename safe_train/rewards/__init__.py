@@ -1,0 +1,1 @@
+"""What completions are worth: functions, classifiers, servers, and how several become one."""

@@ -1,0 +1,1 @@
+"""What a run checks before it starts, and what it leaves behind."""

@@ -1,0 +1,1 @@
+"""Completions from the policy, by transformers or by vLLM."""

@@ -1,0 +1,330 @@
+"""Sampling: prompts in, completions out. Padding exists here, on the left, and nowhere after."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteriaList,
+    TopKLogitsWarper,
+)
+
+from safe_kernels.integrations.transformers import text_config
+from safe_train import parallel
+from safe_train.algorithms import losses
+from safe_train.config import ConfigError, SafeConfig
+from safe_train.data.batches import Messages, Prompt, TokenBatch, through_first_eos
+from safe_train.data.chat import turn_end
+from safe_train.models.layout import largest_gap
+from safe_train.models.policy import Policy
+from safe_train.randomness import seeded
+from safe_train.sampling.stopping import StopStrings, stop_tokens
+
+
+@dataclass(frozen=True)
+class Rollout:
+    prompts: list[Prompt]  # one for each completion
+    completions: list[list[int]]  # tokens through the first end token
+    texts: list[str]
+    ended: list[bool]  # False: cut off at max_new_tokens
+    sampler_logprobs: list[list[float]]  # as the sampler saw them
+
+    @classmethod
+    def build(
+        cls,
+        tokenizer: Any,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float]],
+        eos_ids: list[int],
+        stops: StopStrings | None = None,
+        skip_special_tokens: bool = True,
+    ) -> Rollout:
+        """A rollout from sampled tokens and their log-probs, both of which may go on after an end.
+
+        The texts are without special tokens, or with all but the end token that a completion ends with.
+        """
+        trimmed = [through_first_eos(row, eos_ids) for row in tokens]
+        if stops is not None:
+            stopped = [(*stops.through_first(row), ended) for row, ended in trimmed]
+            trimmed = [(row, has_stop or ended) for row, has_stop, ended in stopped]
+        completions = [row for row, _ in trimmed]
+        shown = completions
+        if not skip_special_tokens:
+            shown = [row[:-1] if row and row[-1] in eos_ids else row for row in completions]
+        return cls(
+            prompts=list(prompts),
+            completions=completions,
+            texts=tokenizer.batch_decode(shown, skip_special_tokens=skip_special_tokens),
+            ended=[ended for _, ended in trimmed],
+            sampler_logprobs=[list(row[: len(kept)]) for row, kept in zip(logprobs, completions, strict=True)],
+        )
+
+    def for_rewards(self) -> tuple[list[str | Messages], list[str | Messages], dict[str, list[Any]], list[list[int]]]:
+        """Prompts, completions (chat messages where the prompt is chat), the data set's other columns, and tokens.
+
+        A row without one of the others' columns has None there.
+        """
+        completions: list[str | Messages] = [
+            text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(self.prompts, self.texts, strict=True)
+        ]
+        names = dict.fromkeys(name for prompt in self.prompts for name in prompt.columns)
+        columns = {name: [prompt.columns.get(name) for prompt in self.prompts] for name in names}
+        return [prompt.text for prompt in self.prompts], completions, columns, self.completions
+
+
+Sampler = Callable[..., Rollout]  # of prompts; greedy=True takes the likeliest token each time
+
+
+class Mode(NamedTuple):
+    """How prompts of different lengths are sampled together."""
+
+    padded: bool  # on the left; else in groups of equal length
+    cached: bool  # with a KV cache, or a state; else each token costs a forward of all before it
+
+    def __str__(self) -> str:
+        return ("padded" if self.padded else "in groups of equal length") + ("" if self.cached else " without a cache")
+
+
+# Settings of `generate` with which the policy would not be sampled as it is scored, unless they are 0 or 1.
+CHANGING = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "no_repeat_ngram_size", "num_beams", "min_new_tokens", "suppress_tokens"),
+)
+MODES = (Mode(True, True), Mode(False, True), Mode(False, False))  # the fastest first
+
+
+def make_sampler(policy: Policy, tokenizer: Any, args: SafeConfig, mode: Mode = MODES[0]) -> Sampler:
+    """One completion for each prompt, from the policy as it is when called, by the engine that `generation` names."""
+    if (found := left_out(policy)) and parallel.is_main():
+        print(found, flush=True)
+    if args.generation == "vllm":
+        from safe_train.sampling.vllm import VLLMSampler
+
+        return VLLMSampler(policy, tokenizer, args)
+    return functools.partial(sample, policy, tokenizer, args=args, caches={}, mode=mode)
+
+
+def left_out(policy: Policy) -> str:
+    """The settings of the model's own generation config that would change the distribution, or nothing."""
+    own = policy.model.generation_config
+    found = [f"{name} {getattr(own, name)!s:.20}" for name in CHANGING if getattr(own, name, None) not in (None, 0, 1)]
+    if not found:
+        return ""
+    return (
+        f"sampling at temperature {policy.temperature:g}, without the model's own settings for generation: "
+        + ", ".join(found)
+    )
+
+
+def choose_mode(policy: Policy, args: SafeConfig, prompts: Sequence[list[int]]) -> Mode:
+    """The fastest mode in which the sampler's log-probs are those of the policy, for a few tokens of these prompts.
+
+    Raises:
+        ConfigError: there is none, as where a model's code for generation does something else than its forward.
+    """
+    found: list[str] = []
+    for mode in MODES:
+        gap, failure = math.inf, ""
+        try:
+            gap = sampler_gap(policy, args, mode, prompts)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 (some models cannot generate in a mode, each with an error of its own)
+            failure = f"{mode}, it fails with {type(error).__name__}: {str(error):.200}"
+        gap = parallel.maxima({"gap": math.inf if math.isnan(gap) else gap})["gap"]  # all processes take one mode
+        if gap <= largest_gap(policy.compute_dtype):
+            if found and parallel.is_main():
+                print(f"sampling {mode}: " + "; ".join(found), flush=True)
+            return mode
+        found.append(failure or f"{mode}, log-probs differ by {gap:.2g} nats on average from the policy's")
+    raise ConfigError(
+        f"{type(policy.causal_lm).__name__} cannot be sampled from: " + "; ".join(found) + f" (at most "
+        f"{largest_gap(policy.compute_dtype)} is rounding); take another model, or generation vllm"
+    )
+
+
+@torch.no_grad()
+def sampler_gap(policy: Policy, args: SafeConfig, mode: Mode, prompts: Sequence[list[int]]) -> float:
+    """How far the sampler's log-probs of a few tokens are from the policy's: the mean of |difference|, in nats.
+
+    The random numbers of the run are left alone.
+    """
+    changes: dict[str, Any] = {"max_new_tokens": 3, "generation_batch_size": None, "cache_implementation": "dynamic"}
+    args = dataclasses.replace(args, **changes)
+    device = policy.causal_lm.device
+    with seeded(0):
+        tokens, logprobs = draw(policy, prompts, settings(args, [], 0, mode), args, {}, mode)
+        batch = TokenBatch.pack(prompts, tokens).to(device)
+        own_L = losses.logprobs(policy(batch), policy.head(), batch.targets_L)
+    return (own_L - torch.tensor(sum(logprobs, []), device=device)).abs().mean().item()
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    args: SafeConfig,
+    caches: dict[int, StaticCache | None] | None = None,
+    mode: Mode = MODES[0],
+    greedy: bool = False,
+) -> Rollout:
+    """One completion for each prompt, sampled from the policy at its temperature, with nothing cut off.
+
+    With `greedy` the likeliest token each time. `caches` keeps KV caches from call to call, by their number of rows.
+    """
+    eos_ids = end_tokens(policy, tokenizer, args)
+    stops = None if args.stop_strings is None else StopStrings(tokenizer, args.stop_strings)
+    given = settings(args, eos_ids, tokenizer.pad_token_id or 0, mode)
+    ids, caches = [prompt.ids for prompt in prompts], {} if caches is None else caches
+    tokens, logprobs = draw(policy, ids, given, args, caches, mode, stops, greedy)
+    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids, stops, args.reward_skip_special_tokens)
+
+
+def settings(args: SafeConfig, eos_ids: list[int], pad_id: int, mode: Mode) -> GenerationConfig:
+    return GenerationConfig(
+        do_sample=False,  # `Draw` does
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=eos_ids or None,
+        pad_token_id=pad_id,  # any id: masked before a prompt, cut off after a completion
+        use_cache=mode.cached,
+    )
+
+
+def draw(
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    given: GenerationConfig,
+    args: SafeConfig,
+    caches: dict[int, StaticCache | None],
+    mode: Mode,
+    stops: StopStrings | None = None,
+    greedy: bool = False,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Sampled tokens and their log-probs, one row a prompt."""
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    size = args.generation_batch_size or len(prompts)
+    lengths = [len(ids) for ids in prompts]
+    with policy.sampling() as model:
+        for chunk in chunks(lengths, size) if mode.padded else equal_chunks(lengths, size):
+            if len(chunk) not in caches:
+                caches[len(chunk)] = static_cache(policy, args) if mode.cached else None
+            cache = caches[len(chunk)]
+            if cache is not None:
+                cache.reset()
+            drawing = Draw(policy.temperature, args.top_k, greedy)
+            drawn = generate(model, [prompts[i] for i in chunk], given, drawing, cache, stops)
+            # The last chunk repeats a prompt to be as wide as the others; the first draw counts.
+            for i, row, row_logprobs in reversed(list(zip(chunk, *drawn, strict=True))):
+                tokens[i], logprobs[i] = row, row_logprobs
+    return tokens, logprobs
+
+
+def chunks(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in the fewest chunks of at most `size`, prompts of like length together, the longest first.
+
+    All chunks are equally wide, the last one by repeating its last index, so that the compiled model sees one shape.
+    """
+    count = -(-len(lengths) // size)
+    if count == 1:
+        return [list(range(len(lengths)))]
+    width = -(-len(lengths) // count)
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    order += order[-1:] * (count * width - len(order))
+    return [order[start : start + width] for start in range(0, len(order), width)]
+
+
+def equal_chunks(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices in chunks of at most `size`, each of prompts of one length, the longest first."""
+    groups = [[i for i, length in enumerate(lengths) if length == each] for each in sorted(set(lengths), reverse=True)]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
+
+
+def static_cache(policy: Policy, args: SafeConfig) -> StaticCache | None:
+    """A KV cache of one shape for the whole run, where it pays: transformers then compiles decoding into CUDA graphs.
+
+    They are bound to the cache's addresses: with a new cache for each rollout they would be recorded anew, and pile up.
+    """
+    model = policy.causal_lm
+    compiles = model.device.type == "cuda" and model._can_compile_fullgraph
+    if args.cache_implementation == "dynamic" or (args.cache_implementation == "auto" and not compiles):
+        return None
+    return StaticCache(model.config, max_cache_len=args.max_prompt_tokens + args.max_new_tokens)
+
+
+class Draw(LogitsProcessor):
+    """Draws the tokens, and records their log-probs at the temperature, from the scores that it was given.
+
+    With `greedy` the likeliest. It comes last, and `generate` is left one token to take. So what is recorded is what
+    was drawn from, with all that the model or its settings did to the scores: the gap to the policy's own log-probs
+    shows it. The top k of the published algorithms are drawn from, but the log-probs are those of the whole policy.
+    """
+
+    def __init__(self, temperature: float, top_k: int = 0, greedy: bool = False):
+        self.temperature, self.greedy = temperature, greedy
+        self.filter = TopKLogitsWarper(top_k) if top_k else None
+        self.logprobs: list[Tensor] = []  # of each step, one a row
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores_BV: Any = scores / self.temperature
+        kept_BV = scores_BV if self.filter is None else self.filter(input_ids, scores_BV)
+        token_B1 = kept_BV.argmax(-1, keepdim=True) if self.greedy else torch.multinomial(kept_BV.softmax(-1), 1)
+        self.logprobs.append(scores_BV.gather(-1, token_B1)[:, 0] - scores_BV.logsumexp(-1))
+        return torch.full_like(scores_BV, -torch.inf).scatter_(-1, token_B1, 0.0)  # type: ignore[return-value]
+
+
+def generate(
+    model: Any,
+    prompts: list[list[int]],
+    settings: GenerationConfig,
+    drawing: Draw,
+    cache: StaticCache | None,
+    stops: StopStrings | None = None,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Sampled tokens and their log-probs, one row a prompt."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), settings.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, width - len(ids) :] = 1
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([drawing]),
+        stopping_criteria=StoppingCriteriaList([] if stops is None else [stops.behind(width)]),
+        past_key_values=cache,
+    )
+    tokens_BT = output[:, width:]
+    # On GPUs `generate` may notice an end one step late, and takes that step back.
+    return tokens_BT.tolist(), torch.stack(drawing.logprobs, dim=1)[:, : tokens_BT.shape[1]].tolist()
+
+
+def end_tokens(policy: Policy, tokenizer: Any, args: SafeConfig | None = None) -> list[int]:
+    """`stop_tokens`; else the model's end tokens, the tokenizer's, and the one that ends a turn of the chat template.
+
+    A base model's own are those that end a text: without the template's, it would write the user's next turn as well.
+    """
+    if args is not None and args.stop_tokens is not None:
+        return stop_tokens(tokenizer, args.stop_tokens)
+    kwargs = None if args is None else args.chat_template_kwargs
+    eos = policy.model.generation_config.eos_token_id
+    if eos is None:
+        eos = getattr(text_config(policy.causal_lm), "eos_token_id", None)
+    ends = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *turn_end(tokenizer, kwargs)]
+    return [token for token in dict.fromkeys(ends) if token is not None]

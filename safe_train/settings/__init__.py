@@ -1,0 +1,1 @@
+"""What settings may be called, how they are written, and what they may hold."""
