@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from model import Roofs
-from rows import Row
-from suite import Settings, measured
-from workloads import Workload
+from bench.measurement.cost import Roofs
+from bench.measurement.machine import ROOT
+from bench.measurement.rows import OURS, Row
+from bench.measurement.workloads import Workload
+from bench.suites.kernels import Settings, measured
 
-ROOT = Path(__file__).resolve().parents[1]
+# In the folder of the revision, whose safe_kernels comes first; all else is this tree's.
+START = "import sys, safe_kernels; sys.path.insert(0, sys.argv[1]); from bench.compare import serve; serve()"
 
 
 class Revision:
@@ -36,14 +37,9 @@ class Revision:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"--compare {self.revision}: {done.stderr.strip()}")
-        paths = [str(self.tree), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(self.tree), json.dumps(dataclasses.asdict(self.settings))],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        command = [sys.executable, "-c", START, str(ROOT), json.dumps(dataclasses.asdict(self.settings))]
+        self.process = subprocess.Popen(command, cwd=self.tree, text=True, **pipes)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -62,29 +58,15 @@ class Revision:
         return [Row(**{**row, "provider": f"{row['provider']} @{self.revision}"}) for row in json.loads(line)]
 
 
-def ratios(rows: list[Row]) -> str:
-    """This tree's time over the revision's, of each provider that both have."""
-    found = {(row.provider, row.part): row.seconds for row in rows if row.seconds is not None}
-    lines = []
-    for (name, part), seconds in found.items():
-        before, _, revision = name.partition(" @")
-        if revision and (before, part) in found:
-            lines.append(f"  {before}, {part}: {found[before, part] / seconds:.3f} of its time at {revision}")
-    return "\n".join(lines)
-
-
-def serve(tree: str, given: dict[str, Any]) -> None:
+def serve() -> None:
     """In the process of the revision: a workload a line in, its rows a line out."""
     import safe_kernels
 
-    if not Path(safe_kernels.__file__).is_relative_to(tree):
-        sys.exit(f"safe_kernels was imported from {safe_kernels.__file__}, not from the revision in {tree}")
+    given: dict[str, Any] = json.loads(sys.argv[2])
+    if not Path(safe_kernels.__file__).is_relative_to(Path.cwd()):
+        sys.exit(f"safe_kernels was imported from {safe_kernels.__file__}, not from the revision in {Path.cwd()}")
     settings = Settings(**{**given, "roofs": {dtype: Roofs(**x) for dtype, x in given["roofs"].items()}})
     answers, sys.stdout = sys.stdout, sys.stderr  # what the kernels print is no answer
     for line in sys.stdin:
-        rows = measured(Workload(**json.loads(line)), settings, only=("pytorch", "safe-kernels"))
+        rows = measured(Workload(**json.loads(line)), settings, only=("pytorch", OURS))
         print(json.dumps([dataclasses.asdict(row) for row in rows]), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], json.loads(sys.argv[2]))

@@ -2,6 +2,7 @@
 
     python bench/run.py                          # everything that runs here; less than ten minutes
     python bench/run.py --quick                  # two minutes, without what compiles for long
+    python bench/run.py --suite host             # what a call costs before and after its launches, in half a minute
     python bench/run.py --compare HEAD~1         # also this project at another revision, and the ratio
     python bench/run.py --gate-only              # correctness alone; on a CPU in Triton's interpreter
 
@@ -20,31 +21,37 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # for a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a checkout that is not installed
 
-import measure  # noqa: E402
-from compare import Revision, ratios  # noqa: E402
-from integrations import integration_workloads  # noqa: E402
-from integrations import offered as offered_in_trainers  # noqa: E402
-from machine import RESULTS, commit  # noqa: E402
-from model import Roofs  # noqa: E402
-from peers import interpret_trl  # noqa: E402
-from rows import Row, Run, append, record, table  # noqa: E402
-from suite import OURS, Settings, measured  # noqa: E402
-from trainer import measured as measured_step  # noqa: E402
-from trainer import trainer_workloads  # noqa: E402
-from workloads import Workload, gate_workloads, kernel_workloads  # noqa: E402
+from bench.compare import Revision
+from bench.measurement import timing
+from bench.measurement.cost import Roofs
+from bench.measurement.machine import RESULTS
+from bench.measurement.rows import OURS, Row, Run, append, record
+from bench.measurement.workloads import Workload, gate_workloads, kernel_workloads
+from bench.providers.integrations import integration_workloads
+from bench.providers.integrations import offered as offered_in_trainers
+from bench.providers.peers import interpret_trl
+from bench.report import draw_picture, ratios, table
+from bench.suites import host, kernels, trainer
 
-SUITES: dict[str, Callable[[str, bool], list[Workload]]] = {
-    "kernels": kernel_workloads,
-    "trainer": trainer_workloads,
-    "integrations": integration_workloads,
+
+class Suite(NamedTuple):
+    workloads: Callable[[str, bool], list[Workload]]  # of a device, and whether to be quick
+    measured: Callable[..., list[Row]]
+    has_roofs: bool = True
+
+
+SUITES = {
+    "kernels": Suite(kernel_workloads, kernels.measured),
+    "trainer": Suite(trainer.trainer_workloads, trainer.measured),
+    "integrations": Suite(integration_workloads, partial(kernels.measured, offer=offered_in_trainers)),
+    "host": Suite(host.host_workloads, host.measured, has_roofs=False),
 }
-MEASURED_BY = {"trainer": measured_step, "integrations": partial(measured, offer=offered_in_trainers)}
 SECONDS, QUICK_SECONDS = 0.8, 0.3  # of repeats for each pass of each provider
 
 
@@ -58,12 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
         interpret_trl()
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started))
-    run = Run(stamp, measure.machine(device), *commit(args.commit), device)
-    path = args.results / f"{run.machine['name']}.jsonl"
+    run = Run.begin(device, args.commit)
+    path = run.path(args.results)
     workloads = [(suite, w) for suite, w in chosen(args, device) if re.search(args.only, str(w))]
-    roofs = {} if args.gate_only else measure.timed_roofs([w for _, w in workloads], device)
-    settings = Settings(device, QUICK_SECONDS if args.quick else SECONDS, roofs, interpreter, args.quick)
+    roofs = {} if args.gate_only else timing.timed_roofs([w for s, w in workloads if SUITES[s].has_roofs], device)
+    settings = kernels.Settings(device, QUICK_SECONDS if args.quick else SECONDS, roofs, interpreter, args.quick)
     print_header(run, roofs)
     rows: list[Row] = []
     with Revision(args.compare, settings) if args.compare else contextlib.nullcontext() as other:
@@ -72,15 +78,18 @@ def main(arguments: list[str] | None = None) -> int:
                 left = "\n  ".join(str(w) for _, w in workloads[i:])
                 print(f"--minutes {args.minutes:g} are over; not measured:\n  {left}")
                 break
-            found = MEASURED_BY.get(suite, measured)(workload, settings, title=f"{i + 1}/{len(workloads)}")
-            if other is not None and suite not in MEASURED_BY:
+            found = SUITES[suite].measured(workload, settings, title=f"{i + 1}/{len(workloads)}")
+            if other is not None and suite in ("kernels", "gate"):
                 found += other.measured(workload)
             append(path, [record(run, suite, workload, row) for row in found])
             print(table(workload, found), ratios(found), sep="\n", flush=True)
             rows += found
     print(f"{len(rows)} rows in {path}")
     if roofs:
-        draw(path)
+        try:
+            print(f"picture in {draw_picture(path)}")
+        except ModuleNotFoundError as error:
+            print(f"no picture: {error}")
     return 1 if any(row.status in ("red", "failed") for row in rows if row.provider.startswith(OURS)) else 0
 
 
@@ -104,7 +113,7 @@ def chosen(args: argparse.Namespace, device: str) -> list[tuple[str, Workload]]:
         dtypes = ("float32", "float16") if device == "cpu" else ("float32", "float16", "bfloat16")
         return [("gate", workload) for workload in gate_workloads(dtypes)]
     suites = list(SUITES) if args.suite == "all" else [args.suite]
-    return [(suite, workload) for suite in suites for workload in SUITES[suite](device, args.quick)]
+    return [(suite, workload) for suite in suites for workload in SUITES[suite].workloads(device, args.quick)]
 
 
 def print_header(run: Run, roofs: dict[str, Roofs]) -> None:
@@ -113,15 +122,6 @@ def print_header(run: Run, roofs: dict[str, Roofs]) -> None:
     for dtype, found in roofs.items():
         print(f"  measured roofs: {dtype} matmul {found.flops / 1e12:.3g} TFLOP/s, copy {found.bytes / 1e9:.3g} GB/s")
     print("  each cell: time, times faster than pytorch, memory beyond inputs and gradients, share of the roof\n")
-
-
-def draw(path: Path) -> None:
-    try:
-        from picture import draw_picture
-    except ModuleNotFoundError as error:
-        print(f"no picture: {error}")
-        return
-    print(f"picture in {draw_picture(path)}")
 
 
 if __name__ == "__main__":

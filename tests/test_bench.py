@@ -1,55 +1,46 @@
 """The benchmark's own promises: no speed on a red gate, whole rows, right counts. No time is judged here."""
 
 import dataclasses
-import importlib
 import importlib.metadata
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench import compare, providers, report, run, tune
+from bench.measurement import cost, machine, rows, timing, workloads
+from bench.providers import integrations, provider, pytorch
+from bench.suites import gate, kernels, launch_choices, trainer
 from safe_train.models.attention import use_attention
-
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.append(str(BENCH))
-model, peers, rows, run, tune, workloads = (
-    importlib.import_module(name) for name in ("model", "peers", "rows", "run", "tune", "workloads")
-)
-compare, gate, integrations, measure, suite, trainer = (
-    importlib.import_module(name) for name in ("compare", "gate", "integrations", "measure", "suite", "trainer")
-)
 
 TOY = workloads.Workload("hidden", "toy", 24, 32, 203)
 FIELDS = {f.name for part in (rows.Run, rows.Row, workloads.Workload) for f in dataclasses.fields(part)} | {"suite"}
 
 
 def settings(timed=True):
-    return suite.Settings("cpu", 0.0, {"float32": model.Roofs(1e11, 1e10)} if timed else {})
+    return kernels.Settings("cpu", 0.0, {"float32": cost.Roofs(1e11, 1e10)} if timed else {})
 
 
-def provider(function, outputs=("logprob", "entropy"), **options):
-    return peers.Provider("one", "hidden", outputs, function, **options)
+def one_provider(function, outputs=("logprob", "entropy"), **options):
+    return provider.Provider("one", "hidden", outputs, function, **options)
 
 
 def judged(one, workload=TOY, timed=True):
     case = workloads.make_case(workload, "cpu")
-    return suite.rows_of([one], gate.Gate(workload, case), settings(timed))
+    return kernels.rows_of([one], gate.Gate(workload, case), settings(timed))
 
 
 @pytest.fixture
 def few(monkeypatch):
     """Toy workloads, and the providers that need neither a compiler nor seconds to import."""
-    offered = [p for p in peers.PROVIDERS if p.package is None and not p.slow]
-    monkeypatch.setattr(peers, "PROVIDERS", offered)
+    offered = [p for p in providers.PROVIDERS if p.package is None and not p.slow]
+    monkeypatch.setattr(providers, "PROVIDERS", offered)
     cases = [dataclasses.replace(TOY, kl=True), dataclasses.replace(TOY, entrance="logits", masked=0.3)]
-    monkeypatch.setitem(run.SUITES, "kernels", lambda device, quick: [*cases, workloads.gae(3, 20)])
-    for suite in ("trainer", "integrations"):
-        monkeypatch.setitem(run.SUITES, suite, lambda device, quick: [])
+    kept = run.SUITES["kernels"]._replace(workloads=lambda device, quick: [*cases, workloads.gae(3, 20)])
+    monkeypatch.setattr(run, "SUITES", {"kernels": kept})
     monkeypatch.setattr(run, "QUICK_SECONDS", 0.0)
-    monkeypatch.setattr(measure, "roofs", lambda dtype, device: model.Roofs(1e11, 1e10))
+    monkeypatch.setattr(timing, "roofs", lambda dtype, device: cost.Roofs(1e11, 1e10))
 
 
 def test_a_quick_run_writes_rows_a_table_and_a_picture(few, tmp_path, capsys):
@@ -72,8 +63,8 @@ def test_a_kernel_of_this_project_that_fails_fails_the_run(few, monkeypatch, tmp
         raise RuntimeError("did not compile")
 
     for name, code in (("other", 0), ("safe-kernels broken", 1)):
-        broken = dataclasses.replace(provider(fails, ("logprob", "entropy", "kl")), name=name)
-        monkeypatch.setattr(peers, "PROVIDERS", [*peers.PROVIDERS[:1], broken])
+        broken = dataclasses.replace(one_provider(fails, ("logprob", "entropy", "kl")), name=name)
+        monkeypatch.setattr(providers, "PROVIDERS", [*providers.PROVIDERS[:1], broken])
         options = ["--quick", "--only", "hidden", "--results", str(tmp_path)]
         assert run.main(["--device", "cpu", *options]) == code
     assert "failed: RuntimeError: did not compile" in capsys.readouterr().out
@@ -81,12 +72,12 @@ def test_a_kernel_of_this_project_that_fails_fails_the_run(few, monkeypatch, tmp
 
 def test_a_wrong_provider_is_red_and_shows_no_speed(capsys):
     def wrong(case):
-        found = peers.plain("hidden")(case)
+        found = pytorch.plain("hidden")(case)
         return {**found, "entropy": found["entropy"] * (1 + 1e-4)}
 
-    (row,) = judged(provider(wrong))
+    (row,) = judged(one_provider(wrong))
     assert (row.status, row.gate, row.seconds) == ("red", "red", None)
-    assert "entropy: error" in row.reason and "ms" not in rows.table(TOY, [row])
+    assert "entropy: error" in row.reason and "ms" not in report.table(TOY, [row])
 
 
 @pytest.mark.parametrize("row", [0, -1])
@@ -95,44 +86,44 @@ def test_the_gate_sees_one_wrong_gradient(row):
         scale = torch.ones_like(case["hidden"])
         scale[row] = 1.01
         hidden = case["hidden"].detach() + (case["hidden"] - case["hidden"].detach()) * scale
-        return peers.plain("hidden")({**case, "hidden": hidden})
+        return pytorch.plain("hidden")({**case, "hidden": hidden})
 
-    (found,) = judged(provider(wrong))
+    (found,) = judged(one_provider(wrong))
     assert found.gate == "red" and "d hidden" in found.reason
 
 
 def test_the_gate_sees_what_is_wrong_with_all_rows_alone():
     def wrong(case):
-        found = peers.plain("hidden")(case)
+        found = pytorch.plain("hidden")(case)
         return found if len(case["tokens"]) < 40 else {**found, "logprob": found["logprob"] + 0.1}
 
-    (found,) = judged(provider(wrong), dataclasses.replace(TOY, N=50))
+    (found,) = judged(one_provider(wrong), dataclasses.replace(TOY, N=50))
     assert found.gate == "red" and "logprob, all rows" in found.reason
 
 
 def test_logits_rounded_to_the_inputs_are_named():
     low = dataclasses.replace(TOY, dtype="bfloat16", H=256)
-    assert judged(provider(peers.rounded_logits), low, timed=False)[0].gate == "rounds"
-    assert judged(provider(peers.plain("hidden")), low, timed=False)[0].gate == "green"
+    assert judged(one_provider(pytorch.rounded_logits), low, timed=False)[0].gate == "rounds"
+    assert judged(one_provider(pytorch.plain("hidden")), low, timed=False)[0].gate == "green"
 
 
 def test_what_a_provider_lacks_is_named_and_the_rest_is_judged():
     def logprob(case):
-        return {"logprob": peers.plain("hidden")(case)["logprob"]}
+        return {"logprob": pytorch.plain("hidden")(case)["logprob"]}
 
-    found = judged(provider(logprob, ("logprob",)))
+    found = judged(one_provider(logprob, ("logprob",)))
     assert {row.lacks for row in found} == {("entropy",)} and all(row.seconds for row in found)
-    assert "lacks entropy" in rows.table(TOY, found)
-    assert judged(provider(logprob, ("logprob",)), dataclasses.replace(TOY, kl=True))[0].status == "lacks"
+    assert "lacks entropy" in report.table(TOY, found)
+    assert judged(one_provider(logprob, ("logprob",)), dataclasses.replace(TOY, kl=True))[0].status == "lacks"
 
 
 def test_a_missing_peer_and_a_failing_one_are_rows():
     def fails(case):
         raise NotImplementedError("no such shape\nsecond line")
 
-    (missing,) = judged(provider(fails, package="no-such-distribution"))
+    (missing,) = judged(one_provider(fails, package="no-such-distribution"))
     assert (missing.status, missing.seconds) == ("not installed", None) and "no-such-distribution" in missing.reason
-    (failing,) = judged(provider(fails))
+    (failing,) = judged(one_provider(fails))
     assert (failing.status, failing.reason) == ("cannot run", "NotImplementedError: no such shape")
 
 
@@ -141,10 +132,10 @@ def test_every_kernel_of_this_project_is_green(entrance):
     """As `--gate-only` does, in the interpreter where there is no GPU."""
     workload = dataclasses.replace(TOY, entrance=entrance, N=6, kl=True, masked=0.3)
     case = workloads.make_case(workload, "cpu")
-    gated = suite.Settings("cpu", 0, {}, interpreter=True)
+    gated = kernels.Settings("cpu", 0, {}, interpreter=True)
     known = gate.Gate(workload, case)
-    mine = [p for p in peers.providers(workload) if p.name.startswith("safe-kernels")]
-    found = suite.rows_of(mine, known, gated)
+    mine = [p for p in providers.providers(workload) if p.name.startswith("safe-kernels")]
+    found = kernels.rows_of(mine, known, gated)
     assert {row.gate for row in found} == {"green"}, [row.reason for row in found]
 
 
@@ -153,44 +144,44 @@ def test_counted_work():
     hidden = workloads.Workload("hidden", "toy", 10, 4, 100, dtype="bfloat16", masked=0.5)
     with_kl = dataclasses.replace(hidden, kl=True)
     u = 2 * 5 * 4 * 100
-    assert model.cost(hidden, workloads.FORWARD) == model.Cost(u, 2 * (5 * 4 + 100 * 4))
-    assert model.cost(hidden, workloads.FROZEN).flops == 3 * u
-    assert model.cost(hidden, workloads.TRAINED).flops == 4 * u
-    assert model.cost(with_kl, workloads.FROZEN).flops == 5 * u
+    assert cost.cost(hidden, workloads.FORWARD) == cost.Cost(u, 2 * (5 * 4 + 100 * 4))
+    assert cost.cost(hidden, workloads.FROZEN).flops == 3 * u
+    assert cost.cost(hidden, workloads.TRAINED).flops == 4 * u
+    assert cost.cost(with_kl, workloads.FROZEN).flops == 5 * u
     loss = dataclasses.replace(hidden, entrance="loss")
-    assert model.cost(loss, workloads.FROZEN).flops == 2 * u
-    assert model.cost(dataclasses.replace(loss, kl=True), workloads.FROZEN).flops == 3 * u
+    assert cost.cost(loss, workloads.FROZEN).flops == 2 * u
+    assert cost.cost(dataclasses.replace(loss, kl=True), workloads.FROZEN).flops == 3 * u
     logits = dataclasses.replace(hidden, entrance="logits")
-    assert model.cost(logits, workloads.FORWARD) == model.Cost(0, 2 * 5 * 100)
-    assert model.cost(logits, workloads.BACKWARD) == model.Cost(0, 2 * (2 * 5 * 100 + 10 * 100))
+    assert cost.cost(logits, workloads.FORWARD) == cost.Cost(0, 2 * 5 * 100)
+    assert cost.cost(logits, workloads.BACKWARD) == cost.Cost(0, 2 * (2 * 5 * 100 + 10 * 100))
 
 
 def test_the_model_gives_the_floors_of_the_design():
     """Milliseconds at N = 8192, H = 2048, V = 151,936, bf16, 3.0 TB/s, 798 TFLOP/s."""
-    roofs = model.Roofs(798e12, 3.0e12)
+    roofs = cost.Roofs(798e12, 3.0e12)
     expected = {("hidden", False): (8.05, 23.3), ("hidden", True): (16.1, 39.4)}
     for (entrance, kl), (forward, frozen) in expected.items():
         workload = workloads.of(entrance, "Qwen2.5-3B", 8192, kl=kl, dtype="bfloat16")
-        assert 1e3 * model.plan_seconds(workload, workloads.FORWARD, roofs) == pytest.approx(forward, rel=0.01)
-        assert 1e3 * model.plan_seconds(workload, workloads.FROZEN, roofs) == pytest.approx(frozen, rel=0.01)
+        assert 1e3 * cost.plan_seconds(workload, workloads.FORWARD, roofs) == pytest.approx(forward, rel=0.01)
+        assert 1e3 * cost.plan_seconds(workload, workloads.FROZEN, roofs) == pytest.approx(frozen, rel=0.01)
     loss = workloads.of("loss", "Qwen2.5-3B", 8192, kl=True, dtype="bfloat16")
-    assert 1e3 * model.plan_seconds(loss, workloads.FROZEN, roofs) == pytest.approx(26.6, rel=0.01)
-    eight = [model.sharded_seconds(loss, workloads.FROZEN, roofs, 8, 1e15, by) for by in ("tokens", "vocabulary")]
+    assert 1e3 * cost.plan_seconds(loss, workloads.FROZEN, roofs) == pytest.approx(26.6, rel=0.01)
+    eight = [cost.sharded_seconds(loss, workloads.FROZEN, roofs, 8, 1e15, by) for by in ("tokens", "vocabulary")]
     assert eight == pytest.approx([26.6e-3 / 8, 39.4e-3 / 8], rel=0.01)  # without the closed form
 
 
 @pytest.mark.parametrize("kl", [False, True])
 def test_the_model_of_plain_memory_is_what_plain_allocates(kl):
     workload = dataclasses.replace(TOY, N=64, H=8, V=5003, kl=kl)
-    for row in judged(provider(peers.plain("hidden"), peers.WITH_KL), workload)[:2]:
+    for row in judged(one_provider(pytorch.plain("hidden"), provider.WITH_KL), workload)[:2]:
         found = row.peak_bytes - row.gradient_bytes
-        assert found == pytest.approx(model.plain_bytes(workload, row.part), rel=0.05), row.part
+        assert found == pytest.approx(cost.plain_bytes(workload, row.part), rel=0.05), row.part
 
 
 def test_peak_memory_is_counted_inside_operators():
     x = torch.randn(1000, 100)
-    assert measure.peak_bytes(lambda: (x + 1) * 2, "cpu") == pytest.approx(2 * x.nbytes, rel=0.01)
-    assert measure.peak_bytes(lambda: torch.linalg.svdvals(x), "cpu") > x.nbytes
+    assert timing.peak_bytes(lambda: (x + 1) * 2, "cpu") == pytest.approx(2 * x.nbytes, rel=0.01)
+    assert timing.peak_bytes(lambda: torch.linalg.svdvals(x), "cpu") > x.nbytes
 
 
 def test_compare_runs_the_revision_in_its_own_worktree(few):
@@ -198,12 +189,12 @@ def test_compare_runs_the_revision_in_its_own_worktree(few):
         tree = other.tree
         found = other.measured(TOY)
     assert not tree.exists()
-    listed = subprocess.run(["git", "worktree", "list"], cwd=BENCH, capture_output=True, text=True, check=True)
+    listed = subprocess.run(["git", "worktree", "list"], cwd=machine.ROOT, capture_output=True, text=True, check=True)
     assert str(tree) not in listed.stdout
     timed = [row for row in found if row.seconds is not None]
     assert {row.provider for row in timed} == {"pytorch @HEAD", "safe-kernels torch @HEAD"}
     here = [dataclasses.replace(row, provider=row.provider[:-6], seconds=2 * row.seconds) for row in timed]
-    assert compare.ratios(here + found).count("2.000 of its time at HEAD") == 2 * len(TOY.passes)
+    assert report.ratios(here + found).count("2.000 of its time at HEAD") == 2 * len(TOY.passes)
 
 
 def test_compare_refuses_an_unknown_revision(capsys):
@@ -212,13 +203,13 @@ def test_compare_refuses_an_unknown_revision(capsys):
 
 
 def test_tuning_ranks_what_ran_and_keeps_what_failed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(measure, "roofs", lambda dtype, device: model.Roofs(1e11, 1e10))
+    monkeypatch.setattr(timing, "roofs", lambda dtype, device: cost.Roofs(1e11, 1e10))
     monkeypatch.setattr(tune, "SECONDS", 0.0)
-    launch = importlib.import_module("safe_kernels.triton_backend.launch")
+    launch = launch_choices.launch
     good, bad = launch.RowChoice(2, 128, 4), launch.RowChoice(1, 100, 4)  # a block that is no power of two
     shipped = launch.ROWS
     toy = workloads.Workload("logits", "toy", 2, 8, 1100)
-    knob = tune.Knob("ROWS", None, (good, bad), (toy,))
+    knob = launch_choices.Knob("ROWS", None, (good, bad), (toy,))
     assert tune.tune([knob], "cpu", 1, "abc", tmp_path) == 0
     (path,) = tmp_path.glob("*.jsonl")
     found = [json.loads(line) for line in path.read_text().splitlines()]
@@ -231,7 +222,7 @@ def test_tuning_ranks_what_ran_and_keeps_what_failed(monkeypatch, tmp_path, caps
 
 
 def test_every_launch_choice_that_is_searched_exists():
-    for knob in tune.knobs(torch.device("cpu")):
+    for knob in launch_choices.knobs(torch.device("cpu")):
         with knob.set(knob.choices[0]):
             assert knob.current() == knob.choices[0]
 
@@ -283,7 +274,7 @@ def test_functions_of_other_trainers_are_judged_before_and_after_the_patch(entra
     offered = [
         p for p in integrations.offered(dataclasses.replace(TOY, entrance=entrance)) if p.package in (None, "trl")
     ]
-    found = suite.measured(dataclasses.replace(TOY, entrance=entrance), settings(), offer=lambda workload: offered)
+    found = kernels.measured(dataclasses.replace(TOY, entrance=entrance), settings(), offer=lambda workload: offered)
     assert all(row.gate == "green" and row.seconds and row.peak_bytes for row in found)
     ours = {
         row.provider.removeprefix("safe-kernels in ") for row in found if row.provider.startswith("safe-kernels in ")
@@ -295,5 +286,7 @@ def test_functions_of_other_trainers_are_judged_before_and_after_the_patch(entra
 
 def test_a_trainer_that_is_not_installed_is_a_row():
     function = integrations.TABLE[0]._replace(package="no-such-trainer")
-    found = suite.measured(TOY, settings(), offer=lambda workload: [function.provider(True), function.provider(False)])
+    found = kernels.measured(
+        TOY, settings(), offer=lambda workload: [function.provider(True), function.provider(False)]
+    )
     assert [row.status for row in found] == ["not installed"] * 2

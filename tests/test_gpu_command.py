@@ -1,6 +1,5 @@
 """bench/gpu.py without a GPU: the rehearsal of every part, and what is left when a part fails or is killed."""
 
-import importlib
 import json
 import os
 import signal
@@ -11,15 +10,20 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.append(str(BENCH))
-gpu, gpu_page, gpu_parts = (importlib.import_module(name) for name in ("gpu", "gpu_page", "gpu_parts"))
-COMMAND = [sys.executable, str(BENCH / "gpu.py"), "--rehearse", "--commit", "abc"]
+from bench import gpu
+from bench.gpu_session import page as gpu_page
+from bench.gpu_session import parts as gpu_parts
+from bench.gpu_session import process, session, speed
+from bench.gpu_session.place import Place
+from bench.gpu_session.records import append, read, started_items, unfinished
+from bench.measurement.machine import ROOT
+
+COMMAND = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--rehearse", "--commit", "abc"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def records(folder, part, kind=None):
-    found = gpu.read(folder / f"{part}.jsonl")
+    found = read(folder / f"{part}.jsonl")
     return found if kind is None else [r for r in found if r["record"] == kind]
 
 
@@ -30,7 +34,7 @@ def test_the_rehearsal_runs_every_part(tmp_path):
     summary = (tmp_path / "summary.md").read_text()
     assert done.stdout.endswith(summary + "\n") and "A rehearsal on a CPU" in summary
     assert len(list(tmp_path.iterdir())) <= 8 and all(path.is_file() for path in tmp_path.iterdir())
-    for part in gpu.SHARES:
+    for part in session.SHARES:
         start, *_, end = records(tmp_path, part)
         assert (start["record"], start["part"], start["commit"]) == ("start", part, "abc")
         assert (end["record"], end["status"]) == ("end", "done")
@@ -38,22 +42,22 @@ def test_the_rehearsal_runs_every_part(tmp_path):
         assert items and set(items.values()) == {"done"}, items
     checks = [r for part in ("smoke", "correctness") for r in records(tmp_path, part, "check")]
     assert len(checks) == 18 and all(r["status"] == "green" and r["errors"] for r in checks)
-    assert all(records(tmp_path, part, "versions")[0]["versions"]["torch"] in summary for part in gpu.SHARES)
+    assert all(records(tmp_path, part, "versions")[0]["versions"]["torch"] in summary for part in session.SHARES)
     assert records(tmp_path, "correctness", "test") and records(tmp_path, "launches", "line")
     timed = {r["provider"] for r in records(tmp_path, "rows", "row") if r["seconds"]}
     assert {"pytorch", "safe-kernels triton", "safe-kernels triton, in place"} <= timed
-    assert {r["name"] for r in records(tmp_path, "roof", "kernel")} == set(importlib.import_module("gpu_work").RATES)
+    assert {r["name"] for r in records(tmp_path, "roof", "kernel")} == set(speed.RATES)
     (step,) = records(tmp_path, "step", "step")
     assert step["time/update_s"] > 0 and step["memory/peak_gb"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("part", "number"), [*((name, signal.SIGKILL) for name in gpu.SHARES), ("roof", signal.SIGTERM)]
+    ("part", "number"), [*((name, signal.SIGKILL) for name in session.SHARES), ("roof", signal.SIGTERM)]
 )
 def test_a_command_that_is_killed_leaves_a_page_and_no_process(part, number, tmp_path):
     out = tmp_path / "out"
-    parts = [name for name in gpu.SHARES if name in ("smoke", part)] if part == "correctness" else [part]
+    parts = [name for name in session.SHARES if name in ("smoke", part)] if part == "correctness" else [part]
     command = [*COMMAND, "--out", str(out), "--parts", *parts]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until(lambda: records(out, part, "item"))
@@ -88,8 +92,8 @@ def is_running(pid):
 
 PARTS_THAT_FAIL = """
 import os, signal, sys, time
-sys.path.insert(0, {bench!r})
-import gpu_parts
+sys.path.insert(0, {root!r})
+from bench.gpu_session import parts, process
 import torch
 
 def raises():
@@ -110,10 +114,10 @@ def hangs():
     time.sleep(1000)
 
 functions = dict(raises=raises, runs_out=runs_out, crashes=crashes, hangs=hangs, last=lambda: [{{"record": "note"}}])
-items = [gpu_parts.Item(name, 0.0, function) for name, function in functions.items()]
-gpu_parts.PARTS["smoke"] = lambda place: items
-gpu_parts.SLACK = 1.0
-sys.exit(gpu_parts.main())
+items = [parts.Item(name, 0.0, function) for name, function in functions.items()]
+parts.PARTS["smoke"] = lambda place: items
+process.SLACK = 1.0
+sys.exit(process.main())
 """
 
 
@@ -126,14 +130,14 @@ def run(tmp_path, *scripts, seconds=120):
     for i, text in enumerate(scripts):
         path = tmp_path / f"part{i}.py"
         path.write_text(text)
-        parts.append(gpu.Part(f"part{i}", 1.0, (sys.executable, str(path), "smoke", "--rehearse")))
-    found = gpu.Run(parts, tmp_path / "out", seconds, ("abc", None), True, tmp_path / "site")
+        parts.append(session.Part(f"part{i}", 1.0, (sys.executable, str(path), "smoke", "--rehearse")))
+    found = session.Session(parts, tmp_path / "out", seconds, ("abc", None), True, tmp_path / "site")
     found.start()
     return found
 
 
 def test_what_fails_costs_itself_alone(tmp_path, capfd):
-    bad = PARTS_THAT_FAIL.format(bench=str(BENCH))
+    bad = PARTS_THAT_FAIL.format(root=str(ROOT))
     found = run(tmp_path, bad, "print('all is well')")
     first = records(tmp_path / "out", "part0")
     statuses = {"raises": "failed", "runs_out": "out of memory", "crashes": "crashed", "hangs": "hung", "last": "done"}
@@ -156,37 +160,37 @@ def test_a_part_that_never_comes_to_an_item_ends_at_its_limit(tmp_path, capfd):
 
 def test_a_lost_device_is_taken_up_in_a_new_process(tmp_path, monkeypatch):
     items = [gpu_parts.Item(name, 0.0, lambda: []) for name in ("first", "second")]
-    place = gpu_parts.Place(tiny=True, file=tmp_path / "part.jsonl")
+    place = Place(tiny=True, file=tmp_path / "part.jsonl")
     end = time.monotonic() + 60
-    monkeypatch.setattr(gpu_parts, "is_alive", lambda place: False)
-    assert gpu_parts.run_items(items, place, end, set()) == gpu.LOST
-    assert gpu.started_items(place.file) == ["first"] and gpu.unfinished(place.file) is None
+    monkeypatch.setattr(process, "is_alive", lambda place: False)
+    assert process.run_items(items, place, end, set()) == session.LOST
+    assert started_items(place.file) == ["first"] and unfinished(place.file) is None
     monkeypatch.undo()
-    assert gpu_parts.run_items(items, place, end, set(gpu.started_items(place.file))) == 0
-    assert gpu_page.items(gpu.read(place.file)) == {"first": "done", "second": "done"}
+    assert process.run_items(items, place, end, set(started_items(place.file))) == 0
+    assert gpu_page.items(read(place.file)) == {"first": "done", "second": "done"}
 
 
 def test_an_item_that_does_not_fit_the_time_left_is_named(tmp_path):
-    place = gpu_parts.Place(file=tmp_path / "part.jsonl")
+    place = Place(file=tmp_path / "part.jsonl")
     items = [gpu_parts.Item("long", 50.0, lambda: [])]
-    gpu_parts.run_items(items, place, time.monotonic() + 20, set())
-    record, *_ = gpu.read(place.file)
+    process.run_items(items, place, time.monotonic() + 20, set())
+    record, *_ = read(place.file)
     assert record["status"] == "left out" and "20 s were left, it needs 50" in record["reason"]
 
 
-@pytest.mark.parametrize("part", gpu.SHARES)
+@pytest.mark.parametrize("part", session.SHARES)
 def test_a_part_is_predicted_to_take_half_of_its_limit(part):
-    assert 0 < gpu_parts.part_seconds(part) <= gpu.SHARES[part] / 2
-    assert sum(gpu.SHARES.values()) == 8 * 60
+    assert 0 < gpu_parts.part_seconds(part) <= session.SHARES[part] / 2
+    assert sum(session.SHARES.values()) == 8 * 60
 
 
 def test_a_line_that_was_cut_short_costs_itself_alone(tmp_path):
     path = tmp_path / "part.jsonl"
-    gpu.append(path, {"a": 1})
+    append(path, {"a": 1})
     with path.open("a") as file:
         file.write('{"b": ')
-    gpu.append(path, {"c": 3})
-    assert gpu.read(path) == [{"a": 1}, {"c": 3}]
+    append(path, {"c": 3})
+    assert read(path) == [{"a": 1}, {"c": 3}]
 
 
 def test_smoke_and_rows_need_pytorch_and_triton_alone(tmp_path):
@@ -194,11 +198,11 @@ def test_smoke_and_rows_need_pytorch_and_triton_alone(tmp_path):
     script = f"""
 import sys
 sys.modules.update(dict.fromkeys({blocked!r}))  # as if they were not installed
-sys.path.insert(0, {str(BENCH)!r})
-import gpu_parts
-place = gpu_parts.Place(tiny=True, file=gpu_parts.Path({str(tmp_path / "found.jsonl")!r}))
-items = gpu_parts.smoke(place) + gpu_parts.rows(place)[1:2] + gpu_parts.roof(place)[:2] + gpu_parts.launches(place)[2:]
-sys.exit(gpu_parts.run_items(items, place, float("inf"), set()))
+sys.path.insert(0, {str(ROOT)!r})
+from bench.gpu_session import parts, process
+place = process.Place(tiny=True, file=process.Path({str(tmp_path / "found.jsonl")!r}))
+items = parts.smoke(place) + parts.rows(place)[1:2] + parts.roof(place)[:2] + parts.launches(place)[2:]
+sys.exit(process.run_items(items, place, float("inf"), set()))
 """
     command = [sys.executable, "-c", script, "--rehearse"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
@@ -240,7 +244,7 @@ def test_the_page_says_which_promise_held():
     parts = {name: [START, planned, *found, done, END] for name, found in parts.items()}
     parts["smoke"] = [START, planned, done, END]
     parts["rows"].insert(2, row("safe-kernels triton", 1.0, entrance="loss", peak_bytes=1e9))
-    text = gpu_page.page(parts)
+    text = gpu_page.summary(parts)
     assert "| exact | yes | 1 of 1 checks and tests |" in text
     assert "| faster than each other | yes | 2 of 2 comparisons |" in text
     assert "| at the roof | no | statistics 50%, gradient 95% |" in text
@@ -252,7 +256,7 @@ def test_the_page_says_which_promise_held():
         row("safe-kernels triton", None, status="failed", reason="spill"),
     ]
     parts["rows"][3]["peak_bytes"] = 500e6
-    text = gpu_page.page(parts)
+    text = gpu_page.summary(parts)
     assert "| exact | no | 0 of 1 checks and tests |" in text and "red: logits: kl 2, allowed 1" in text
     assert "| faster than each other | no | 2 of 3 comparisons |" in text and "liger 500.00 ms (lacks kl)" in text
     assert (
@@ -269,13 +273,13 @@ def test_a_promise_is_kept_only_when_all_was_run():
     smoke = [START, {**planned, "items": ["one"]}, one, check, END]
 
     def page(*states):
-        return gpu_page.page({"smoke": smoke, "correctness": [START, planned, *states, skipped, END]})
+        return gpu_page.summary({"smoke": smoke, "correctness": [START, planned, *states, skipped, END]})
 
     for states, held in (([one], "so far, not all ran"), ([one, two], "yes")):
         assert f"| exact | {held} | 1 of 1 checks and tests |" in page(*states)
     assert "| exact | so far, not all ran |" in page(one, two | {"status": "left out"})
     cut = [START, planned, one, two | {"status": "started"}, END | {"status": "over its limit"}]
-    text = gpu_page.page({"smoke": smoke, "correctness": cut})
+    text = gpu_page.summary({"smoke": smoke, "correctness": cut})
     assert "- correctness: over its limit in two" in text and "--parts correctness --minutes 4" in text
     no_inputs = row("all", None, status="no inputs", reason="out of memory")
     assert gpu_page.problems([START, no_inputs, END]) == ["no inputs: all, hidden with KL 8 x 9 bfloat16, "
@@ -284,7 +288,7 @@ def test_a_promise_is_kept_only_when_all_was_run():
 
 def test_a_rehearsed_part_is_named_beside_measured_ones():
     parts = {"smoke": [START | {"part": "smoke", "rehearsal": True}], "rows": [START | {"part": "rows"}]}
-    assert "**smoke: a rehearsal on a CPU" in gpu_page.page(parts)
+    assert "**smoke: a rehearsal on a CPU" in gpu_page.summary(parts)
 
 
 def test_a_package_with_a_pth_file_is_found(tmp_path):
@@ -293,10 +297,10 @@ def test_a_package_with_a_pth_file_is_found(tmp_path):
     (tmp_path / "found.pth").write_text("behind\n")
     script = f"""
 import sys
-sys.path.insert(0, {str(BENCH)!r})
-import gpu_parts
-gpu_parts.PARTS["smoke"] = lambda place: __import__("only_behind_a_pth") and []
-sys.exit(gpu_parts.main())
+sys.path.insert(0, {str(ROOT)!r})
+from bench.gpu_session import parts, process
+parts.PARTS["smoke"] = lambda place: __import__("only_behind_a_pth") and []
+sys.exit(process.main())
 """
     command = [sys.executable, "-c", script, "smoke", "--rehearse", "--site", str(tmp_path), "--file"]
     done = subprocess.run([*command, str(tmp_path / "found.jsonl")], env=ENVIRONMENT, capture_output=True, text=True)
@@ -304,7 +308,7 @@ sys.exit(gpu_parts.main())
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path):
-    with gpu.alone_in(tmp_path), pytest.raises(SystemExit, match="another run writes"), gpu.alone_in(tmp_path):
+    with session.alone_in(tmp_path), pytest.raises(SystemExit, match="another run writes"), session.alone_in(tmp_path):
         pass
 
 
@@ -319,13 +323,13 @@ def test_arguments_that_cannot_be_meant(arguments, tmp_path, monkeypatch):
 def test_without_a_device_nothing_is_tried(tmp_path):
     """A CPU build, or a GPU without its driver: the run ends with the reason, not with its minutes."""
     hidden = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(BENCH / "gpu.py"), "--commit", "abc", "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--commit", "abc", "--out", str(tmp_path)]
     done = subprocess.run(command, env=hidden, capture_output=True, text=True)
     assert done.returncode == 1 and "PyTorch finds no CUDA device" in done.stdout
     assert not records(tmp_path, "correctness") and not records(tmp_path, "smoke", "check")
 
 
 def test_the_page_of_nothing():
-    text = gpu_page.page({name: [] for name in gpu.SHARES})
+    text = gpu_page.summary({name: [] for name in session.SHARES})
     assert text.count("| not started |") == 6 and text.count("| not measured |") == 4
     assert json.dumps(text)

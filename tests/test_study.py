@@ -4,21 +4,14 @@ import itertools
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "bench"))
-
-import study  # noqa: E402
-import study_arms as arms  # noqa: E402
-import study_report as report  # noqa: E402
-import study_rewards as rewards  # noqa: E402
-
-from safe_train.config import SafeConfig  # noqa: E402
+from bench.measurement.machine import RESULTS, ROOT
+from bench.study import arms, report, rewards, run
+from safe_train.config import SafeConfig
 
 
 def row(reward=(0.0,) * 20, kl=(0.1,) * 20, value_loss=(1.0,) * 20, **fields):
@@ -133,7 +126,7 @@ def test_a_change_counts_beside_the_arm_that_it_changed():
 
 
 def test_the_controller_replayed_decides_what_it_decided():
-    rows = report.current(report.read_rows(ROOT / "bench" / "results" / "study.jsonl"))
+    rows = report.current(report.read_rows(RESULTS / "study.jsonl"))
     of_safe = [row for row in rows if row["stage"] == "main" and row["name"] == "safe"]
     for measured in of_safe:
         again = report.replay(measured, {})["curves"]
@@ -149,9 +142,9 @@ def tables(path):
 
 def test_the_report_and_the_pages_have_the_tables_of_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "draw", lambda *_: None)
-    rows = shutil.copy(ROOT / "bench" / "results" / "study.jsonl", tmp_path)
+    rows = shutil.copy(RESULTS / "study.jsonl", tmp_path)
     report.write_report(Path(rows))
-    committed = ROOT / "bench" / "results" / "study.md"
+    committed = RESULTS / "study.md"
     assert (tmp_path / "study.md").read_text() == committed.read_text()
     written = tables(committed)
     for page in ("README.md", "docs/study.md"):
@@ -168,14 +161,14 @@ def test_a_study_from_the_sweep_to_the_tables_and_once_more(tmp_path, capsys):
     command = ["--rewards", "vader", "--arms", "ppo", "--seeds", "2", "--steps", "2", "--sweep-steps", "1"]
     command += ["--runs", str(tmp_path / "runs"), "--results", str(results)]
     command += ["--set", f"model={tmp_path / 'model'}", "use_cpu=true", "eval_completions=4", "max_new_tokens=3"]
-    assert study.main(command) == 0
+    assert run.main(command) == 0
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(r["stage"], len(r["curves"]["reward"])) for r in rows] == [("sweep", 1)] * 4 + [("main", 2)] * 2
     assert {r["seed"] for r in rows[4:]} == {0, 1} and rows[4]["settings"] == rows[5]["settings"]
     assert "gold" in rows[4]["after"] and rows[4]["before"]["kl"] == 0
     assert "| ppo |" in results.with_suffix(".md").read_text() and (tmp_path / "study-vader.png").exists()
     capsys.readouterr()
-    assert study.main(command) == 0 and "main: 0 runs to make" in capsys.readouterr().out
+    assert run.main(command) == 0 and "main: 0 runs to make" in capsys.readouterr().out
     assert results.read_text().count("\n") == 6
 
 

@@ -14,8 +14,9 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from peers import STATS, Case, Provider, Results, providers
-from workloads import Workload, of
+from bench.measurement.workloads import Workload, of
+from bench.providers import providers
+from bench.providers.provider import STATS, Case, Provider, Results
 
 
 class Function(NamedTuple):

@@ -15,9 +15,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from peers import PER_TOKEN, Case, Results, plain, rounded_logits, with_policy_loss
 from torch import Tensor
-from workloads import Workload
+
+from bench.measurement.workloads import Workload
+from bench.providers.provider import PER_TOKEN, Case, Results
+from bench.providers.pytorch import plain, rounded_logits, with_policy_loss
 
 ULPS = 4
 ROWS = 32

@@ -1,16 +1,20 @@
-"""Rows of results: one a provider, workload and pass; how they are stored, and how they look in a terminal."""
+"""Rows of results: one a provider, workload and pass, and how they are stored."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workloads import SEED, Workload
+from bench.measurement.machine import commit, identity
+from bench.measurement.timing import Timing
+from bench.measurement.workloads import SEED, Workload
 
+OURS = "safe-kernels"  # how the names of this project's providers begin
 BASELINES = ("pytorch", "published layout")
 ALL_PASSES = "all passes"
 
@@ -24,6 +28,13 @@ class Run:
     commit: str
     dirty: bool | None  # files differed from the commit; None where that is unknown
     device: str
+
+    @classmethod
+    def begin(cls, device: str, given_commit: str | None) -> Run:
+        return cls(now(), identity(device), *commit(given_commit), device)
+
+    def path(self, folder: Path) -> Path:
+        return folder / f"{self.machine['name']}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -50,44 +61,25 @@ class Row:
     copy_roof: float | None = None  # bytes/s
     roof_share: float | None = None  # time of the arithmetic floor / seconds
     choice: str | None = None  # of a launch, in tune.py
+    units: float | None = None  # in suite host: seconds / those of an empty launch
     seed: int = SEED
+
+    def timed(self, timing: Timing) -> Row:
+        seconds = {"seconds": timing.median, "seconds_low": timing.low, "seconds_high": timing.high}
+        return dataclasses.replace(self, **seconds, repeats=timing.repeats)
 
 
 def record(run: Run, suite: str, workload: Workload, row: Row) -> dict[str, Any]:
-    """A row as it is stored; `suite` is kernels, trainer, integrations, gate or tune."""
+    """A row as it is stored; `suite` is kernels, trainer, integrations, host, gate, gpu or tune."""
     fields = [dataclasses.asdict(part) for part in (run, workload, row)]
     return {"suite": suite} | fields[0] | fields[1] | fields[2]
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.writelines(json.dumps(r) + "\n" for r in records)
-
-
-def table(workload: Workload, rows: list[Row]) -> str:
-    """A line a provider; times as many times faster than plain PyTorch, memory beyond inputs and gradients."""
-    parts = [part for part in dict.fromkeys(row.part for row in rows) if part != ALL_PASSES]
-    width = max(28, *(len(row.provider) for row in rows))
-    lines = [str(workload), f"  {'':{width}}  {'gate':6}" + "".join(f"  {part:>37}" for part in parts)]
-    base = {row.part: row.seconds for row in rows if row.provider in BASELINES}
-    for name in dict.fromkeys(row.provider for row in rows):
-        of_name = {row.part: row for row in rows if row.provider == name}
-        first = next(iter(of_name.values()))
-        line = f"  {name:{width}}  {first.gate or '-':6}"
-        if first.part == ALL_PASSES:
-            line += f"  {first.status}: {first.reason}"
-        line += "".join(f"  {_cell(of_name[part], base.get(part)):>37}" for part in parts if part in of_name)
-        if first.status == "ok" and first.lacks:
-            line += f"  lacks {', '.join(first.lacks)}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def _cell(row: Row, base: float | None) -> str:
-    if row.seconds is None:
-        return row.status
-    ratio = f"{base / row.seconds:6.2f}x" if base else " " * 7
-    memory = "" if row.peak_bytes is None else f"{(row.peak_bytes - (row.gradient_bytes or 0)) / 2**20:8.1f} MiB"
-    share = "" if row.roof_share is None else f"{row.roof_share:5.0%}"
-    return f"{1e3 * row.seconds:.2f} ms{ratio}{memory}{share}"

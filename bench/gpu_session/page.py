@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-Record = dict[str, Any]
+from bench.gpu_session.records import Record
+from bench.measurement.rows import OURS
+
 Parts = dict[str, list[Record]]
-OURS = "safe-kernels"
 MEMORY = {("hidden", True): 400e6, ("loss", True): 1.2e9}  # bytes with a frozen head, beyond inputs and gradients
 PACKAGES = ("install", "beside", "versions")  # parts that --parts cannot name
 VERSIONS = "versions"  # the item that finds what a machine lacks
@@ -15,7 +16,7 @@ NEAR_THE_ROOF = 0.9  # share of a plain copy's or product's rate
 GOOD = ("done", "green", "passed", "skipped", "ok", "left out")
 
 
-def page(parts: Parts) -> str:
+def summary(parts: Parts) -> str:
     """One screen of Markdown."""
     lines = ["# Summary", "", *head(parts), "", "| part | state | seconds | items |", "|---|---|---|---|"]
     lines += [part_line(name, records) for name, records in parts.items()]

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import measure
 import torch
-from gate import Gate, backward
-from model import Roofs, cost
-from peers import NO_KL, Case, Provider, providers
-from rows import ALL_PASSES, Row
-from workloads import Workload, make_case
 
-OURS = "safe-kernels"  # how the names of this project's providers begin
+from bench.measurement import timing
+from bench.measurement.cost import Roofs, cost
+from bench.measurement.rows import ALL_PASSES, OURS, Row
+from bench.measurement.workloads import Workload, make_case
+from bench.providers import providers
+from bench.providers.provider import NO_KL, Case, Provider
+from bench.suites.gate import Gate, backward
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,16 @@ def gated(provider: Provider, gate: Gate, settings: Settings) -> Row:
 
 
 def timed_rows(part: str, right: dict[Provider, Row], gate: Gate, settings: Settings) -> list[Row]:
-    copies = range(measure.cold_copies(gate.case, settings.device))
+    copies = range(timing.cold_copies(gate.case, settings.device))
     cases = [{k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in gate.case.items()} for _ in copies]
     calls = {provider.name: [call_of(provider, part, case, gate) for case in cases] for provider in right}
-    timings = measure.timed(calls, settings.device, settings.seconds)
+    timings = timing.timed(calls, settings.device, settings.seconds)
     floor, roofs = cost(gate.workload, part), settings.roofs[gate.workload.dtype]
     rows = []
     for provider, first in right.items():
-        timing, row = timings[provider.name], replace(first, part=part, reason="")
-        if isinstance(timing, Exception):
-            rows.append(replace(row, status=status_of(timing, provider.name), reason=first_line(timing)))
+        taken, row = timings[provider.name], replace(first, part=part, reason="")
+        if isinstance(taken, Exception):
+            rows.append(replace(row, status=status_of(taken, provider.name), reason=first_line(taken)))
             continue
         clean(settings.device)
         call = calls[provider.name][0]
@@ -115,18 +115,14 @@ def timed_rows(part: str, right: dict[Provider, Row], gate: Gate, settings: Sett
         del results, new
         rows.append(
             replace(
-                row,
-                seconds=timing.median,
-                seconds_low=timing.low,
-                seconds_high=timing.high,
-                repeats=timing.repeats,
-                peak_bytes=measure.peak_bytes(call, settings.device),
+                row.timed(taken),
+                peak_bytes=timing.peak_bytes(call, settings.device),
                 gradient_bytes=gradient_bytes,
                 flops=floor.flops,
                 bytes=floor.bytes,
                 matmul_roof=roofs.flops,
                 copy_roof=roofs.bytes,
-                roof_share=floor.seconds(roofs) / timing.median,
+                roof_share=floor.seconds(roofs) / taken.median,
             )
         )
     return rows
@@ -157,7 +153,7 @@ def clean(device: str) -> None:
 def status_of(error: Exception, provider: str) -> str:
     if isinstance(error, (importlib.metadata.PackageNotFoundError, ModuleNotFoundError)):
         return "not installed"
-    if isinstance(error, measure.TooSlow):
+    if isinstance(error, timing.TooSlow):
         return "too slow"
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"

@@ -1,53 +1,41 @@
 """The parts of bench/gpu.py: each is a list of items, with the seconds that an item should take on an H100.
 
-    python bench/gpu_parts.py plan                  # the predictions beside the limits
-
-A prediction is the work that model.py counts, at the rates below; COMPILE for each variant of a kernel that is new to
+A prediction is the work that cost.py counts, at the rates below; COMPILE for each variant of a kernel that is new to
 Triton's cache; and the time set aside for repeats. A part is predicted to take half of its limit at most, with START.
 Items that are `extra` come last and use the other half: peers that are installed, torch.compile, and the 3B step.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
-import os
-import signal
-import site
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # for a checkout that is not installed
-if "--rehearse" in sys.argv:
-    os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # before triton is imported
+import torch
 
-import gpu_work as work  # noqa: E402
-import torch  # noqa: E402
-import tune  # noqa: E402
-from gpu import LOST, SHARES, append  # noqa: E402
-from gpu_page import VERSIONS  # noqa: E402
-from gpu_work import Place, Record  # noqa: E402
-from machine import gpu_state, versions  # noqa: E402
-from model import Roofs, cost, itemsize, products  # noqa: E402
-from peers import Case, Provider, providers  # noqa: E402
-from suite import clean, first_line  # noqa: E402
-from workloads import BACKWARD, FORWARD, FROZEN, TRAINED, Workload, gae, of  # noqa: E402
-
-from safe_kernels.triton_backend import launch  # noqa: E402
+from bench.gpu_session import correctness as checks
+from bench.gpu_session import packages, speed, training
+from bench.gpu_session.page import VERSIONS
+from bench.gpu_session.place import SECONDS, Place
+from bench.gpu_session.records import Record
+from bench.gpu_session.session import SHARES
+from bench.measurement.cost import Roofs, cost, itemsize, products
+from bench.measurement.machine import ROOT, versions
+from bench.measurement.workloads import BACKWARD, FORWARD, FROZEN, TRAINED, Workload, gae, of
+from bench.providers import providers
+from bench.providers.provider import Case, Provider
+from bench.suites.launch_choices import Knob
+from safe_kernels.triton_backend import launch
 
 H100 = Roofs(600e12, 3.0e12)  # three quarters of the 798e12 that a large bfloat16 product reached; a copy, both ways
 WIDE_FLOPS = 30e12  # float64 and float32 products; the datasheet has 67e12 for both
 PLAIN_PASSES = 40  # times that plain PyTorch reads or writes a tensor of N x V, forward and backward
 COMPILE = 0.4  # the mean of 29 kernels with Triton 3.6 for sm_90, on two cores: 11.3 s in all
 START, START_TRAINER = 5.0, 12.0  # to import torch, or transformers and peft as well, and to open the device
-SLACK = 10.0  # seconds beyond three times its prediction after which an item is ended
 SMALL = 2048  # tokens that a check of an option takes
 ODD = 50_257  # a vocabulary that no block and no 16 bytes divide
 
@@ -66,13 +54,13 @@ def smoke(place: Place) -> list[Item]:
     """Each kernel once, small, against float64."""
     toy = Workload("hidden", "toy", 64, 128, 1000, kl=True, dtype="bfloat16")
     return [
-        Item(VERSIONS, 0.1, lambda: work.check_versions(place)),
+        Item(VERSIONS, 0.1, lambda: checks.check_versions(place)),
         check(place, "statistics and gradient of logits", replace(toy, entrance="logits")),
         check(place, "tiles of hidden states", toy),
         check(place, "fused products", toy, batch_invariant=True),
         check(place, "closed form of the policy loss", replace(toy, entrance="loss")),
         check(place, "soft-min GAE", gae(4, 300), kernels=1),
-        Item("one-step terms", 2 * COMPILE, lambda: work.check_terms(place)),
+        Item("one-step terms", 2 * COMPILE, lambda: checks.check_terms(place)),
     ]
 
 
@@ -94,7 +82,7 @@ def correctness(place: Place) -> list[Item]:
         check(place, "fused products, float32", odd("hidden"), batch_invariant=True),
         check(place, "closed form, float32", odd("loss", kl=True)),
         check(place, "soft-min GAE, 64 x 1024", gae(64, 1024)),
-        Item("tests", 25.0, lambda: work.suite_tests(place)),
+        Item("tests", 25.0, lambda: checks.suite_tests(place)),
     ]
 
 
@@ -122,33 +110,32 @@ def rows(place: Place) -> list[Item]:
 def roof(place: Place) -> list[Item]:
     """Each kernel beside a plain copy and a plain product of the same shapes, in the same minute."""
     case = place.shrink(of("hidden", "Qwen2.5-3B", 8192, kl=True, dtype="bfloat16"))
-    seconds = COMPILE + 2 * work.SECONDS
-    return [Item(name, seconds, functools.partial(work.kernel_rate, place, case, name)) for name in work.RATES]
+    seconds = COMPILE + 2 * SECONDS
+    return [Item(name, seconds, functools.partial(speed.kernel_rate, place, case, name)) for name in speed.RATES]
 
 
 def launches(place: Place) -> list[Item]:
     """What a call costs the host, and a few launch choices beside the shipped ones."""
-    found = [Item("host time", 5.0, lambda: work.host_times(place))]
+    found = [Item("host time", 5.0, lambda: speed.host_times(place))]
     for knob, passes in few_choices(place):
         tried = 1 + len(knob.choices)
-        each = 2 * COMPILE + 0.3 + len(passes) * 3 * work.FEW_SECONDS
+        each = 2 * COMPILE + 0.3 + len(passes) * 3 * speed.FEW_SECONDS
         seconds = tried * len(knob.workloads) * each
-        found.append(Item(str(knob), seconds, functools.partial(work.sweep, place, knob, passes)))
+        found.append(Item(str(knob), seconds, functools.partial(speed.sweep, place, knob, passes)))
     return found
 
 
 def step(place: Place) -> list[Item]:
     """One SAFE step of the trainer on random models, after one that warms up."""
-    small = Item("Qwen2.5-0.5B, LoRA", 16.0, lambda: work.train(place, "Qwen2.5-0.5B"))
-    large = Item("Qwen2.5-3B, LoRA", 25.0, lambda: work.train(place, "Qwen2.5-3B"), extra=True)
+    small = Item("Qwen2.5-0.5B, LoRA", 16.0, lambda: training.train(place, "Qwen2.5-0.5B"))
+    large = Item("Qwen2.5-3B, LoRA", 25.0, lambda: training.train(place, "Qwen2.5-3B"), extra=True)
     return [small] if place.tiny else [small, large]
 
 
 def install(place: Place) -> list[Item]:
     """Wheels that travel with the checkout, for this run alone."""
-    return [
-        Item("wheels", 20.0, lambda: work.pip(place, "--no-index", "--no-deps", *map(str, place.wheels.glob("*.whl"))))
-    ]
+    wheels = map(str, place.wheels.glob("*.whl"))
+    return [Item("wheels", 20.0, lambda: packages.pip(place, "--no-index", "--no-deps", *wheels))]
 
 
 BESIDE = ("triton==3.6.0", "transformers==5.17.0", "huggingface_hub==1.33.0", "numpy<2.4")  # as on a GPU machine
@@ -156,7 +143,7 @@ BESIDE = ("triton==3.6.0", "transformers==5.17.0", "huggingface_hub==1.33.0", "n
 
 def beside(place: Place) -> list[Item]:
     """What a GPU machine has, before the project's own; PyTorch stays."""
-    return [Item(" ".join(BESIDE), 600.0, lambda: work.pip(place, *BESIDE))]
+    return [Item(" ".join(BESIDE), 600.0, lambda: packages.pip(place, *BESIDE))]
 
 
 TRAINER_TESTS = ("trainer", "models", "rollout", "attention", "checkpoint", "gpu_host")
@@ -169,18 +156,18 @@ def versions_beside(place: Place) -> list[Item]:
     commands = {
         "import both packages": [sys.executable, "-c", "import safe_kernels, safe_train.trainer"],
         "compile every shipped choice": [*pytest, str(ROOT / "tests" / "test_triton_compile.py")],
-        "compile every candidate for sm_90": [sys.executable, __file__, "candidates"],
+        "compile every candidate for sm_90": [sys.executable, "-m", "bench.gpu_session.process", "candidates"],
         "the trainer's tests": [*pytest, *files],
     }
-    return [Item(name, 600.0, functools.partial(work.done, command)) for name, command in commands.items()]
+    return [Item(name, 600.0, functools.partial(packages.done, command)) for name, command in commands.items()]
 
 
 def candidates() -> None:
     """What part `launches` and bench/tune.py try on Hopper, compiled without it."""
     knobs = [knob for knob, _ in few_choices(Place())]
     with mock.patch.object(launch, "architecture", lambda device: "sm_90"):
-        knobs += tune.knobs(torch.device("cpu"))
-    for found in work.compile_for_hopper(knobs):
+        knobs += knobs(torch.device("cpu"))
+    for found in packages.compile_for_hopper(knobs):
         print(json.dumps(found), flush=True)
 
 
@@ -198,19 +185,19 @@ TILES = {  # rows, columns, inner, warps and stages of the fused kernel
 TINY_TILES = {"statistics": ((16, 16, 16, 1, 1),)}
 
 
-def few_choices(place: Place) -> list[tuple[tune.Knob, tuple[str, ...]]]:
+def few_choices(place: Place) -> list[tuple[Knob, tuple[str, ...]]]:
     """Of bench/tune.py's search what is likeliest to win, with the passes that it is timed on."""
     qwen = functools.partial(of, model="Qwen2.5-3B", tokens=8192, dtype="bfloat16")
     logits, hidden = (
         [place.shrink(qwen(entrance, kl=kl)) for kl in (False, True)] for entrance in ("logits", "hidden")
     )
     rows = [launch.RowChoice(1, columns, warps) for columns, warps in (ROWS[:1] if place.tiny else ROWS)]
-    found = [(tune.Knob("ROWS", None, tuple(rows), tuple(logits)), (FORWARD, BACKWARD))]
+    found = [(Knob("ROWS", None, tuple(rows), tuple(logits)), (FORWARD, BACKWARD))]
     for (kind, tiles), workload in zip((TINY_TILES if place.tiny else TILES).items(), hidden, strict=False):
         key, names = (place.target, kind, 16), ("rows", "columns", "inner", "num_warps", "num_stages")
         table = "PLAIN" if key in launch.PLAIN else "GEMMS"
         tried = [replace(getattr(launch, table)[key], **dict(zip(names, tile, strict=True))) for tile in tiles]
-        knob = tune.Knob(table, key, tuple(tried), (workload,), (("batch_invariant", True),))
+        knob = Knob(table, key, tuple(tried), (workload,), (("batch_invariant", True),))
         found.append((knob, (FORWARD,)))
     return found
 
@@ -221,7 +208,7 @@ def check(
     """`options` are what everybody computes, `own` how this project is called; so many variants of kernels are new."""
     small = place.shrink(workload)
     seconds = kernels * COMPILE + exact_seconds(workload)
-    return Item(name, seconds, lambda: work.judged(place, name, small, options or {}, own))
+    return Item(name, seconds, lambda: checks.judged(place, name, small, options or {}, own))
 
 
 def exact_seconds(workload: Workload) -> float:
@@ -265,86 +252,13 @@ def row_item(
     seconds = 2.0 + compiling + sum(provider_seconds(workload, passes) for _ in offered)
     small = place.shrink(workload)
     name = f"{workload.entrance}{' with KL' * workload.kl}: {kind}"
-    return Item(name, seconds, lambda: work.timed(place, small, passes, offered), extra)
+    return Item(name, seconds, lambda: speed.timed(place, small, passes, offered), extra)
 
 
 def provider_seconds(workload: Workload, passes: tuple[str, ...]) -> float:
     """The gate, and for each pass two warm-ups, repeats and the run that counts memory, at four times the floor."""
     slowest = 4 * max(cost(workload, part).seconds(H100) for part in workload.passes)
-    return 2 * COMPILE + 2 * slowest + len(passes) * (work.SECONDS + 3 * slowest)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=[*PARTS, "plan", "candidates"])
-    parser.add_argument("--file", type=Path, default=Path())
-    parser.add_argument("--end", type=float, default=0.0, help="on the monotonic clock, which processes share")
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--site", type=Path, default=Path())
-    parser.add_argument("--wheels", type=Path, default=Path())
-    parser.add_argument("--skip", type=json.loads, default=[])
-    parser.add_argument("--rehearse", action="store_true")
-    args = parser.parse_args()
-    place = Place(args.rehearse, args.file, args.commit, args.site, args.wheels)
-    if args.site.is_dir() and args.site != Path():
-        site.addsitedir(str(args.site))  # PYTHONPATH alone leaves out the .pth files, which CUTLASS's DSL needs
-    if args.part == "plan":
-        print(plan())
-        return 0
-    if args.part == "candidates":
-        candidates()
-        return 0
-    items = PARTS[args.part](place)
-    append(place.file, {"record": "versions", "versions": versions()})  # of what this process imports
-    append(place.file, {"record": "planned", "items": [item.name for item in items]})
-    return run_items(items, place, args.end, set(args.skip))
-
-
-def run_items(items: list[Item], place: Place, end: float, skip: set[str]) -> int:
-    """Each item that is left and fits the time left; its records are written as they come."""
-    for item in items:
-        left = end - time.monotonic()
-        if item.name in skip:
-            continue
-        if left < item.seconds and not place.tiny:
-            log(place, item, "left out", f"{left:.0f} s were left, it needs {item.seconds:.0f}")
-            continue
-        log(place, item, "started")
-        started, status, reason = time.monotonic(), "done", ""
-        # The default action of an alarm ends the process, even one that waits for the device.
-        signal.setitimer(signal.ITIMER_REAL, max(1.0, min(left, 3 * item.seconds + SLACK)))
-        try:
-            for found in item.run():
-                append(place.file, found | {"item": item.name})
-        except Exception as error:
-            status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
-            reason = first_line(error)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        seconds = round(time.monotonic() - started, 2)
-        log(place, item, status, reason, seconds=seconds, predicted_s=round(item.seconds, 2))
-        print(f"{item.name}: {status}, {seconds:.1f} s (predicted {item.seconds:.1f}) {reason}", flush=True)
-        if item.name == VERSIONS and status != "done":
-            return 1
-        if not is_alive(place):
-            return LOST
-    append(place.file, {"record": "state", "gpu": gpu_state()})  # while the device is warm
-    return 0
-
-
-def log(place: Place, item: Item, status: str, reason: str = "", **numbers: float) -> None:
-    append(place.file, {"record": "item", "item": item.name, "status": status, "reason": reason, **numbers})
-
-
-def is_alive(place: Place) -> bool:
-    """False after an error that ends a CUDA context: everything later in this process would fail as well."""
-    try:
-        if place.device == "cuda":
-            torch.cuda.synchronize()
-        clean(place.device)
-    except Exception as error:
-        print(f"the device no longer answers: {first_line(error)}", flush=True)
-        return False
-    return True
+    return 2 * COMPILE + 2 * slowest + len(passes) * (SECONDS + 3 * slowest)
 
 
 def plan() -> str:
@@ -361,7 +275,3 @@ def plan() -> str:
 def part_seconds(name: str, extras: bool = False) -> float:
     start = START_TRAINER if name == "step" else START
     return start + sum(item.seconds for item in PARTS[name](Place()) if extras or not item.extra)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

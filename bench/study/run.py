@@ -1,9 +1,9 @@
 """Does SAFE keep its promise? Trains every arm on hackable rewards, with the same budget for tuning each.
 
-    python bench/study.py                     # sweep, then the main arms on fresh seeds: hours; run again to go on
-    python bench/study.py --quick             # two arms, one seed, few steps: under ten minutes on two cores
-    python bench/study.py --stages ablation   # SAFE without each mechanism; also: published, sensitivity
-    python bench/study.py --report            # only the tables and pictures, from the rows that are there
+    python bench/study/run.py                     # sweep, then the main arms on fresh seeds: hours; run again to go on
+    python bench/study/run.py --quick             # two arms, one seed, few steps: under ten minutes on two cores
+    python bench/study/run.py --stages ablation   # SAFE without each mechanism; also: published, sensitivity
+    python bench/study/run.py --report            # only the tables and pictures, from the rows that are there
 
 Rows go to bench/results/study.jsonl, one a run, with its curves; tables to study.md and a picture for each reward
 beside them (docs/study.md). A run that has its row is not made again, one that was cut off goes on.
@@ -27,28 +27,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # for a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout that is not installed
 
-from study_arms import (  # noqa: E402
-    ARMS,
-    BASE,
-    BY_REWARD,
-    CHANGES,
-    DEVELOPMENT,
-    DEVELOPMENT_SEED,
-    FRESH,
-    MAIN,
-    PUBLISHED,
-    Settings,
-    Spec,
-    base_of,
-)
-from study_report import Row, best, read_rows, write_report  # noqa: E402
-
-from safe_train.config import SafeConfig, parse  # noqa: E402
-from safe_train.run.report import read_metrics  # noqa: E402
-from safe_train.run.run_folder import append, commit, strict_json  # noqa: E402
+from bench.measurement.machine import RESULTS, ROOT
+from bench.study import arms, rewards
+from bench.study.arms import ARMS, BASE, BY_REWARD, CHANGES, Settings, Spec, base_of
+from bench.study.report import Row, best, read_rows, write_report
+from safe_train.config import SafeConfig, parse
+from safe_train.run.report import read_metrics
+from safe_train.run.run_folder import append, commit, strict_json
 
 STAGES = ("sweep", "main", "published", "ablation", "sensitivity")
 CURVES = ("reward", "reward_std", "kl", "kl_threshold", "kl_coef", "entropy", "value_loss", "time/step_s")
@@ -81,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--stages", nargs="+", choices=STAGES, default=["sweep", "main"])
     top.add_argument("--rewards", nargs="+", choices=("vader", "word_count", "noisy", "exploit"))
     top.add_argument(
-        "--arms", nargs="+", choices=tuple(ARMS), default=list(MAIN), help="of the sweep and the main runs"
+        "--arms", nargs="+", choices=tuple(ARMS), default=list(arms.MAIN), help="of the sweep and the main runs"
     )
     top.add_argument(
         "--only", default="", metavar="REGEX", help="of the ablation and the sensitivity: changes of such a name"
@@ -92,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--jobs", type=int, default=2, help="runs at once, which share the cores; 1 for a GPU")
     top.add_argument("--set", nargs="+", default=[], metavar="key=value", help="settings for all runs")
     top.add_argument("--runs", type=Path, default=Path("runs/study"), help="where the runs are")
-    top.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "study.jsonl")
+    top.add_argument("--results", type=Path, default=RESULTS / "study.jsonl")
     top.add_argument("--quick", action="store_true")
     top.add_argument("--report", action="store_true")
     top.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -108,7 +95,7 @@ def plan(stage: str, args: argparse.Namespace) -> Iterator[Spec]:
             for name in args.arms:
                 yield from sweep(reward, name, args).values()
             continue
-        base = BASE | BY_REWARD.get(reward, {}) | FRESH | args.overrides
+        base = BASE | BY_REWARD.get(reward, {}) | arms.FRESH | args.overrides
         for name, settings in changes(stage, reward, rows, args).items():
             for seed in range(args.seeds):
                 yield Spec(stage, reward, name, seed, args.steps, base, settings)
@@ -116,10 +103,10 @@ def plan(stage: str, args: argparse.Namespace) -> Iterator[Spec]:
 
 def sweep(reward: str, name: str, args: argparse.Namespace) -> dict[int, Spec]:
     """The runs that an arm chooses among, by their place in its grid."""
-    base = BASE | BY_REWARD.get(reward, {}) | DEVELOPMENT | args.overrides
+    base = BASE | BY_REWARD.get(reward, {}) | arms.DEVELOPMENT | args.overrides
     settings = (ARMS[name].settings | setting for setting in ARMS[name].grid)
     steps = args.sweep_steps or args.steps // 2
-    return {i: Spec("sweep", reward, name, DEVELOPMENT_SEED, steps, base, s) for i, s in enumerate(settings)}
+    return {i: Spec("sweep", reward, name, arms.DEVELOPMENT_SEED, steps, base, s) for i, s in enumerate(settings)}
 
 
 def changes(stage: str, reward: str, rows: dict[str, Row], args: argparse.Namespace) -> dict[str, Settings]:
@@ -133,7 +120,7 @@ def changes(stage: str, reward: str, rows: dict[str, Row], args: argparse.Namesp
         return specs[best([rows[spec.key] for spec in specs.values()])].settings
 
     if stage in ("main", "published"):
-        return {name: chosen(name) for name in (args.arms if stage == "main" else PUBLISHED)}
+        return {name: chosen(name) for name in (args.arms if stage == "main" else arms.PUBLISHED)}
     wanted = {name: change for name, change in CHANGES[stage].items() if re.search(args.only, name)}
     return {name: chosen(base_of(name)) | change for name, change in wanted.items()}
 
@@ -177,16 +164,8 @@ def steps_of(folder: Path) -> int:
 
 def start(spec: Spec, folder: Path, args: argparse.Namespace) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
-    settings = (
-        spec.base
-        | spec.settings
-        | {
-            "reward": [f"{ROOT / 'bench' / 'study_rewards.py'}:{spec.reward}"],
-            "seed": spec.seed,
-            "total_steps": spec.steps,
-            "output_dir": str(folder),
-        }
-    )
+    own = {"seed": spec.seed, "total_steps": spec.steps, "output_dir": str(folder)}
+    settings = spec.base | spec.settings | own | {"reward": [f"{rewards.__file__}:{spec.reward}"]}
     values = {"key": spec.key, "spec": dataclasses.asdict(spec), "settings": settings}
     (folder / "spec.json").write_text(json.dumps(values))
     threads = {} if args.jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
@@ -208,11 +187,9 @@ def collect(folder: Path, results: Path) -> bool:
 
 def judged(trainer: Any, reward: str) -> dict[str, float]:
     """Numbers on held-out prompts, the gold reward among them."""
-    from study_rewards import GOLD
-
     found = trainer.evaluate()
     prompts, completions, *_ = found.rollout.for_rewards()
-    return found.numbers() | {"gold": statistics.fmean(GOLD[reward](prompts, completions))}
+    return found.numbers() | {"gold": statistics.fmean(rewards.GOLD[reward](prompts, completions))}
 
 
 def curves(folder: Path) -> dict[str, list[float]]:

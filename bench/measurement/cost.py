@@ -1,6 +1,6 @@
 """The cost model: FLOPs and bytes of each operation, its floor on measured roofs, and predictions for many GPUs.
 
-    python bench/model.py                          # predictions at 8B and 70B; pass your machine's measured roofs
+    python bench/measurement/cost.py --matmul 700 --copy 3    # predictions at 8B and 70B from your machine's roofs
 
 Shapes: N tokens, H hidden width, V vocabulary, R ranks. One product hidden @ weight.T is U = 2 N H V FLOPs.
 """
@@ -8,9 +8,13 @@ Shapes: N tokens, H hidden width, V vocabulary, R ranks. One product hidden @ we
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from workloads import BACKWARD, FORWARD, MODELS, TRAINED, Workload
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout that is not installed
+
+from bench.measurement.workloads import BACKWARD, FORWARD, MODELS, TRAINED, Workload
 
 LOGIT_BYTES = 4  # logits between the product and the exponent are float32
 

@@ -1,15 +1,16 @@
-"""What the figures depend on: commit, versions, and the state of the GPU. Imports nothing that has to be installed."""
+"""What the figures depend on: commit, versions, and the machine. To import it, nothing has to be installed."""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = (
     *("torch", "triton", "numpy", "transformers", "peft", "accelerate", "pytest", "hypothesis", "flash-attn"),
@@ -50,6 +51,26 @@ def gpu_state() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(GPU_STATE, (part.strip() for part in answer.splitlines()[0].split(",")), strict=True))
+
+
+def identity(device: str) -> dict[str, str]:
+    """Of the rows; the value of "name" is that of the results file."""
+    import torch
+
+    from safe_train.run import hardware
+
+    known = versions()
+    found = {"python": known["python"], "torch": torch.__version__}
+    if "triton" in known:
+        found["triton"] = known["triton"]
+    if device == "cuda":
+        processor = torch.cuda.get_device_name()
+        found |= {"cuda": str(torch.version.cuda), "driver": gpu_state().get("driver_version", "unknown")}
+    else:
+        processor = hardware.processor()
+        found["threads"] = str(torch.get_num_threads())
+    name = re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
+    return {"name": name, "processor": processor, "system": known["system"], **found}
 
 
 def _git(*arguments: str) -> str:

@@ -20,14 +20,16 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import measure
 import torch
-from gate import Error
-from rows import ALL_PASSES, BASELINES, Row
-from suite import Settings, first_line
 from torch import Tensor
-from workloads import SEED, Workload
 
+from bench.measurement import timing
+from bench.measurement.backbones import BACKBONES, random_model
+from bench.measurement.rows import ALL_PASSES, BASELINES, Row
+from bench.measurement.timing import Timing
+from bench.measurement.workloads import SEED, Workload
+from bench.suites.gate import Error
+from bench.suites.kernels import Settings, first_line
 from safe_kernels import reference
 from safe_train.algorithms import losses
 from safe_train.algorithms.critic import Critic
@@ -38,12 +40,6 @@ from safe_train.models.policy import Policy, make_policy, use_tensor_cores
 from safe_train.sampling.rollout import make_sampler
 
 ROLLOUT, SCORE, UPDATE, LOSS = "rollout", "score", "update", "loss part"
-BACKBONES = {  # as the models' own configurations have them
-    "Qwen2.5-3B": {"num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
-                   "intermediate_size": 11_008},
-    "two layers": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-                   "intermediate_size": 512},
-}  # fmt: skip
 STATISTICS = ("logprob", "entropy", "ref_logprob", "kl")
 KL_COEF, KL_THRESHOLD = 0.1, 0.01
 LONGEST = 10.0  # seconds of a pass that is worth repeating
@@ -235,7 +231,7 @@ def rows_of(workload: Workload, settings: Settings) -> list[Row]:
     calls[ROLLOUT] = {Ours.name: generation(policy, inputs, workload)}  # which all share
     for part, by_name in calls.items():
         one_each = {name: [call] for name, call in by_name.items()}
-        timings = measure.timed(one_each, device, settings.seconds, longest=LONGEST)
+        timings = timing.timed(one_each, device, settings.seconds, longest=LONGEST)
         for layout in right:
             if layout.name in timings:
                 first = Row(part, layout.name, None, "ok")
@@ -252,25 +248,17 @@ PASSES: dict[str, Callable[[Layout], Callable[[], Any]]] = {
 }
 
 
-def timed_row(first: Row, timing: Any, call: Any, device: str, extra_bytes: int) -> Row:
-    if isinstance(timing, Exception):
-        return replace(first, status="cannot run", reason=first_line(timing))
-    peak = measure.peak_bytes(call, device) + extra_bytes
-    return replace(first, seconds=timing.median, seconds_low=timing.low, seconds_high=timing.high,
-                   repeats=timing.repeats, peak_bytes=peak, gradient_bytes=0)  # fmt: skip
+def timed_row(first: Row, taken: Timing | Exception, call: Any, device: str, extra_bytes: int) -> Row:
+    if isinstance(taken, Exception):
+        return replace(first, status="cannot run", reason=first_line(taken))
+    peak = timing.peak_bytes(call, device) + extra_bytes
+    return replace(first.timed(taken), peak_bytes=peak, gradient_bytes=0)
 
 
 def build(workload: Workload, args: SafeConfig, device: str) -> tuple[Policy, Any]:
     """The policy, with adapters that are not zero, and the model it was made from."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    torch.manual_seed(SEED)
-    config = Qwen2Config(
-        vocab_size=workload.V, hidden_size=workload.H, tie_word_embeddings=True, eos_token_id=None, bos_token_id=None,
-        pad_token_id=None, **BACKBONES[workload.model],
-    )  # fmt: skip
-    with torch.device(device):
-        base = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, workload.dtype))
+    shape = {"hidden_size": workload.H, "vocab_size": workload.V}
+    base = random_model(BACKBONES[workload.model] | shape, getattr(torch, workload.dtype), device)
     policy = make_policy(copy.deepcopy(base), args)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:

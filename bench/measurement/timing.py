@@ -1,27 +1,21 @@
-"""Timing, peak memory, roofs, and the identity of the machine."""
+"""Seconds of calls that take turns, their peak memory, and the roofs of the machine."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import itertools
 import math
 import os
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from machine import gpu_state
-from model import Roofs
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from workloads import Workload
 
-from safe_train.run import hardware
+from bench.measurement.cost import Roofs
+from bench.measurement.workloads import Workload
 
 FEWEST = 3  # repeats
 LONGEST = 2.5  # seconds of a call that is worth repeating
@@ -145,18 +139,3 @@ def roofs(dtype: str, device: str) -> Roofs:
 
 def timed_roofs(workloads: list[Workload], device: str) -> dict[str, Roofs]:
     return {dtype: roofs(dtype, device) for dtype in sorted({w.dtype for w in workloads})}
-
-
-def machine(device: str) -> dict[str, str]:
-    """What the figures depend on; the value of "name" is that of the results file."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if importlib.util.find_spec("triton"):
-        versions["triton"] = importlib.import_module("triton").__version__
-    if device == "cuda":
-        processor = torch.cuda.get_device_name()
-        versions |= {"cuda": str(torch.version.cuda), "driver": gpu_state().get("driver_version", "unknown")}
-    else:
-        processor = hardware.processor()
-        versions["threads"] = str(torch.get_num_threads())
-    name = re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
-    return {"name": name, "processor": processor, "system": platform.platform(), **versions}

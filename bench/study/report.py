@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from study_arms import CHANGES, MAIN, PUBLISHED, REPLAYED, Settings, base_of
-
+from bench.study.arms import CHANGES, MAIN, PUBLISHED, REPLAYED, Settings, base_of
 from safe_train.algorithms.controller import Controller, Moments
 from safe_train.config import SafeConfig
 from safe_train.run.report import numbers
@@ -243,9 +242,8 @@ def grouped(rows: Iterable[Row], *stages: str) -> dict[str, list[Row]]:
 def write_report(results: Path) -> None:
     """`study.md` beside `study.jsonl`, and a picture for each reward."""
     rows = current(read_rows(results))
-    parts = [
-        f"Written by `python bench/study.py --report` from {results.name}; ± is a 95 % confidence interval over seeds."
-    ]
+    written = f"Written by `python bench/study/run.py --report` from {results.name}"
+    parts = [f"{written}; ± is a 95 % confidence interval over seeds."]
     for reward in dict.fromkeys(row["reward"] for row in rows):
         of_reward = [row for row in rows if row["reward"] == reward]
         parts += section(reward, of_reward)

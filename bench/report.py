@@ -1,4 +1,4 @@
-"""The picture of a results file: time and memory against N, with the measured roofs, newest row of each point."""
+"""What a person sees of the rows: a table of each workload, ratios to another revision, a picture of a results file."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from bench.measurement.rows import ALL_PASSES, BASELINES, Row
+from bench.measurement.workloads import Workload
 
 Record = dict[str, Any]
 ENTRANCES = ("logits", "hidden", "loss")
@@ -18,8 +16,54 @@ FIXED_COLORS = {"pytorch": "0.4", "safe-kernels torch": "tab:blue", "safe-kernel
 OTHER_COLORS = [i for i in range(20) if i not in (0, 6, 14)]  # of tab20, without those above
 
 
+def table(workload: Workload, rows: list[Row]) -> str:
+    """A line a provider; times as many times faster than plain PyTorch, memory beyond inputs and gradients."""
+    parts = [part for part in dict.fromkeys(row.part for row in rows) if part != ALL_PASSES]
+    width = max(28, *(len(row.provider) for row in rows))
+    lines = [str(workload), f"  {'':{width}}  {'gate':6}" + "".join(f"  {part:>37}" for part in parts)]
+    base = {row.part: row.seconds for row in rows if row.provider in BASELINES}
+    for name in dict.fromkeys(row.provider for row in rows):
+        of_name = {row.part: row for row in rows if row.provider == name}
+        first = next(iter(of_name.values()))
+        line = f"  {name:{width}}  {first.gate or '-':6}"
+        if first.part == ALL_PASSES:
+            line += f"  {first.status}: {first.reason}"
+        line += "".join(f"  {_cell(of_name[part], base.get(part)):>37}" for part in parts if part in of_name)
+        if first.status == "ok" and first.lacks:
+            line += f"  lacks {', '.join(first.lacks)}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _cell(row: Row, base: float | None) -> str:
+    if row.seconds is None:
+        return row.status
+    if row.units is not None:
+        return f"{1e6 * row.seconds:.1f} us{row.units:7.1f} units"
+    ratio = f"{base / row.seconds:6.2f}x" if base else " " * 7
+    memory = "" if row.peak_bytes is None else f"{(row.peak_bytes - (row.gradient_bytes or 0)) / 2**20:8.1f} MiB"
+    share = "" if row.roof_share is None else f"{row.roof_share:5.0%}"
+    return f"{1e3 * row.seconds:.2f} ms{ratio}{memory}{share}"
+
+
+def ratios(rows: list[Row]) -> str:
+    """This tree's time over the revision's, of each provider that both have."""
+    found = {(row.provider, row.part): row.seconds for row in rows if row.seconds is not None}
+    lines = []
+    for (name, part), seconds in found.items():
+        before, _, revision = name.partition(" @")
+        if revision and (before, part) in found:
+            lines.append(f"  {before}, {part}: {found[before, part] / seconds:.3f} of its time at {revision}")
+    return "\n".join(lines)
+
+
 def draw_picture(path: Path) -> Path:
-    """Write <machine>.png beside <machine>.jsonl."""
+    """<machine>.png beside <machine>.jsonl: time and memory against N, with the measured roofs, newest row of each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     records = newest([json.loads(line) for line in path.read_text().splitlines()])
     names = sorted({r["provider"] for r in records})
     colors = {name: plt.get_cmap("tab20")(OTHER_COLORS[i % 17]) for i, name in enumerate(names)} | FIXED_COLORS
@@ -39,9 +83,9 @@ def draw_picture(path: Path) -> Path:
 
 
 def newest(records: list[Record]) -> list[Record]:
-    """The last row of each provider, workload and pass that has a time, of the kernels on random or real inputs."""
+    """The last row of each provider, workload and pass that has a time, and a peak of memory beside it."""
     keys = ("entrance", "kl", "model", "N", "dtype", "masked", "inputs", "part", "provider", "device")
-    timed = [r for r in records if r["seconds"] is not None and r["choice"] is None]
+    timed = [r for r in records if r["seconds"] is not None and r["suite"] != "host" and r["choice"] is None]
     return list({tuple(r[k] for k in keys): r for r in timed}.values())
 
 

@@ -28,6 +28,7 @@ BASE: Settings = {
 }
 BY_REWARD: dict[str, Settings] = {"word_count": {"max_new_tokens": 24}}  # fewer could not earn its length bonus
 FRESH: Settings = {"dataset": "demo_train.jsonl", "eval_dataset": "demo_eval.jsonl"}
+# This path is in the key of every row of the sweep: a file elsewhere would make the sweep anew.
 DEVELOPMENT: Settings = {"dataset": "bench/study_dev_prompts.jsonl", "eval_dataset": "demo_dev.jsonl"}
 DEVELOPMENT_SEED = 1000
 

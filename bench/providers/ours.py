@@ -1,0 +1,44 @@
+"""This project: each backend through the public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import safe_kernels
+from bench.providers.provider import KERNELS, OPERATIONS, OUTPUTS, WITH_KL, Case, Provider, Results, by_name
+
+
+def ours(entrance: str, backend: str, **options: Any) -> Callable[[Case], Results]:
+    return lambda case: by_name(getattr(safe_kernels, OPERATIONS[entrance])(**case, **options, backend=backend))
+
+
+class Computed(torch.autograd.Function):
+    """The leaf's memory, as what an operation returned: a trainer's logits are no leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def over_the_logits(run: Callable[[Case], Results]) -> Callable[[Case], Results]:
+    return lambda case: run(case | {"logits": Computed.apply(case["logits"])})
+
+
+def our_providers() -> list[Provider]:
+    on_gpus: dict[str, Any] = {"needs_gpu": KERNELS, "interpreted": True}
+    found = []
+    for name, where in (("torch", {}), ("triton", on_gpus)):
+        for entrance, outputs in OUTPUTS.items():
+            found.append(Provider(f"safe-kernels {name}", entrance, outputs, ours(entrance, name), **where))
+        in_place = over_the_logits(ours("logits", name, inplace_backward=True))
+        found.append(Provider(f"safe-kernels {name}, in place", "logits", WITH_KL, in_place, **where))
+    fused = ours("hidden", "triton", batch_invariant=True)
+    return [*found, Provider("safe-kernels triton, batch-invariant", "hidden", WITH_KL, fused, **on_gpus)]

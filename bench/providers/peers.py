@@ -1,0 +1,172 @@
+"""Other projects, each imported when it is first called. One that knows no mask gets the live rows alone."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from bench.providers.provider import KERNELS, PER_TOKEN, STATS, WITH_KL, Case, Provider, Results
+from bench.providers.pytorch import with_policy_loss
+
+
+def on_live_rows(stats: Callable[[Case], Results]) -> Callable[[Case], Results]:
+    """And puts the results back in their places."""
+
+    @functools.wraps(stats)
+    def run(case: Case) -> Results:
+        mask = case["mask"]
+        if mask is None:
+            return stats(case)
+        found = stats({name: x[mask] if name in PER_TOKEN and x is not None else x for name, x in case.items()})
+        return {name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in found.items()}
+
+    return run
+
+
+def trl_logits(case: Case) -> Results:
+    from trl.kernels import selective_log_softmax_and_entropy
+
+    found = selective_log_softmax_and_entropy(case["logits"], case["tokens"], 1.0, case["mask"])
+    return dict(zip(STATS, found, strict=True))
+
+
+@on_live_rows
+def trl_hidden(case: Case) -> Results:
+    """Chunked log-prob and entropy; with a reference also the chunked divergence, each with its own sweep."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
+
+    hidden, weight = case["hidden"], case["weight"]
+    arguments = (hidden, weight, None, case["tokens"], 1.0, chunk, None, 1.0, ("entropy",))
+    logprob, entropy, *_ = ChunkedLogProbFunction.apply(*arguments)
+    return {"logprob": logprob, "entropy": entropy, **(_trl_kl(case) if "ref_hidden" in case else {})}
+
+
+@on_live_rows
+def trl_divergence(case: Case) -> Results:
+    return _trl_kl(case)
+
+
+def _trl_kl(case: Case) -> Results:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    reverse_kl = 1.0
+    head = case["weight"]
+    arguments = (case["hidden"], head, None, case["ref_hidden"], head, None, reverse_kl)
+    return {"kl": ChunkedDivergenceFunction.apply(*arguments)[0]}
+
+
+def interpret_trl() -> None:
+    """Make TRL take its Triton kernels for CPU tensors, too, which Triton's interpreter then runs."""
+    if importlib.util.find_spec("trl"):
+        for name in ("chunked_logprob", "chunked_divergence"):
+            importlib.import_module(f"trl.kernels.{name}")._use_triton = lambda device: True  # type: ignore[attr-defined]
+
+
+@on_live_rows
+def quack(case: Case) -> Results:
+    """CuTe kernels for Hopper and newer; log-prob alone."""
+    from quack.cross_entropy import cross_entropy
+
+    return {"logprob": -cross_entropy(case["logits"], case["tokens"], reduction="none")}
+
+
+@on_live_rows
+def liger(case: Case) -> Results:
+    """On sm_90 its CuTe kernels, elsewhere its chunked PyTorch."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    arguments = (case["hidden"], case["weight"], case["tokens"], 1.0, -100, 1, True)
+    nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(*arguments)
+    return {"logprob": -nll, "entropy": entropy}
+
+
+@on_live_rows
+def liger_cross_entropy(case: Case) -> Results:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    nll = liger_fused_linear_cross_entropy(case["hidden"], case["weight"], case["tokens"], reduction="none")
+    return {"logprob": -nll}
+
+
+def cut_cross_entropy(**options: Any) -> Callable[[Case], Results]:
+    @on_live_rows
+    def run(case: Case) -> Results:
+        from cut_cross_entropy import linear_cross_entropy
+
+        nll = linear_cross_entropy(case["hidden"], case["weight"], case["tokens"], reduction="none", **options)
+        return {"logprob": -nll}
+
+    return run
+
+
+@on_live_rows
+def verl_torch(case: Case) -> Results:
+    module = _without_package_init("verl.utils.experimental.torch_functional", "verl", "verl.utils")
+    return dict(zip(STATS, module.FusedLinearForPPO()(case["hidden"], case["weight"], case["tokens"]), strict=True))
+
+
+@on_live_rows
+def verl_triton(case: Case) -> Results:
+    module = _without_package_init("verl.utils.kernel.linear_cross_entropy", "verl", "verl.utils")
+    found = module.linear_cross_entropy(case["hidden"], case["weight"], case["tokens"], 1.0, "none", None)
+    return dict(zip(STATS, found, strict=True))
+
+
+@functools.cache
+def _without_package_init(module: str, *packages: str) -> types.ModuleType:
+    """Import a module whose packages import what it does not need: verl's want ray and tensordict."""
+    for name in packages:
+        if name not in sys.modules:
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.submodule_search_locations is None:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            package = types.ModuleType(name)
+            package.__path__ = list(spec.submodule_search_locations)
+            sys.modules[name] = package
+    return importlib.import_module(module)
+
+
+@on_live_rows
+def torch_chunked(case: Case) -> Results:
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy
+
+    options = LinearCrossEntropyOptions()
+    nll = linear_cross_entropy(case["hidden"], case["weight"], case["tokens"], reduction="none", options=options)
+    return {"logprob": -nll}
+
+
+def peer_providers() -> list[Provider]:
+    only_cuda = "asserts CUDA tensors"
+    autotuned = "Triton kernels tuned on a GPU at their first call"
+    stats = [
+        Provider("trl", "hidden", WITH_KL, trl_hidden, "trl"),
+        Provider("liger", "hidden", STATS, liger, "liger-kernel"),
+        Provider("verl torch", "hidden", STATS, verl_torch, "verl"),
+        Provider("verl triton", "hidden", STATS, verl_triton, "verl", needs_gpu=only_cuda),
+    ]
+    losses = [
+        Provider(p.name, "loss", ("loss", *p.outputs), with_policy_loss(p.run), p.package, p.needs_gpu) for p in stats
+    ]
+    cut = "cut-cross-entropy"
+    return [
+        Provider("trl", "logits", STATS, trl_logits, "trl", needs_gpu=KERNELS, interpreted=True),
+        Provider("quack", "logits", ("logprob",), quack, "quack-kernels", needs_gpu="CuTe kernels, which need a GPU"),
+        *stats,
+        *losses,
+        Provider("trl divergence", "hidden", ("kl",), trl_divergence, "trl"),
+        Provider(
+            *("liger cross-entropy", "hidden", ("logprob",), liger_cross_entropy, "liger-kernel"),
+            needs_gpu=KERNELS,
+            interpreted=True,
+        ),
+        Provider("cce", "hidden", ("logprob",), cut_cross_entropy(), cut, needs_gpu=autotuned),
+        Provider("cce, no filter", "hidden", ("logprob",), cut_cross_entropy(filter_eps=None), cut, autotuned),
+        Provider("cce torch_compile", "hidden", ("logprob",), cut_cross_entropy(impl="torch_compile"), cut, slow=True),
+        Provider("torch linear_cross_entropy", "hidden", ("logprob",), torch_chunked, slow=True),
+    ]

@@ -1,0 +1,62 @@
+"""A provider takes the arguments of the public function (`case`), does its work, and returns {output: tensor}."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measurement.workloads import Workload
+
+Case = dict[str, Any]
+Results = dict[str, Tensor]
+OPERATIONS = {
+    "logits": "token_stats",
+    "hidden": "linear_token_stats",
+    "loss": "linear_policy_loss",
+    "gae": "soft_min_gae",
+}
+PER_TOKEN = ("logits", "ref_logits", "hidden", "ref_hidden", "tokens", "mask", "old_logprob", "advantage",
+             "loss_weight", "v1", "v2", "rewards")  # fmt: skip
+STATS = ("logprob", "entropy")
+WITH_KL = (*STATS, "kl")
+POLICY = ("loss", *WITH_KL)
+OUTPUTS = {"logits": WITH_KL, "hidden": WITH_KL, "loss": POLICY, "gae": ("value", "advantage", "returns")}
+NO_KL = "no exact KL"
+KERNELS = "Triton kernels, which need a GPU"
+
+
+@dataclass(frozen=True)
+class Provider:
+    name: str
+    entrance: str
+    outputs: tuple[str, ...]  # what it offers; a workload may ask for less
+    run: Callable[[Case], Results]
+    package: str | None = None  # distribution whose version goes into the rows; None: PyTorch, or this project
+    needs_gpu: str = ""  # why it cannot run on a CPU, "" where it can
+    interpreted: bool = False  # its kernels run on a CPU in Triton's interpreter, for correctness alone
+    low_precision_only: bool = False  # the same as another provider for float32 inputs
+    slow: bool = False  # compiles for most of a minute at each shape, or takes seconds a call: not in --quick
+
+    def refusal(self, workload: Workload, device: str, interpreter: bool, quick: bool) -> str:
+        """Why it has no place in a workload on this device; "" where it has."""
+        if quick and self.slow:
+            return "too slow for --quick"
+        if workload.kl and "kl" not in self.outputs:
+            return NO_KL
+        if device == "cpu" and self.needs_gpu and not (self.interpreted and interpreter):
+            return self.needs_gpu
+        return ""
+
+    def version(self) -> str:
+        """Raises PackageNotFoundError where the peer is not installed."""
+        return torch.__version__ if self.package is None else importlib.metadata.version(self.package)
+
+
+def by_name(result: Any) -> Results:
+    """The fields of a named tuple that are there."""
+    return {name: x for name, x in result._asdict().items() if x is not None}
