@@ -52,6 +52,10 @@ SUITES = {
     "integrations": Suite(integration_workloads, partial(kernels.measured, offer=offered_in_trainers)),
     "host": Suite(host.host_workloads, host.measured, has_roofs=False),
 }
+WHAT = (
+    "kernels: each operation beside its peers; trainer: a training step beside the published layout; "
+    "integrations: functions of TRL, verl and OpenRLHF, and ours in their place; host: the Python around our kernels"
+)
 SECONDS, QUICK_SECONDS = 0.8, 0.3  # of repeats for each pass of each provider
 
 
@@ -95,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--suite", choices=[*SUITES, "all"], default="all")
+    found.add_argument("--suite", choices=[*SUITES, "all"], default="all", help=f"{WHAT}; default: all")
     found.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     found.add_argument("--quick", action="store_true", help="small shapes, few repeats")
     found.add_argument("--gate-only", action="store_true", help="toy shapes, correctness alone")

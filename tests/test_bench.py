@@ -3,7 +3,9 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 from bench import compare, providers, report, run, tune
 from bench.measurement import cost, machine, rows, timing, workloads
 from bench.providers import integrations, provider, pytorch
-from bench.suites import gate, kernels, launch_choices, trainer
+from bench.suites import gate, host, kernels, launch_choices, trainer
 from safe_train.models.attention import use_attention
 
 TOY = workloads.Workload("hidden", "toy", 24, 32, 203)
@@ -290,3 +292,48 @@ def test_a_trainer_that_is_not_installed_is_a_row():
         TOY, settings(), offer=lambda workload: [function.provider(True), function.provider(False)]
     )
     assert [row.status for row in found] == ["not installed"] * 2
+
+
+COMPILED = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def test_the_host_is_timed_in_empty_launches(tmp_path):
+    command = [sys.executable, "bench/run.py", "--suite", "host", "--quick", "--only", "logits with KL|gae"]
+    done = subprocess.run([*command, "--results", str(tmp_path)], cwd=machine.ROOT, env=COMPILED, capture_output=True)
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    (path,) = tmp_path.iterdir()  # and no picture
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(set(row) == FIELDS and row["status"] == "ok" and row["gate"] is None for row in found)
+    empty = {row["entrance"]: row["seconds"] for row in found if row["provider"] == "empty launch"}
+    ours = {(row["entrance"], row["part"]): row for row in found if row["provider"] == "safe-kernels triton"}
+    assert len(ours) == 4 and all(row["units"] == row["seconds"] / empty[row["entrance"]] for row in ours.values())
+    forward, both = (ours["logits", part]["units"] for part in (workloads.FORWARD, workloads.BACKWARD))
+    assert 1 < forward < both and report.newest(found) == []
+
+
+def test_without_a_device_kernels_are_launched_and_do_nothing():
+    script = """
+import torch, safe_kernels
+from bench.suites.no_device import empty_launch, no_device
+logits, tokens = torch.zeros(2, 8, requires_grad=True), torch.tensor([0, 1])
+with no_device() as driver:
+    empty_launch()
+    assert driver.launches == 1
+    found = safe_kernels.token_stats(logits, tokens, backend="triton")
+    assert driver.launches == 2
+    found.logprob.sum().backward()
+    assert driver.launches == 3
+try:
+    safe_kernels.token_stats(logits, tokens, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=machine.ROOT, env=COMPILED, capture_output=True, text=True
+    )
+    assert "needs tensors on a GPU" in done.stdout, done.stderr
+
+
+def test_in_the_interpreter_no_host_time_is_taken():
+    (row,) = host.measured(host.host_workloads("cpu", True)[0], settings())
+    assert row.status == "failed" and "TRITON_INTERPRET" in row.reason and row.seconds is None
