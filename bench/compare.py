@@ -14,9 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.measurement import OURS
 from bench.measurement.cost import Roofs
 from bench.measurement.machine import ROOT
-from bench.measurement.rows import OURS, Row
+from bench.measurement.rows import Row
 from bench.measurement.workloads import Workload
 from bench.suites.kernels import Settings, measured
 
@@ -37,9 +38,9 @@ class Revision:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"--compare {self.revision}: {done.stderr.strip()}")
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         command = [sys.executable, "-c", START, str(ROOT), json.dumps(dataclasses.asdict(self.settings))]
-        self.process = subprocess.Popen(command, cwd=self.tree, text=True, **pipes)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, cwd=self.tree, text=True, stdin=pipe, stdout=pipe)
         return self
 
     def __exit__(self, *error: object) -> None:

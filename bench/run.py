@@ -28,10 +28,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a checkout that is not installed
 
 from bench.compare import Revision
-from bench.measurement import timing
+from bench.measurement import OURS, timing
 from bench.measurement.cost import Roofs
 from bench.measurement.machine import RESULTS
-from bench.measurement.rows import OURS, Row, Run, append, record
+from bench.measurement.rows import Row, Run, append, record
 from bench.measurement.workloads import Workload, gate_workloads, kernel_workloads
 from bench.providers.integrations import integration_workloads
 from bench.providers.integrations import offered as offered_in_trainers
@@ -125,7 +125,9 @@ def print_header(run: Run, roofs: dict[str, Roofs]) -> None:
     print(f"{run.machine['processor']}, {versions}; commit {run.commit}{' with changes' if run.dirty else ''}")
     for dtype, found in roofs.items():
         print(f"  measured roofs: {dtype} matmul {found.flops / 1e12:.3g} TFLOP/s, copy {found.bytes / 1e9:.3g} GB/s")
-    print("  each cell: time, times faster than pytorch, memory beyond inputs and gradients, share of the roof\n")
+    if roofs:
+        print("  each cell: time, times faster than pytorch, memory beyond inputs and gradients, share of the roof")
+    print()
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def test_the_model_gives_the_floors_of_the_design():
 @pytest.mark.parametrize("kl", [False, True])
 def test_the_model_of_plain_memory_is_what_plain_allocates(kl):
     workload = dataclasses.replace(TOY, N=64, H=8, V=5003, kl=kl)
-    for row in judged(one_provider(pytorch.plain("hidden"), provider.WITH_KL), workload)[:2]:
+    for row in judged(one_provider(pytorch.plain("hidden"), workloads.WITH_KL), workload)[:2]:
         found = row.peak_bytes - row.gradient_bytes
         assert found == pytest.approx(cost.plain_bytes(workload, row.part), rel=0.05), row.part
 

@@ -15,7 +15,7 @@ from bench.gpu_session import page as gpu_page
 from bench.gpu_session import parts as gpu_parts
 from bench.gpu_session import process, session, speed
 from bench.gpu_session.place import Place
-from bench.gpu_session.records import append, read, started_items, unfinished
+from bench.gpu_session.session import append, read, started_items, unfinished
 from bench.measurement.machine import ROOT
 
 COMMAND = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--rehearse", "--commit", "abc"]
@@ -327,6 +327,12 @@ def test_without_a_device_nothing_is_tried(tmp_path):
     done = subprocess.run(command, env=hidden, capture_output=True, text=True)
     assert done.returncode == 1 and "PyTorch finds no CUDA device" in done.stdout
     assert not records(tmp_path, "correctness") and not records(tmp_path, "smoke", "check")
+
+
+def test_the_command_itself_needs_nothing_installed():
+    """A machine whose PyTorch is broken, too, gets its page."""
+    script = "import sys; sys.modules.update(dict.fromkeys(('torch', 'triton', 'numpy'))); import bench.gpu"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_the_page_of_nothing():

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 import safe_kernels
+from bench.gpu_session.page import Record
 from bench.gpu_session.place import Place
-from bench.gpu_session.records import Record, append
+from bench.gpu_session.session import append
 from bench.measurement.machine import ROOT, versions
 from bench.measurement.workloads import Workload, make_case
 from bench.providers.ours import ours, over_the_logits
@@ -29,9 +30,7 @@ def check_versions(place: Place) -> Iterator[Record]:
         raise RuntimeError("PyTorch finds no CUDA device: a CPU build of it, or no driver")
     lacks = {
         **dict.fromkeys(("pytest", "hypothesis"), "no tests of the suite in part correctness"),
-        "transformers": "no training step",
-        "peft": "no training step",
-        "datasets": "no training step",
+        **dict.fromkeys(("transformers", "peft", "datasets"), "no training step"),
         "flash-attn": "the step takes PyTorch's varlen attention",
         **dict.fromkeys(("trl", "liger-kernel", "verl", "cut-cross-entropy", "quack-kernels"), "no row of it"),
     }

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
+from bench.gpu_session.page import Record
 from bench.gpu_session.place import Place
-from bench.gpu_session.records import Record
 from bench.measurement.machine import ROOT
 from bench.suites.launch_choices import Knob
 
@@ -50,9 +50,9 @@ def inspected(inspect: Any, knob: Knob, choice: Any) -> list[Record]:
         elif knob.name == "SCAN":
             stack.enter_context(mock.patch.object(inspect, "SCAN", choice))
             cases = list(inspect.scan_cases())[:1]
-        elif knob.name in ("GEMMS", "PLAIN"):
+        elif knob.key is not None:
             stack.enter_context(mock.patch.dict(getattr(inspect, knob.name), {knob.key: choice}))
-            work = knob.key[1]
+            _, work, _ = knob.key
             cases = list(inspect.product_cases("sm_90") if work == "product" else inspect.fused_cases("sm_90"))
             wanted = {"statistics": ("none",), "with reference": ("shared", "own"), "product": (None,)}[work]
             cases = [case for case in cases if case.label["bits"] == 16 and case.label.get("reference") in wanted]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bench.gpu_session.records import Record
-from bench.measurement.rows import OURS
+from bench.measurement import OURS
 
+Record = dict[str, Any]
 Parts = dict[str, list[Record]]
 MEMORY = {("hidden", True): 400e6, ("loss", True): 1.2e9}  # bytes with a frozen head, beyond inputs and gradients
 PACKAGES = ("install", "beside", "versions")  # parts that --parts cannot name
@@ -38,11 +38,9 @@ def head(parts: Parts) -> list[str]:
         return ["Nothing has started."]
     gpu = starts[-1]["gpu"]
     commits = dict.fromkeys(f"{r['commit']}{' with changes' if r['dirty'] else ''}" for r in starts)
-    device = (
-        ", ".join([gpu["name"], f"driver {gpu['driver_version']}", gpu["memory.total"]]) if gpu else "no nvidia-smi"
-    )
-    found = (of_kind(parts, "versions", "versions") or [{}])[-1]
-    packages = ", ".join(f"{name} {version}" for name, version in found.items() if name != "system")
+    device = f"{gpu['name']}, driver {gpu['driver_version']}, {gpu['memory.total']}" if gpu else "no nvidia-smi"
+    found = of_kind(parts, "versions", "versions")[-1:]
+    packages = ", ".join(f"{name} {x}" for versions in found for name, x in versions.items() if name != "system")
     rehearsed = [r["part"] for r in starts if r["rehearsal"]]
     which = "A rehearsal" if len(rehearsed) == len(starts) else f"{', '.join(rehearsed)}: a rehearsal"
     warning = [f"**{which} on a CPU: nothing there is a measurement.**", ""] if rehearsed else []
@@ -75,9 +73,8 @@ def problems(records: list[Record]) -> list[str]:
         elif r["record"] == "row" and is_wrong(r):
             found.append(f"{r['status']}: {r['provider']}, {title(r)}: {r['reason']}")
     latest = {r["item"]: r for r in records if r["record"] == "item"}
-    found += [
-        f"{name}: {r['status']}: {r['reason']}" for name, r in latest.items() if r["status"] not in (*GOOD, "started")
-    ]
+    bad = {name: r for name, r in latest.items() if r["status"] not in (*GOOD, "started")}
+    found += [f"{name}: {r['status']}: {r['reason']}" for name, r in bad.items()]
     for r in records:
         if r["record"] == "end" and r["status"] == "failed":
             found.append(f"the part failed: {''.join(r['output'].strip().splitlines()[-1:])[:200]}")
@@ -118,25 +115,18 @@ def promises(parts: Parts) -> Iterator[tuple[str, str, str]]:
     judged = [r for r in (*records_of(parts, "check"), *records_of(parts, "test")) if r["status"] != "skipped"]
     bad = [r for r in judged if r["status"] not in GOOD] + [r for r in records_of(parts, "row") if is_wrong(r)]
     good = sum(r["status"] in GOOD for r in judged)
-    yield (
-        "exact",
-        verdict(judged, bad, unfinished(parts, "smoke", "correctness")),
-        f"{good} of {len(judged)} checks and tests",
-    )
+    text = f"{good} of {len(judged)} checks and tests"
+    yield "exact", verdict(judged, bad, unfinished(parts, "smoke", "correctness")), text
     compared, behind = comparisons(parts), slower(parts)
-    absent = {
-        r["provider"] for r in records_of(parts, "row") if r["seconds"] is None and not r["provider"].startswith(OURS)
-    }
+    untimed = {r["provider"] for r in records_of(parts, "row") if r["seconds"] is None}
+    absent = [name for name in sorted(untimed) if not name.startswith(OURS)]
     text = f"{len(compared) - len(behind)} of {len(compared)} comparisons"
-    text += f"; without a time: {', '.join(sorted(absent))}" * bool(absent)
+    text += f"; without a time: {', '.join(absent)}" * bool(absent)
     yield "faster than each other", verdict(compared, behind, unfinished(parts, "rows")), text
     rates = roof_shares(parts)
     low = [name for name, share in rates.items() if share < NEAR_THE_ROOF]
-    yield (
-        "at the roof",
-        verdict(rates, low, unfinished(parts, "roof")),
-        ", ".join(f"{name} {share:.0%}" for name, share in rates.items()),
-    )
+    text = ", ".join(f"{name} {share:.0%}" for name, share in rates.items())
+    yield "at the roof", verdict(rates, low, unfinished(parts, "roof")), text
     memory = [(r, extra_bytes(r), MEMORY[r["entrance"], r["kl"]]) for r in timed(parts) if counted(r)]
     over = [r for r, found, most in memory if found > most]
     texts = [f"{r['entrance']} {found / 1e6:.0f} MB of {most / 1e6:.0f}" for r, found, most in memory]
@@ -151,7 +141,7 @@ def records_of(parts: Parts, kind: str) -> list[Record]:
     return [r for records in parts.values() for r in records if r["record"] == kind]
 
 
-def of_kind(parts: Parts, kind: str, name: str) -> list[str]:
+def of_kind(parts: Parts, kind: str, name: str) -> list[Any]:
     return [r[name] for r in records_of(parts, kind)]
 
 
@@ -219,18 +209,15 @@ def following(parts: Parts) -> list[str]:
     options = f"--out DIR --commit {starts[-1]['commit']}" if starts else "--out DIR"
     wrong = [name for name, records in parts.items() if problems(records)]
     if wrong:
-        return [
-            f"Fix what is wrong or broken before anything else: {', '.join(wrong)}. Each file has errors and output."
-        ]
+        return [f"Fix what is wrong or broken first: {', '.join(wrong)}. Each file has errors and output."]
     found = []
     left = [name for name, records in parts.items() if name not in PACKAGES and is_left(records)]
     if left:
         found.append(f"Not all was run: `python3 bench/gpu.py --parts {' '.join(left)} --minutes 4 {options}`")
     low = [name for name, share in roof_shares(parts).items() if share < NEAR_THE_ROOF]
     if low or slower(parts):
-        tune = options.replace("--out", "--results")
-        which = "'ROWS|GEMMS|PLAIN'"
-        found.append(f"Slow kernels: `python3 bench/tune.py --minutes 4 --only {which} {tune}`, then launch.py.")
+        tune = "python3 bench/tune.py --minutes 4 --only 'ROWS|GEMMS|PLAIN' " + options.replace("--out", "--results")
+        found.append(f"Slow kernels: `{tune}`, then launch.py.")
     if records_of(parts, "row") and not any(r["rehearsal"] for r in starts):
         found.append("Commit the files under bench/results/, and bring the README's table up to date.")
     return found

@@ -18,17 +18,16 @@ from unittest import mock
 import torch
 
 from bench.gpu_session import correctness as checks
-from bench.gpu_session import packages, speed, training
-from bench.gpu_session.page import VERSIONS
+from bench.gpu_session import packages, speed
+from bench.gpu_session.page import VERSIONS, Record
 from bench.gpu_session.place import SECONDS, Place
-from bench.gpu_session.records import Record
 from bench.gpu_session.session import SHARES
 from bench.measurement.cost import Roofs, cost, itemsize, products
 from bench.measurement.machine import ROOT, versions
 from bench.measurement.workloads import BACKWARD, FORWARD, FROZEN, TRAINED, Workload, gae, of
 from bench.providers import providers
 from bench.providers.provider import Case, Provider
-from bench.suites.launch_choices import Knob
+from bench.suites.launch_choices import Knob, knobs
 from safe_kernels.triton_backend import launch
 
 H100 = Roofs(600e12, 3.0e12)  # three quarters of the 798e12 that a large bfloat16 product reached; a copy, both ways
@@ -127,8 +126,8 @@ def launches(place: Place) -> list[Item]:
 
 def step(place: Place) -> list[Item]:
     """One SAFE step of the trainer on random models, after one that warms up."""
-    small = Item("Qwen2.5-0.5B, LoRA", 16.0, lambda: training.train(place, "Qwen2.5-0.5B"))
-    large = Item("Qwen2.5-3B, LoRA", 25.0, lambda: training.train(place, "Qwen2.5-3B"), extra=True)
+    small = Item("Qwen2.5-0.5B, LoRA", 16.0, lambda: speed.train(place, "Qwen2.5-0.5B"))
+    large = Item("Qwen2.5-3B, LoRA", 25.0, lambda: speed.train(place, "Qwen2.5-3B"), extra=True)
     return [small] if place.tiny else [small, large]
 
 
@@ -164,10 +163,10 @@ def versions_beside(place: Place) -> list[Item]:
 
 def candidates() -> None:
     """What part `launches` and bench/tune.py try on Hopper, compiled without it."""
-    knobs = [knob for knob, _ in few_choices(Place())]
+    tried = [knob for knob, _ in few_choices(Place())]
     with mock.patch.object(launch, "architecture", lambda device: "sm_90"):
-        knobs += knobs(torch.device("cpu"))
-    for found in packages.compile_for_hopper(knobs):
+        tried += knobs(torch.device("cpu"))
+    for found in packages.compile_for_hopper(tried):
         print(json.dumps(found), flush=True)
 
 
@@ -192,7 +191,7 @@ def few_choices(place: Place) -> list[tuple[Knob, tuple[str, ...]]]:
         [place.shrink(qwen(entrance, kl=kl)) for kl in (False, True)] for entrance in ("logits", "hidden")
     )
     rows = [launch.RowChoice(1, columns, warps) for columns, warps in (ROWS[:1] if place.tiny else ROWS)]
-    found = [(Knob("ROWS", None, tuple(rows), tuple(logits)), (FORWARD, BACKWARD))]
+    found: list[tuple[Knob, tuple[str, ...]]] = [(Knob("ROWS", None, tuple(rows), tuple(logits)), (FORWARD, BACKWARD))]
     for (kind, tiles), workload in zip((TINY_TILES if place.tiny else TILES).items(), hidden, strict=False):
         key, names = (place.target, kind, 16), ("rows", "columns", "inner", "num_warps", "num_stages")
         table = "PLAIN" if key in launch.PLAIN else "GEMMS"

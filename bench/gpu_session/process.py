@@ -24,8 +24,7 @@ import torch
 from bench.gpu_session.page import VERSIONS
 from bench.gpu_session.parts import PARTS, Item, candidates, plan
 from bench.gpu_session.place import Place
-from bench.gpu_session.records import append
-from bench.gpu_session.session import LOST
+from bench.gpu_session.session import LOST, append
 from bench.measurement.machine import gpu_state, versions
 from bench.suites.kernels import clean, first_line
 

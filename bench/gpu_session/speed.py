@@ -1,17 +1,19 @@
-"""How fast: rows of the field, rates of kernels beside a plain copy and product, host time, launch choices."""
+"""How fast: rows of the field, rates of kernels beside a copy and a product, host time, launches, a training step."""
 
 from __future__ import annotations
 
 import functools
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from bench.gpu_session.page import Record
 from bench.gpu_session.place import SECONDS, Place
-from bench.gpu_session.records import Record
 from bench.measurement import timing
+from bench.measurement.backbones import BACKBONES, random_model
 from bench.measurement.cost import itemsize
 from bench.measurement.rows import record
 from bench.measurement.workloads import Workload, make_case
@@ -81,30 +83,16 @@ def kernel_rate(place: Place, workload: Workload, name: str) -> Iterator[Record]
 
 
 def host_times(place: Place) -> Iterator[Record]:
-    """Seconds that the host spends on a call before the device is done, on inputs so small that it never waits."""
+    """Seconds of the host for a call, its launches included, on inputs so small that it never waits for the device."""
+    count, repeats = (1, 1) if place.tiny else (host.QUICK_CALLS, host.REPEATS)
     for workload in host.host_workloads(place.device, quick=True):
         case = make_case(place.shrink(workload), place.device)
-        for part, call in host.calls(workload, case).items():
-            name = f"{OPERATIONS[workload.entrance]}{' with KL' * workload.kl}, {part}"
-            yield {"record": "host", "call": name, "seconds": host_seconds(place, call)}
-    logits = torch.zeros(16, 160, device=place.device)
-    call = functools.partial(torch.log_softmax, logits, -1)
-    yield {"record": "host", "call": "torch.log_softmax, forward", "seconds": host_seconds(place, call)}
-
-
-def host_seconds(place: Place, call: Callable[[], Any]) -> float:
-    """The median of batches of calls, the device's queue emptied between them."""
-    batches, size = (1, 1) if place.tiny else (10, 20)
-    call()
-    found = []
-    for _ in range(batches):
-        if place.device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(size):
-            call()
-        found.append((time.perf_counter() - started) / size)
-    return sorted(found)[len(found) // 2]
+        name = f"{OPERATIONS[workload.entrance]}{' with KL' * workload.kl}"
+        calls = {f"{name}, {part}": call for part, call in host.calls(workload, case).items()}
+        if workload.entrance == "logits":
+            calls["torch.log_softmax, forward"] = functools.partial(torch.log_softmax, case["logits"], -1)
+        for call, taken in host.best(calls, count, repeats).items():
+            yield {"record": "host", "call": call, "seconds": taken.median}
 
 
 def sweep(place: Place, knob: launch_choices.Knob, passes: tuple[str, ...]) -> Iterator[Record]:
@@ -114,3 +102,39 @@ def sweep(place: Place, knob: launch_choices.Knob, passes: tuple[str, ...]) -> I
     ranking = launch_choices.ranked(found)
     print(launch_choices.listing(found, ranking), flush=True)
     yield {"record": "line", "text": launch_choices.line(knob, ranking, knob.current())}
+
+
+def train(place: Place, name: str) -> Iterator[Record]:
+    """16 completions of 64 tokens to prompts of 64; the second step's times."""
+    from safe_train import SafeConfig, SafeTrainer
+
+    config = BACKBONES["tiny" if place.tiny else name]
+    tokens = 4 if place.tiny else 64
+    words = [f"w{i}" for i in range(config["vocab_size"])]
+    rows = [{"prompt": " ".join(words[i + 2 :: len(words) // (tokens + 1)][:tokens])} for i in range(16)]
+    with tempfile.TemporaryDirectory() as folder:
+        args = SafeConfig(
+            output_dir=folder, use_cpu=place.tiny, total_steps=2, prompts_per_step=16, max_prompt_tokens=tokens,
+            max_new_tokens=tokens, cache_implementation="dynamic", save_every=1000, samples_every=1000,
+        )  # fmt: skip
+        dtype = torch.float32 if place.tiny else torch.bfloat16
+        model = random_model(config, dtype, place.device, eos_token_id=1, pad_token_id=0)
+        trainer = SafeTrainer(model, number_of_words, args, rows, processing_class=word_tokenizer(words))
+        last = trainer.train()[-1]
+    attention = trainer.policy.causal_lm.config._attn_implementation
+    shown = ("time/", "memory/", "tokens_per", "sampler")
+    numbers = {key: value for key, value in last.items() if key.startswith(shown)}
+    yield {"record": "step", "model": name, "attention": attention, **numbers}
+
+
+def word_tokenizer(words: list[str]) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token=words[0], eos_token=words[1])
+
+
+def number_of_words(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(set(text.split()))) for text in completions]

@@ -1,0 +1,1 @@
+OURS = "safe-kernels"  # how the names of this project's providers begin

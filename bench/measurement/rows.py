@@ -14,7 +14,6 @@ from bench.measurement.machine import commit, identity
 from bench.measurement.timing import Timing
 from bench.measurement.workloads import SEED, Workload
 
-OURS = "safe-kernels"  # how the names of this project's providers begin
 BASELINES = ("pytorch", "published layout")
 ALL_PASSES = "all passes"
 
@@ -65,8 +64,8 @@ class Row:
     seed: int = SEED
 
     def timed(self, timing: Timing) -> Row:
-        seconds = {"seconds": timing.median, "seconds_low": timing.low, "seconds_high": timing.high}
-        return dataclasses.replace(self, **seconds, repeats=timing.repeats)
+        seconds, low, high, repeats = timing
+        return dataclasses.replace(self, seconds=seconds, seconds_low=low, seconds_high=high, repeats=repeats)
 
 
 def record(run: Run, suite: str, workload: Workload, row: Row) -> dict[str, Any]:

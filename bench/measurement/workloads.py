@@ -23,6 +23,9 @@ PASSES = {
     "gae": (FORWARD,),
     "step": ("rollout", "score", "update", "loss part"),
 }
+WITH_KL = ("logprob", "entropy", "kl")
+POLICY, VALUES = ("loss", *WITH_KL), ("value", "advantage", "returns")
+OUTPUTS = {"logits": WITH_KL, "hidden": WITH_KL, "loss": POLICY, "gae": VALUES}
 SEED = 0
 
 
@@ -49,10 +52,7 @@ class Workload:
     @property
     def outputs(self) -> tuple[str, ...]:
         """What a provider returns here if it lacks nothing."""
-        if self.entrance == "gae":
-            return ("value", "advantage", "returns")
-        stats = ("logprob", "entropy", "kl") if self.kl else ("logprob", "entropy")
-        return ("loss", *stats) if self.entrance == "loss" else stats
+        return tuple(name for name in OUTPUTS[self.entrance] if name != "kl" or self.kl)
 
     def graded(self, outputs: tuple[str, ...]) -> list[str]:
         """The outputs that receive a gradient."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.measurement.rows import OURS
+from bench.measurement import OURS
 from bench.measurement.workloads import Workload
 from bench.providers.ours import our_providers
 from bench.providers.peers import peer_providers

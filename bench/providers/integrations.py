@@ -25,13 +25,13 @@ class Function(NamedTuple):
     name: str
     entrance: str  # "hidden" or "logits": what it starts from
     outputs: tuple[str, ...]
-    call: Callable[[Any, Case], Results]  # of the function, whoever wrote it
+    call: Callable[[Any, Case], Any]  # of the function, whoever wrote it: its outputs, in their order
 
     def provider(self, patched: bool) -> Provider:
         name = f"{'safe-kernels in ' if patched else ''}{self.package} {self.name}"
 
         def run(case: Case) -> Results:
-            return self.call(_both(self)[patched], case)
+            return dict(zip(self.outputs, self.call(_both(self)[patched], case), strict=True))
 
         return Provider(name, self.entrance, self.outputs, run, self.package)
 
@@ -59,61 +59,44 @@ def offered(workload: Workload) -> list[Provider]:
     return providers(workload)[:1] + pairs
 
 
-def trl_chunked(function: Any, case: Case) -> Results:
+def trl_chunked(function: Any, case: Case) -> Any:
     """As `add_fused_lm_head` calls it for GRPO."""
     chunk = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
     head = (case["hidden"], case["weight"], None, case["tokens"])
-    logprob, entropy, *_ = function.apply(*head, 1.0, chunk, None, 1.0, ("log_probs", "entropy"))
-    return {"logprob": logprob, "entropy": entropy}
+    return function.apply(*head, 1.0, chunk, None, 1.0, ("log_probs", "entropy"))[:2]
 
 
-def trl_both(function: Any, case: Case) -> Results:
-    return dict(zip(STATS, _in_sequences(function, case["logits"], case["tokens"]), strict=True))
-
-
-def trl_logprob(function: Any, case: Case) -> Results:
-    return {"logprob": _in_sequences(function, case["logits"], case["tokens"])[0]}
-
-
-def trl_entropy(function: Any, case: Case) -> Results:
-    return {"entropy": _in_sequences(function, case["logits"])[0]}
-
-
-def verl_fused(function: Any, case: Case) -> Results:
+def verl_fused(function: Any, case: Case) -> Any:
     """As its models call it; a method that uses nothing of its module but the size of a chunk."""
     own = importlib.import_module(_VERL_FUSED).FusedLinearForPPO()
-    return dict(zip(STATS, function(own, case["hidden"], case["weight"], case["tokens"], 1.0), strict=True))
+    return function(own, case["hidden"], case["weight"], case["tokens"], 1.0)
 
 
-def logprob_at(function: Any, case: Case) -> Results:
-    return {"logprob": function(case["logits"], case["tokens"])}
+def on(*operands: str, then: tuple[Any, ...] = (), in_sequences: bool = False) -> Callable[[Any, Case], Any]:
+    """The function of these tensors, as [sequences, time, ...] where it loops over the first axis."""
 
+    def call(function: Any, case: Case) -> Any:
+        tensors = [case[name] for name in operands]
+        if in_sequences:
+            tensors = [x.unflatten(0, (4 if len(x) % 4 == 0 else 1, -1)) for x in tensors]
+        found = function(*tensors, *then)
+        return [x.flatten() for x in (found if isinstance(found, tuple) else (found,))]
 
-def verl_logprob(function: Any, case: Case) -> Results:
-    return {"logprob": function(case["logits"], case["tokens"], False)}
-
-
-def entropy_of(function: Any, case: Case) -> Results:
-    return {"entropy": function(case["logits"])}
-
-
-def _in_sequences(function: Any, *tensors: Any) -> list[Any]:
-    """Of [sequences, time, ...], over whose first axis TRL loops."""
-    sequences = 4 if len(tensors[0]) % 4 == 0 else 1
-    found = function(*(x.unflatten(0, (sequences, -1)) for x in tensors))
-    return [x.flatten() for x in (found if isinstance(found, tuple) else (found,))]
+    return call
 
 
 _TRL, _VERL, _OPENRLHF = "trl.trainer.utils", "verl.utils.torch_functional", "openrlhf.models.utils"
 _VERL_FUSED = "verl.utils.experimental.torch_functional"
+LOGPROB, ENTROPY = ("logprob",), ("entropy",)
+AT_TOKENS, AT_TOKENS_OF_TRL = on("logits", "tokens"), on("logits", "tokens", in_sequences=True)
 TABLE = [
     Function("trl", _TRL, "_ChunkedLogProbFunction", "hidden", STATS, trl_chunked),
-    Function("trl", _TRL, "selective_log_softmax_and_entropy", "logits", STATS, trl_both),
-    Function("trl", _TRL, "selective_log_softmax", "logits", ("logprob",), trl_logprob),
-    Function("trl", _TRL, "entropy_from_logits", "logits", ("entropy",), trl_entropy),
+    Function("trl", _TRL, "selective_log_softmax_and_entropy", "logits", STATS, AT_TOKENS_OF_TRL),
+    Function("trl", _TRL, "selective_log_softmax", "logits", LOGPROB, AT_TOKENS_OF_TRL),
+    Function("trl", _TRL, "entropy_from_logits", "logits", ENTROPY, on("logits", in_sequences=True)),
     Function("verl", _VERL_FUSED, "FusedLinearForPPO.forward", "hidden", STATS, verl_fused),
-    Function("verl", _VERL, "logprobs_from_logits", "logits", ("logprob",), verl_logprob),
-    Function("verl", _VERL, "entropy_from_logits", "logits", ("entropy",), entropy_of),
-    Function("openrlhf", _OPENRLHF, "log_probs_from_logits", "logits", ("logprob",), logprob_at),
-    Function("openrlhf", _OPENRLHF, "compute_entropy", "logits", ("entropy",), entropy_of),
+    Function("verl", _VERL, "logprobs_from_logits", "logits", LOGPROB, on("logits", "tokens", then=(False,))),
+    Function("verl", _VERL, "entropy_from_logits", "logits", ENTROPY, on("logits")),
+    Function("openrlhf", _OPENRLHF, "log_probs_from_logits", "logits", LOGPROB, AT_TOKENS),
+    Function("openrlhf", _OPENRLHF, "compute_entropy", "logits", ENTROPY, on("logits")),
 ]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import safe_kernels
-from bench.providers.provider import KERNELS, OPERATIONS, OUTPUTS, WITH_KL, Case, Provider, Results, by_name
+from bench.measurement.workloads import OUTPUTS, WITH_KL
+from bench.providers.provider import KERNELS, OPERATIONS, Compute, Provider, by_name
 
 
-def ours(entrance: str, backend: str, **options: Any) -> Callable[[Case], Results]:
+def ours(entrance: str, backend: str, **options: Any) -> Compute:
     return lambda case: by_name(getattr(safe_kernels, OPERATIONS[entrance])(**case, **options, backend=backend))
 
 
@@ -28,7 +28,7 @@ class Computed(torch.autograd.Function):
         return gradient
 
 
-def over_the_logits(run: Callable[[Case], Results]) -> Callable[[Case], Results]:
+def over_the_logits(run: Compute) -> Compute:
     return lambda case: run(case | {"logits": Computed.apply(case["logits"])})
 
 

@@ -6,14 +6,18 @@ import functools
 import importlib.util
 import sys
 import types
-from collections.abc import Callable
 from typing import Any
 
-from bench.providers.provider import KERNELS, PER_TOKEN, STATS, WITH_KL, Case, Provider, Results
+import torch
+
+from bench.measurement.workloads import WITH_KL
+from bench.providers.provider import KERNELS, PER_TOKEN, STATS, Case, Compute, Provider, Results
 from bench.providers.pytorch import with_policy_loss
 
+HEAD = ("hidden", "weight", "tokens")
 
-def on_live_rows(stats: Callable[[Case], Results]) -> Callable[[Case], Results]:
+
+def on_live_rows(stats: Compute) -> Compute:
     """And puts the results back in their places."""
 
     @functools.wraps(stats)
@@ -67,12 +71,15 @@ def interpret_trl() -> None:
             importlib.import_module(f"trl.kernels.{name}")._use_triton = lambda device: True  # type: ignore[attr-defined]
 
 
-@on_live_rows
-def quack(case: Case) -> Results:
-    """CuTe kernels for Hopper and newer; log-prob alone."""
-    from quack.cross_entropy import cross_entropy
+def cross_entropy(module: str, function: str, *operands: str, **options: Any) -> Compute:
+    """Log-prob alone, by a function that returns the loss of each row."""
 
-    return {"logprob": -cross_entropy(case["logits"], case["tokens"], reduction="none")}
+    @on_live_rows
+    def run(case: Case) -> Results:
+        found = getattr(importlib.import_module(module), function)
+        return {"logprob": -found(*(case[name] for name in operands), reduction="none", **options)}
+
+    return run
 
 
 @on_live_rows
@@ -83,25 +90,6 @@ def liger(case: Case) -> Results:
     arguments = (case["hidden"], case["weight"], case["tokens"], 1.0, -100, 1, True)
     nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(*arguments)
     return {"logprob": -nll, "entropy": entropy}
-
-
-@on_live_rows
-def liger_cross_entropy(case: Case) -> Results:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    nll = liger_fused_linear_cross_entropy(case["hidden"], case["weight"], case["tokens"], reduction="none")
-    return {"logprob": -nll}
-
-
-def cut_cross_entropy(**options: Any) -> Callable[[Case], Results]:
-    @on_live_rows
-    def run(case: Case) -> Results:
-        from cut_cross_entropy import linear_cross_entropy
-
-        nll = linear_cross_entropy(case["hidden"], case["weight"], case["tokens"], reduction="none", **options)
-        return {"logprob": -nll}
-
-    return run
 
 
 @on_live_rows
@@ -133,12 +121,8 @@ def _without_package_init(module: str, *packages: str) -> types.ModuleType:
 
 @on_live_rows
 def torch_chunked(case: Case) -> Results:
-    from torch.nn import LinearCrossEntropyOptions
-    from torch.nn.functional import linear_cross_entropy
-
-    options = LinearCrossEntropyOptions()
-    nll = linear_cross_entropy(case["hidden"], case["weight"], case["tokens"], reduction="none", options=options)
-    return {"logprob": -nll}
+    options = torch.nn.LinearCrossEntropyOptions()
+    return cross_entropy("torch.nn.functional", "linear_cross_entropy", *HEAD, options=options)(case)
 
 
 def peer_providers() -> list[Provider]:
@@ -153,20 +137,21 @@ def peer_providers() -> list[Provider]:
     losses = [
         Provider(p.name, "loss", ("loss", *p.outputs), with_policy_loss(p.run), p.package, p.needs_gpu) for p in stats
     ]
-    cut = "cut-cross-entropy"
+    quack = cross_entropy("quack.cross_entropy", "cross_entropy", "logits", "tokens")
+    liger_nll = cross_entropy("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", *HEAD)
+    cce = functools.partial(cross_entropy, "cut_cross_entropy", "linear_cross_entropy", *HEAD)
+    logprob: dict[str, Any] = {"entrance": "hidden", "outputs": ("logprob",)}
+    cut: dict[str, Any] = logprob | {"package": "cut-cross-entropy"}
+    on_gpus: dict[str, Any] = {"needs_gpu": KERNELS, "interpreted": True}
     return [
-        Provider("trl", "logits", STATS, trl_logits, "trl", needs_gpu=KERNELS, interpreted=True),
+        Provider("trl", "logits", STATS, trl_logits, "trl", **on_gpus),
         Provider("quack", "logits", ("logprob",), quack, "quack-kernels", needs_gpu="CuTe kernels, which need a GPU"),
         *stats,
         *losses,
         Provider("trl divergence", "hidden", ("kl",), trl_divergence, "trl"),
-        Provider(
-            *("liger cross-entropy", "hidden", ("logprob",), liger_cross_entropy, "liger-kernel"),
-            needs_gpu=KERNELS,
-            interpreted=True,
-        ),
-        Provider("cce", "hidden", ("logprob",), cut_cross_entropy(), cut, needs_gpu=autotuned),
-        Provider("cce, no filter", "hidden", ("logprob",), cut_cross_entropy(filter_eps=None), cut, autotuned),
-        Provider("cce torch_compile", "hidden", ("logprob",), cut_cross_entropy(impl="torch_compile"), cut, slow=True),
-        Provider("torch linear_cross_entropy", "hidden", ("logprob",), torch_chunked, slow=True),
+        Provider("liger cross-entropy", run=liger_nll, package="liger-kernel", **logprob, **on_gpus),
+        Provider("cce", run=cce(), needs_gpu=autotuned, **cut),
+        Provider("cce, no filter", run=cce(filter_eps=None), needs_gpu=autotuned, **cut),
+        Provider("cce torch_compile", run=cce(impl="torch_compile"), slow=True, **cut),
+        Provider("torch linear_cross_entropy", run=torch_chunked, slow=True, **logprob),
     ]

@@ -14,18 +14,11 @@ from bench.measurement.workloads import Workload
 
 Case = dict[str, Any]
 Results = dict[str, Tensor]
-OPERATIONS = {
-    "logits": "token_stats",
-    "hidden": "linear_token_stats",
-    "loss": "linear_policy_loss",
-    "gae": "soft_min_gae",
-}
+Compute = Callable[[Case], Results]
+OPERATIONS = dict(logits="token_stats", hidden="linear_token_stats", loss="linear_policy_loss", gae="soft_min_gae")
 PER_TOKEN = ("logits", "ref_logits", "hidden", "ref_hidden", "tokens", "mask", "old_logprob", "advantage",
              "loss_weight", "v1", "v2", "rewards")  # fmt: skip
 STATS = ("logprob", "entropy")
-WITH_KL = (*STATS, "kl")
-POLICY = ("loss", *WITH_KL)
-OUTPUTS = {"logits": WITH_KL, "hidden": WITH_KL, "loss": POLICY, "gae": ("value", "advantage", "returns")}
 NO_KL = "no exact KL"
 KERNELS = "Triton kernels, which need a GPU"
 
@@ -35,7 +28,7 @@ class Provider:
     name: str
     entrance: str
     outputs: tuple[str, ...]  # what it offers; a workload may ask for less
-    run: Callable[[Case], Results]
+    run: Compute
     package: str | None = None  # distribution whose version goes into the rows; None: PyTorch, or this project
     needs_gpu: str = ""  # why it cannot run on a CPU, "" where it can
     interpreted: bool = False  # its kernels run on a CPU in Triton's interpreter, for correctness alone

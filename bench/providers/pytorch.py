@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import safe_kernels
-from bench.providers.provider import OPERATIONS, OUTPUTS, POLICY, WITH_KL, Case, Provider, Results, by_name
+from bench.measurement.workloads import OUTPUTS, POLICY, WITH_KL
+from bench.providers.provider import OPERATIONS, Case, Compute, Provider, Results, by_name
 from safe_kernels import reference
 
 
-def plain(entrance: str) -> Callable[[Case], Results]:
+def plain(entrance: str) -> Compute:
     return lambda case: by_name(operation(entrance)(**case))
 
 
@@ -22,7 +23,7 @@ def operation(entrance: str) -> Callable[..., Any]:
     return gae_loop if entrance == "gae" else getattr(reference, OPERATIONS[entrance])
 
 
-def compiled(entrance: str) -> Callable[[Case], Results]:
+def compiled(entrance: str) -> Compute:
     def run(case: Case) -> Results:
         if entrance == "gae":
             return by_name(gae_loop(**case, step=_compiled(gae_step)))
@@ -68,7 +69,7 @@ def rounded_logits(case: Case) -> Results:
     return by_name(reference.token_stats(logits, case["tokens"], mask=case["mask"], **reference_logits))
 
 
-def with_policy_loss(stats: Callable[[Case], Results]) -> Callable[[Case], Results]:
+def with_policy_loss(stats: Compute) -> Compute:
     """The loss of `linear_policy_loss` on the statistics of another provider, as its users write it."""
 
     def run(case: Case) -> Results:

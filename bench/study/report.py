@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def current(rows: Sequence[Row]) -> list[Row]:
             return row
         if row["stage"] in CHANGES:
             arm, change = chosen.get((row["reward"], base_of(row["name"]))), CHANGES[row["stage"]].get(row["name"])
-            return row if None not in (arm, change) and row["settings"] == arm | change else None
+            counts = arm is not None and change is not None and row["settings"] == {**arm, **change}
+            return row if counts else None
         own = chosen[row["reward"], row["name"]]
         has = row["settings"]
         others = [f"{key} {has.get(key)}" for key in own | has if own.get(key) != has.get(key)]
@@ -146,7 +148,7 @@ LANGUAGE = ("held-out KL", "distinct words", "drift of NLL")
 SUMMARY = columns(*TRAINING, "held-out reward", "gold", "drift of NLL")
 CHANGED = columns(*TRAINING, "held-out reward", "gold", *LANGUAGE)
 DIFFERENCES = columns("training-average reward", "KL mean", "held-out reward", "gold", *LANGUAGE)
-MATCHED: tuple[Column, ...] = tuple((f"at KL {kl}", lambda r, kl=kl: reward_at(r, kl), ".3f") for kl in MATCHED_KLS)
+MATCHED: tuple[Column, ...] = tuple((f"at KL {kl}", partial(reward_at, kl=kl), ".3f") for kl in MATCHED_KLS)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -190,7 +192,7 @@ def known_values(rows: Sequence[Row], column: Column) -> list[float]:
 
 
 def table(
-    groups: dict[str, list[Row]], columns: Sequence[Column], first: str = "", base: Sequence[Row] | None = None
+    groups: Mapping[str, Sequence[Row]], columns: Sequence[Column], first: str = "", base: Sequence[Row] | None = None
 ) -> str:
     lines = ["| " + " | ".join([first, *(column[0] for column in columns)]) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, rows in groups.items():
@@ -223,9 +225,8 @@ def replay(row: Row, change: Settings) -> Row:
     args = SafeConfig.from_dict(row["base"] | row["settings"] | {"total_steps": row["steps"]} | change)
     controller, moments, curves = Controller(args), Moments(), row["curves"]
     controls = []
-    for kl, entropy, mean, std in zip(
-        *(curves[name] for name in ("kl", "entropy", "reward", "reward_std")), strict=True
-    ):
+    signals = (curves[name] for name in ("kl", "entropy", "reward", "reward_std"))
+    for kl, entropy, mean, std in zip(*signals, strict=True):
         moments.update([mean - std, mean + std])  # which have the mean and the spread of the step's rewards
         controls.append(controller.update(kl, entropy, mean, moments.std))
     return row | {"curves": {name: [getattr(c, name) for c in controls] for name in ("kl_coef", "kl_threshold")}}
@@ -254,10 +255,9 @@ def write_report(results: Path) -> None:
 
 def section(reward: str, rows: list[Row]) -> list[str]:
     main, parts = grouped(rows, "main", "published"), [f"## {reward}"]
-    made = {
-        f"{row['device_name']}, commit {(row['commit'] or '?')[:7]}, torch {row['packages']['torch']}" for row in rows
-    }
-    parts.append(f"{'; '.join(sorted(made))}.")
+    made = [(row["device_name"], (row["commit"] or "?")[:7], row["packages"]["torch"]) for row in rows]
+    texts = {f"{device}, commit {commit}, torch {torch}" for device, commit, torch in made}
+    parts.append(f"{'; '.join(sorted(texts))}.")
     if main:
         parts += [
             "In short:",
@@ -312,7 +312,7 @@ def draw(groups: dict[str, list[Row]], target: Path, title: str) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     panels = (("step", "reward"), ("step", "kl"), ("step", "entropy"), ("kl", "reward"))
     for axis, (x, y) in zip(axes.flat, panels, strict=True):
-        for color, (name, rows) in zip(plt.get_cmap("tab10").colors, groups.items(), strict=False):
+        for color, (name, rows) in zip(map(plt.get_cmap("tab10"), range(10)), groups.items(), strict=False):
             lines = [curve(row, x, y) for row in rows]
             for xs, ys in lines:
                 axis.plot(xs, ys, color=color, alpha=0.25, linewidth=0.8)

@@ -63,9 +63,5 @@ def variety(prompts: list, completions: list) -> list[float]:
     return [distinct_words(" ".join(words)) if words else 0.0 for words in kept]
 
 
-GOLD: dict[str, Callable[[list, list], list[float]]] = {
-    "vader": without_repeats,
-    "noisy": without_repeats,
-    "exploit": without_repeats,
-    "word_count": variety,
-}
+GOLD: dict[str, Callable[[list, list], list[float]]] = {"word_count": variety}
+GOLD |= dict.fromkeys(("vader", "noisy", "exploit"), without_repeats)

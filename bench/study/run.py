@@ -129,7 +129,8 @@ def make(specs: list[Spec], args: argparse.Namespace) -> int:
     """Makes the runs, `jobs` at a time, and appends a row for each. Returns how many failed."""
     from tqdm import tqdm
 
-    waiting, running, failed = list(reversed(specs)), {}, 0
+    waiting, failed = list(reversed(specs)), 0
+    running: dict[subprocess.Popen, Spec] = {}
     folders = {spec.key: folder_of(spec, args) for spec in specs}
     with tqdm(total=sum(spec.steps for spec in specs), unit="step", smoothing=0) as bar:
         try:

@@ -11,14 +11,13 @@ Some of the rows are judged on every output and gradient; then all rows run at o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.measurement.workloads import Workload
-from bench.providers.provider import PER_TOKEN, Case, Results
+from bench.providers.provider import PER_TOKEN, Case, Compute, Results
 from bench.providers.pytorch import plain, rounded_logits, with_policy_loss
 
 ULPS = 4
@@ -67,14 +66,13 @@ class Gate:
         self.part = {name: x[self.rows] if name in PER_TOKEN and x is not None else x for name, x in case.items()}
         draw = torch.Generator(first.device).manual_seed(1)
         self.upstream = {
-            name: torch.ones((), device=first.device)
-            if name == "loss"
+            name: torch.ones((), device=first.device) if name == "loss"
             else torch.randn(len(first), generator=draw, device=first.device)
             for name in workload.graded(workload.outputs)
-        }
+        }  # fmt: skip
         self._expected: dict[tuple[str, ...], dict[str, Results]] = {}
 
-    def judge(self, run: Callable[[Case], Results], outputs: tuple[str, ...]) -> Verdict:
+    def judge(self, run: Compute, outputs: tuple[str, ...]) -> Verdict:
         """Of one provider, on the outputs that it has."""
         asked = tuple(name for name in self.workload.outputs if name in outputs)
         expected = self.expected(asked)
@@ -86,12 +84,13 @@ class Gate:
             errors = {}
             for name, x in found.items():
                 result = name.removesuffix(", all rows")
-                errors[name] = self._error(gate, name, x, expected["exact"][result], expected[gate][result])
+                seen = _distances(x, expected[gate][result], expected["exact"][result])
+                errors[name] = self._allowed(gate, name, *seen.tolist())
             if all(error.excess <= 1 for error in errors.values()):
                 return Verdict(gate, errors)
         return Verdict("red", errors)
 
-    def judge_all_rows(self, run: Callable[[Case], Results], rows_at_once: int) -> Verdict:
+    def judge_all_rows(self, run: Compute, rows_at_once: int) -> Verdict:
         """Every row, and the sums over all of them, against float64 that is made so many rows at a time."""
         outputs = self.workload.outputs
         found = self._evaluate(run, self.case, outputs, self.upstream, self.leaves)
@@ -119,8 +118,7 @@ class Gate:
         """Results of the rows: "exact" in float64, and by gate what plain PyTorch makes of them."""
         if asked not in self._expected:
             workload, upstream = self.workload, self._of_rows(self.upstream)
-            kinds: dict[str, tuple[Callable[[Case], Results], torch.dtype | None]]
-            kinds = {"exact": (self.unfused, torch.float64), "green": (self.unfused, None)}
+            kinds: dict[str, Any] = {"exact": (self.unfused, torch.float64), "green": (self.unfused, None)}
             if workload.entrance in ("hidden", "loss") and workload.dtype in ("bfloat16", "float16"):
                 rounded = rounded_logits if workload.entrance == "hidden" else with_policy_loss(rounded_logits)
                 kinds["rounds"] = (rounded, None)
@@ -134,13 +132,7 @@ class Gate:
         return {name: x[self.rows] if x.dim() else x for name, x in upstream.items()}
 
     def _evaluate(
-        self,
-        run: Callable[[Case], Results],
-        case: Case,
-        asked: tuple[str, ...],
-        upstream: Results,
-        leaves: list[str],
-        dtype: torch.dtype | None = None,
+        self, run: Compute, case: Case, asked: tuple[str, ...], upstream: Results, leaves: list[str], dtype: Any = None
     ) -> Results:
         """The outputs asked for, and the gradients of the leaves for fixed incoming gradients."""
         case = {name: _copy(x, name in leaves, dtype) for name, x in case.items()}
@@ -152,9 +144,6 @@ class Gate:
             gradients = backward(self.workload, results, asked, case, leaves, upstream)
             found |= {f"d {name}": x for name, x in zip(leaves, gradients, strict=True)}
         return found
-
-    def _error(self, gate: str, name: str, actual: Tensor, exact: Tensor, plain: Tensor) -> Error:
-        return self._allowed(gate, name, *_distances(actual, plain, exact).tolist())
 
     def _allowed(self, gate: str, name: str, error: float, plain_error: float, size: float) -> Error:
         """`size` is the largest entry."""

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 
 import safe_kernels
-from bench.measurement.rows import ALL_PASSES, OURS, Row
+from bench.measurement import OURS
+from bench.measurement.rows import ALL_PASSES, Row
 from bench.measurement.timing import Timing
 from bench.measurement.workloads import BACKWARD, FORWARD, Workload, gae, make_case
 from bench.providers.provider import OPERATIONS, Case
@@ -68,10 +69,10 @@ def measured(workload: Workload, settings: Settings, title: str = "") -> list[Ro
     return [*rows, Row(FORWARD, "empty launch", None, "ok", units=1.0).timed(unit)]
 
 
-def best(functions: dict[str, Callable[[], object]], count: int) -> dict[str, Timing]:
+def best(functions: dict[str, Callable[[], object]], count: int, repeats: int = REPEATS) -> dict[str, Timing]:
     """The best mean of each, which take turns; garbage is not collected meanwhile."""
     for function in functions.values():
-        timeit.timeit(function, number=count // 8)  # compiles, and fills caches
-    rounds = [{name: timeit.timeit(f, number=count) / count for name, f in functions.items()} for _ in range(REPEATS)]
+        timeit.timeit(function, number=1 + count // 8)  # compiles, and fills caches
+    rounds = [{name: timeit.timeit(f, number=count) / count for name, f in functions.items()} for _ in range(repeats)]
     seconds = {name: sorted(each[name] for each in rounds) for name in functions}
-    return {name: Timing(x[0], x[0], x[-1], REPEATS) for name, x in seconds.items()}
+    return {name: Timing(x[0], x[0], x[-1], repeats) for name, x in seconds.items()}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from bench.measurement import timing
+from bench.measurement import OURS, timing
 from bench.measurement.cost import Roofs, cost
-from bench.measurement.rows import ALL_PASSES, OURS, Row
+from bench.measurement.rows import ALL_PASSES, Row
 from bench.measurement.workloads import Workload, make_case
 from bench.providers import providers
 from bench.providers.provider import NO_KL, Case, Provider
@@ -108,24 +107,17 @@ def timed_rows(part: str, right: dict[Provider, Row], gate: Gate, settings: Sett
             continue
         clean(settings.device)
         call = calls[provider.name][0]
-        results = call()
-        places = {x.data_ptr() for x in cases[0].values() if isinstance(x, torch.Tensor)}
-        new = [x for x in results if x.data_ptr() not in places] if gate.workload.leaves(part) else []
-        gradient_bytes = sum(x.nbytes for x in new)
-        del results, new
-        rows.append(
-            replace(
-                row.timed(taken),
-                peak_bytes=timing.peak_bytes(call, settings.device),
-                gradient_bytes=gradient_bytes,
-                flops=floor.flops,
-                bytes=floor.bytes,
-                matmul_roof=roofs.flops,
-                copy_roof=roofs.bytes,
-                roof_share=floor.seconds(roofs) / taken.median,
-            )
-        )
+        new = new_bytes(call(), cases[0]) if gate.workload.leaves(part) else 0
+        row = replace(row.timed(taken), gradient_bytes=new, peak_bytes=timing.peak_bytes(call, settings.device))
+        row = replace(row, flops=floor.flops, bytes=floor.bytes, matmul_roof=roofs.flops, copy_roof=roofs.bytes)
+        rows.append(replace(row, roof_share=floor.seconds(roofs) / taken.median))
     return rows
+
+
+def new_bytes(results: Iterable[torch.Tensor], case: Case) -> int:
+    """Of results that do not lie in the memory of an input."""
+    places = {x.data_ptr() for x in case.values() if isinstance(x, torch.Tensor)}
+    return sum(x.nbytes for x in results if x.data_ptr() not in places)
 
 
 def call_of(provider: Provider, part: str, case: Case, gate: Gate) -> Callable[[], Any]:
@@ -151,7 +143,7 @@ def clean(device: str) -> None:
 
 
 def status_of(error: Exception, provider: str) -> str:
-    if isinstance(error, (importlib.metadata.PackageNotFoundError, ModuleNotFoundError)):
+    if isinstance(error, ModuleNotFoundError):  # PackageNotFoundError is one, too
         return "not installed"
     if isinstance(error, timing.TooSlow):
         return "too slow"

@@ -65,6 +65,10 @@ class Layout:
     """One way to lay out the same step. `hidden` and `loss` are differentiable; their sum of work is the update."""
 
     name: str
+    score: Callable[..., tuple[Any, ...]]  # () -> STATISTICS of the response tokens
+    hidden: Callable[..., Tensor]
+    response_states: Callable[..., Tensor]  # (hidden) -> [L, H]: the states that predict response tokens
+    loss: Callable[..., Tensor]  # (hidden)
     extra_bytes = 0  # of weights that only this layout holds
 
     def __init__(self, policy: Policy, inputs: Inputs, args: SafeConfig, device: str):
@@ -81,20 +85,6 @@ class Layout:
             values_KL=inputs.old_values_KL[: len(self.critic.heads)],
         )
         self.weight_L = torch.full_like(inputs.old_logprob_L, 1 / len(inputs.old_logprob_L))
-
-    def score(self) -> tuple[Any, ...]:
-        """STATISTICS of the response tokens."""
-        raise NotImplementedError
-
-    def hidden(self) -> Tensor:
-        raise NotImplementedError
-
-    def response_states(self, hidden: Tensor) -> Tensor:
-        """[L, H]: the states that predict response tokens."""
-        raise NotImplementedError
-
-    def loss(self, hidden: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def update(self) -> tuple[Tensor, ...]:
         """The loss, and the gradients of the adapters and the critic."""
