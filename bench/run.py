@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
                 left = "\n  ".join(str(w) for _, w in workloads[i:])
                 print(f"--minutes {args.minutes:g} are over; not measured:\n  {left}")
                 break
-            found = SUITES[suite].measured(workload, settings, title=f"{i + 1}/{len(workloads)}")
+            found = SUITES.get(suite, SUITES["kernels"]).measured(workload, settings, title=f"{i + 1}/{len(workloads)}")
             if other is not None and suite in ("kernels", "gate"):
                 found += other.measured(workload)
             append(path, [record(run, suite, workload, row) for row in found])

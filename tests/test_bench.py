@@ -60,6 +60,17 @@ def test_a_quick_run_writes_rows_a_table_and_a_picture(few, tmp_path, capsys):
     assert "cannot run: Triton kernels, which need a GPU" in capsys.readouterr().out
 
 
+def test_the_gate_alone_judges_both_backends_and_times_nothing(few, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "gate_workloads", lambda dtypes: [dataclasses.replace(TOY, N=4), workloads.gae(2, 20)])
+    monkeypatch.setattr(run, "interpret_trl", lambda: None)  # which would stay
+    assert run.main(["--device", "cpu", "--gate-only", "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["suite"] for row in found} == {"gate"} and not any(row["seconds"] for row in found)
+    green = {row["provider"] for row in found if row["gate"] == "green"}
+    assert {"pytorch", "safe-kernels torch", "safe-kernels triton"} <= green
+
+
 def test_a_kernel_of_this_project_that_fails_fails_the_run(few, monkeypatch, tmp_path, capsys):
     def fails(case):
         raise RuntimeError("did not compile")
