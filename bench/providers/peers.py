@@ -47,15 +47,10 @@ def trl_hidden(case: Case) -> Results:
     hidden, weight = case["hidden"], case["weight"]
     arguments = (hidden, weight, None, case["tokens"], 1.0, chunk, None, 1.0, ("entropy",))
     logprob, entropy, *_ = ChunkedLogProbFunction.apply(*arguments)
-    return {"logprob": logprob, "entropy": entropy, **(_trl_kl(case) if "ref_hidden" in case else {})}
+    return {"logprob": logprob, "entropy": entropy, **(trl_kl(case) if "ref_hidden" in case else {})}
 
 
-@on_live_rows
-def trl_divergence(case: Case) -> Results:
-    return _trl_kl(case)
-
-
-def _trl_kl(case: Case) -> Results:
+def trl_kl(case: Case) -> Results:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     reverse_kl = 1.0
@@ -148,7 +143,7 @@ def peer_providers() -> list[Provider]:
         Provider("quack", "logits", ("logprob",), quack, "quack-kernels", needs_gpu="CuTe kernels, which need a GPU"),
         *stats,
         *losses,
-        Provider("trl divergence", "hidden", ("kl",), trl_divergence, "trl"),
+        Provider("trl divergence", "hidden", ("kl",), on_live_rows(trl_kl), "trl"),
         Provider("liger cross-entropy", run=liger_nll, package="liger-kernel", **logprob, **on_gpus),
         Provider("cce", run=cce(), needs_gpu=autotuned, **cut),
         Provider("cce, no filter", run=cce(filter_eps=None), needs_gpu=autotuned, **cut),

@@ -289,9 +289,8 @@ def gate(layout: Layout, policy: Policy, base: Any, inputs: Inputs, device: str)
         errors[name] = Error.of(error, own, dtype, scale)
     worst = max((name for name in errors if name.startswith("gradient")), key=lambda name: errors[name].excess)
     red = any(error.excess > 1 for error in errors.values())
-    shown = {name: errors[name]._asdict() for name in (*STATISTICS, "loss")} | {
-        "worst gradient": errors[worst]._asdict()
-    }
+    errors["worst gradient"] = errors[worst]
+    shown = {name: errors[name]._asdict() for name in (*STATISTICS, "loss", "worst gradient")}
     return Row(ALL_PASSES, layout.name, None, "red" if red else "ok", gate="red" if red else "green", errors=shown)
 
 
