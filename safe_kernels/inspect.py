@@ -20,19 +20,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .machine_code import GPUS, counts, cuobjdump, least_seconds
+from .triton_backend import launch
 from .triton_backend.fused import CARRY, POLICY_CARRY, fused_kernel, merge_kernel
 from .triton_backend.gemm import product_kernel
-from .triton_backend.launch import (
-    GEMMS,
-    LOOK_UP,
-    MERGE,
-    PLAIN,
-    ROW_TILES_TOGETHER,
-    ROWS_BY_WARP,
-    SCAN,
-    GemmChoice,
-    RowChoice,
-)
+from .triton_backend.launch import GemmChoice, RowChoice
 from .triton_backend.rows import gradient_kernel, statistics_kernel
 from .triton_backend.values import gae_kernel, terms_kernel
 
@@ -52,16 +43,11 @@ POINTERS = {
     "mask": "*u8",
 }
 FLOATS = ("temperature", "logit_scale", "softcap", "gamma", "decay", "alpha", "threshold")
-VALUES = ("v1", "v2", "rewards", "target_v1", "target_v2", "terms")
-OPTIONAL = (
-    *("ref_logits", "temperatures", "mask", "bias", "ref_bias", "carry", "softcap", "grad_entropy", "grad_kl"),
-    *("cu_seqlens", "bootstrap", "threshold_tensor", "logit_scale", *VALUES),
-)
 COUNTED = {  # kernel, and which of its optional arguments are there
     "statistics": (statistics_kernel, ()),
     "statistics with a reference": (statistics_kernel, ("ref_logits",)),
-    "gradient": (gradient_kernel, ("grad_entropy",)),
-    "gradient with KL": (gradient_kernel, ("ref_logits", "grad_entropy", "grad_kl")),
+    "gradient": (gradient_kernel, ("grad_logprob", "grad_entropy")),
+    "gradient with KL": (gradient_kernel, ("ref_logits", "grad_logprob", "grad_entropy", "grad_kl")),
     "statistics with a reference and softcap": (statistics_kernel, ("ref_logits", "softcap")),
 }
 TOKENS, VOCABULARY = 8192, 151_936  # that the times are derived for
@@ -80,7 +66,7 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, int]
     types: dict[str, str] = {}
-    required: tuple[str, ...] = ()  # although OPTIONAL elsewhere
+    required: tuple[str, ...] = ()  # of the optional arguments
     optional: tuple[bool, ...] = (False, True)  # without and with them
 
 
@@ -95,7 +81,7 @@ def main() -> None:
 
 def counted(target: str = "sm_90") -> Iterator[dict[str, Any]]:
     """The row kernels on bfloat16 logits: instructions an element, and the times that memory and issue slots allow."""
-    choice = ROWS_BY_WARP[TARGETS[target].warp_size]
+    choice = launch.ROWS_BY_WARP[TARGETS[target].warp_size]
     for name, (kernel, present) in COUNTED.items():
         case = next(x for x in row_cases(choice) if x.kernel is kernel)._replace(required=present)
         binary = compiled(case, TARGETS[target], False)
@@ -122,7 +108,7 @@ def measured(target: str, case: Case, optional: bool) -> dict[str, Any]:
 
 def cases_of(target: str) -> Iterator[Case]:
     yield from (
-        *row_cases(ROWS_BY_WARP[TARGETS[target].warp_size]),
+        *row_cases(launch.ROWS_BY_WARP[TARGETS[target].warp_size]),
         *scan_cases(),
         *merge_cases(),
         *fused_cases(target),
@@ -133,22 +119,21 @@ def cases_of(target: str) -> Iterator[Case]:
 def row_cases(choice: RowChoice) -> Iterator[Case]:
     for kernel in (statistics_kernel, gradient_kernel):
         constants = {"ALIGNED": True, "R": choice.rows, "C": choice.columns}
-        yield Case(kernel, {"columns": choice.columns}, constants, {"num_warps": choice.num_warps})
+        options = {"num_warps": choice.num_warps}
+        yield Case(kernel, {"columns": choice.columns}, constants, options, required=("grad_logprob",))
 
 
 def scan_cases() -> Iterator[Case]:
-    options = {"num_warps": SCAN.num_warps}
-    yield Case(gae_kernel, {"tokens": SCAN.tokens}, {"B": SCAN.tokens}, options, required=VALUES)
-    constants, options = {"R": LOOK_UP.tokens}, {"num_warps": LOOK_UP.num_warps}
-    yield Case(terms_kernel, {"tokens": LOOK_UP.tokens}, constants, options, required=VALUES)
+    options = {"num_warps": launch.SCAN.num_warps}
+    yield Case(gae_kernel, {"tokens": launch.SCAN.tokens}, {"B": launch.SCAN.tokens}, options)
+    constants, options = {"R": launch.LOOK_UP.tokens}, {"num_warps": launch.LOOK_UP.num_warps}
+    yield Case(terms_kernel, {"tokens": launch.LOOK_UP.tokens}, constants, options)
 
 
 def merge_cases() -> Iterator[Case]:
     for reference in (False, True):
-        constants = {"CARRIED": carried(reference), "REFERENCE": reference, "R": MERGE.rows}
-        yield Case(
-            merge_kernel, {"reference": reference}, constants, {"num_warps": MERGE.num_warps}, required=("carry",)
-        )
+        constants = {"CARRIED": carried(reference), "REFERENCE": reference, "R": launch.MERGE.rows}
+        yield Case(merge_kernel, {"reference": reference}, constants, {"num_warps": launch.MERGE.num_warps})
 
 
 def fused_cases(target: str) -> Iterator[Case]:
@@ -156,10 +141,10 @@ def fused_cases(target: str) -> Iterator[Case]:
         work = "statistics" if reference == "none" else "with reference"
         for bits in (16, 32):
             optional = (False, True) if bits == 16 else (True,)  # the slowest to compile, and used least
-            yield fused_case(GEMMS[target, work, bits], {"reference": reference, "bits": bits}, absent, optional)
-            if (target, work, bits) in PLAIN:
+            yield fused_case(launch.GEMMS[target, work, bits], {"reference": reference, "bits": bits}, absent, optional)
+            if (target, work, bits) in launch.PLAIN:
                 label = {"reference": reference, "bits": bits, "plain": True}
-                yield fused_case(PLAIN[target, work, bits], label, (*absent, *NOT_PLAIN), optional)
+                yield fused_case(launch.PLAIN[target, work, bits], label, (*absent, *NOT_PLAIN), optional)
 
 
 def fused_case(choice: GemmChoice, label: dict[str, Any], absent: Sequence[str], optional: tuple[bool, ...]) -> Case:
@@ -168,13 +153,13 @@ def fused_case(choice: GemmChoice, label: dict[str, Any], absent: Sequence[str],
     types = {name: operand(choice, label["bits"], height, choice.inner) for name, height in operands.items()}
     constants = gemm_constants(choice) | {"CARRIED": carried(label["reference"] != "none"), "SPLIT": choice.split}
     constants |= dict.fromkeys(absent)
-    return Case(fused_kernel, label, constants, gemm_options(choice), types, ("carry",), optional)
+    return Case(fused_kernel, label, constants, gemm_options(choice), types, ("ref_hidden", "ref_weight"), optional)
 
 
 def product_cases(target: str) -> Iterator[Case]:
     """Its two uses: a tile of logits, and the sum of gradients."""
     for bits in (16, 32):
-        choice = GEMMS[target, "product", bits]
+        choice = launch.GEMMS[target, "product", bits]
         for y_by_row in (True, False):
             y_block = (choice.columns, choice.inner) if y_by_row else (choice.inner, choice.columns)
             types = {"x": operand(choice, bits, choice.rows, choice.inner), "y": operand(choice, bits, *y_block)}
@@ -190,7 +175,7 @@ def carried(reference: bool) -> int:
 def gemm_constants(choice: GemmChoice) -> dict[str, Any]:
     loads = "descriptors" if choice.descriptors else "aligned"
     tile = {"M": choice.rows, "C": choice.columns, "K": choice.inner}
-    return {"LOADS": loads, "GROUP": ROW_TILES_TOGETHER, **tile}
+    return {"LOADS": loads, "GROUP": launch.ROW_TILES_TOGETHER, **tile}
 
 
 def gemm_options(choice: GemmChoice) -> dict[str, int]:
@@ -207,7 +192,7 @@ def compiled(case: Case, target: GPUTarget, optional: bool) -> Any:
     names = case.kernel.arg_names
     constants = case.constants | {"FIRST": not optional, "LAST": True}
     if not optional:
-        constants |= dict.fromkeys(name for name in OPTIONAL if name not in case.required)
+        constants |= dict.fromkeys(optional_arguments(case.kernel) - set(case.required))
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else case.types.get(name) or kind(name) for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("H", "ref_H")]
@@ -218,6 +203,11 @@ def compiled(case: Case, target: GPUTarget, optional: bool) -> Any:
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     return triton.compile(source, target=target, options=case.options)
+
+
+def optional_arguments(kernel: Any) -> set[str]:
+    """Those that its signature says may be None."""
+    return set(re.findall(r"^    (\w+),  # .*\bor None\b", kernel.src, re.MULTILINE))
 
 
 def kind(name: str) -> str:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import vocab_parallel
+from .formulas import is_zero, soft_min
+from .inputs import without_masked
 from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
 
 
@@ -27,12 +29,12 @@ def token_stats(
     entropy = -(p * logp.masked_fill(p == 0, 0)).sum(-1)
     logprob = _at_token(logp, tokens)
     if ref_logits is None:
-        return TokenStats(_live(logprob, mask), _live(entropy, mask), None, None)
+        return TokenStats(without_masked(logprob, mask), without_masked(entropy, mask), None, None)
     logq = _log_softmax(ref_logits.detach(), temperature, mask)
     kl = (p * (logp - logq).masked_fill(p == 0, 0)).sum(-1)
     outside = ((logq == -math.inf) & (logp > -math.inf)).any(-1)  # even where p is too small for its dtype
     kl = torch.where(outside & (kl < math.inf), math.inf, kl)
-    return TokenStats(*(_live(x, mask) for x in (logprob, entropy, _at_token(logq, tokens), kl)))
+    return TokenStats(*(without_masked(x, mask) for x in (logprob, entropy, _at_token(logq, tokens), kl)))
 
 
 def linear_token_stats(
@@ -89,7 +91,7 @@ def safe_terms(
     **options,
 ) -> SafeTerms:
     stats = token_stats(logits, tokens, mask=mask, **options)
-    return _with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask)
+    return with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask)
 
 
 def linear_safe_terms(
@@ -110,14 +112,7 @@ def linear_safe_terms(
     **options,
 ) -> SafeTerms:
     stats = linear_token_stats(hidden, weight, tokens, mask=mask, **options)
-    return _with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask)
-
-
-def soft_min(v1, v2, alpha) -> Tensor:
-    v1 = _compute(v1)
-    v2 = v2.to(v1.dtype)
-    # The minimum, and what the other value adds: for any alpha nothing cancels.
-    return torch.minimum(v1, v2) - alpha * torch.log1p(torch.expm1(-(v1 - v2).abs() / alpha) / 2)
+    return with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask)
 
 
 @torch.no_grad()
@@ -133,7 +128,7 @@ def soft_min_gae(
             delta = reward[t] + gamma * next_value - value[t]
             advantage[t] = next_advantage = delta + gamma * lam * next_advantage
             next_value = value[t]
-    return ValueTargets(*(_live(x, mask) for x in (value, advantage, advantage + value)))
+    return ValueTargets(*(without_masked(x, mask) for x in (value, advantage, advantage + value)))
 
 
 def linear_policy_loss(
@@ -154,19 +149,19 @@ def linear_policy_loss(
     **head,
 ) -> PolicyLoss:
     stats = linear_token_stats(hidden, weight, tokens, mask=mask, **head)
-    old_logprob, advantage = (_live(_compute(x.detach()), mask) for x in (old_logprob, advantage))
+    old_logprob, advantage = (without_masked(_compute(x.detach()), mask) for x in (old_logprob, advantage))
     live = torch.ones_like(old_logprob) if mask is None else mask.to(old_logprob.dtype)
     share = live / live.sum().clamp(min=1)
 
     ratio = (stats.logprob - old_logprob).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
     token_loss = -torch.minimum(ratio * advantage, clipped) - entropy_coef * stats.entropy
-    if not _is_zero(kl_coef):
+    if not is_zero(kl_coef):
         token_loss = token_loss + kl_coef * stats.kl
-    if not _is_zero(kl_penalty_coef):
+    if not is_zero(kl_penalty_coef):
         token_loss = token_loss + kl_penalty_coef * (stats.kl - kl_threshold).relu() ** 2
-    weights = share if loss_weight is None else _live(_compute(loss_weight.detach()), mask)
-    loss = (weights * _live(token_loss, mask)).sum()
+    weights = share if loss_weight is None else without_masked(_compute(loss_weight.detach()), mask)
+    loss = (weights * without_masked(token_loss, mask)).sum()
     clip_fraction = (share * (clipped < ratio * advantage)).sum()
     return PolicyLoss._make([loss, *(None if x is None else x.detach() for x in (*stats, clip_fraction))])
 
@@ -184,15 +179,6 @@ def _product(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden @ weight.to(hidden.dtype).T
 
 
-def _is_zero(coefficient) -> bool:
-    """Without asking a tensor: a term that is switched off stays out of the loss even where it is infinite."""
-    return not isinstance(coefficient, Tensor) and coefficient == 0
-
-
-def _live(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x.where(mask, 0)
-
-
 def _log_softmax(logits, temperature, mask):
     if isinstance(temperature, Tensor):
         temperature = _compute(temperature if mask is None else temperature.where(mask, 1))[..., None]
@@ -208,10 +194,10 @@ def _at_token(logp, tokens):
     return logp.gather(-1, index[..., None]).squeeze(-1) * known
 
 
-def _with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask):
+def with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask):
     penalty = (stats.kl - kl_threshold).relu() ** 2
     dtype = stats.logprob.dtype
-    value = soft_min(_live(v1, mask).to(dtype), _live(v2, mask).to(dtype), alpha)
+    value = soft_min(without_masked(v1, mask).to(dtype), without_masked(v2, mask).to(dtype), alpha)
     with torch.no_grad():
         targets = (v1 if target_v1 is None else target_v1, v2 if target_v2 is None else target_v2)
         target = soft_min(targets[0].to(dtype), targets[1].to(dtype), alpha)
@@ -219,7 +205,7 @@ def _with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, 
         for steps in _sequences(target, mask, cu_seqlens):
             for t, after in zip(steps, steps[1:], strict=False):
                 value_target[t] += gamma * target[after]
-    return SafeTerms(*stats, *(_live(x, mask) for x in (penalty, value, value_target)))
+    return SafeTerms(*stats, *(without_masked(x, mask) for x in (penalty, value, value_target)))
 
 
 def _sequences(x, mask, cu_seqlens) -> list[list[tuple[int, ...]]]:

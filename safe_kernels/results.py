@@ -1,7 +1,11 @@
 """What the public functions return. Every field has the leading shape of `tokens` unless it says otherwise."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -13,9 +17,16 @@ class TokenStats(NamedTuple):
     ref_logprob: Tensor | None  # log pi_ref(token), no gradient; None without a reference
     kl: Tensor | None  # KL(pi || pi_ref) over the whole vocabulary, differentiable in the policy
 
+    @classmethod
+    def of(cls, found: Sequence[Tensor], shape: torch.Size, with_reference: bool) -> TokenStats:
+        """From flat (logprob, entropy, ref_logprob, kl)."""
+        logprob, entropy, ref_logprob, kl = found
+        reference = (ref_logprob.view(shape), kl.view(shape)) if with_reference else (None, None)
+        return cls(logprob.view(shape), entropy.view(shape), *reference)
+
 
 class SafeTerms(NamedTuple):
-    """Everything SAFE needs of a token, from one pass."""
+    """Everything SAFE needs of a token, from one pass over the vocabulary."""
 
     logprob: Tensor  # differentiable
     entropy: Tensor  # differentiable

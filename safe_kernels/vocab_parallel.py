@@ -23,56 +23,58 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from .inputs import LinearInputs, LogitsInputs, Terms
-from .objective import Objective, Slopes
+from .dispatch import Backend, register
+from .formulas import Objective
+from .inputs import LinearInputs, LogitsInputs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-
-def statistics(backend: Any, inputs: LogitsInputs | LinearInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
-    """A backend's `stats` and terms of the whole vocabulary, whoever holds it."""
-    compute = backend.logits_statistics if isinstance(inputs, LogitsInputs) else backend.linear_statistics
-    if inputs.shard is None:
-        return compute(inputs, terms)
-    local, _ = compute(inputs, None)
-    parts_KSN = gathered(local if backend.TOTALS_ARE_LOGS else log_totals(local), group_of(inputs.shard.group))
-    stats = merged(parts_KSN, inputs.shard.holders(inputs.tokens_N), inputs.temperature)
-    if inputs.mask_N is not None:
-        stats = stats.where(inputs.mask_N, 0)
-    if not backend.TOTALS_ARE_LOGS:
-        stats.unflatten(0, (-1, 4))[:, 3].exp_()
-    return stats, backend.terms_of(terms, stats, inputs.mask_N)
+Inputs = TypeVar("Inputs", LogitsInputs, LinearInputs)
 
 
-def linear_gradients(
-    backend: Any, inputs: LinearInputs, stats: Tensor, slopes: Slopes, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """A backend's gradients of (hidden, weight, bias); the weight and the bias are this rank's."""
-    hidden, *head = backend.linear_gradients(inputs, stats, slopes, needed)
-    if inputs.shard is not None and hidden is not None:
-        hidden = summed(hidden, group_of(inputs.shard.group))
-    return [hidden, *head]
+def sharded(inputs: Inputs, width: int, group: ProcessGroup) -> tuple[Inputs, str, Tensor]:
+    """The inputs with ids counted from this rank's first one, the group's name, and the bounds of all parts."""
+    bounds = vocabulary_bounds_op(inputs.tokens_N, width, group.group_name)
+    local_N = inputs.tokens_N.long() - bounds[group.rank()]
+    return inputs._replace(tokens_N=local_N), group.group_name, bounds
 
 
-def sweep(
-    backend: Any, inputs: LinearInputs, objective: Objective, needed: Sequence[bool]
+def vocabulary_bounds_fake(like: Tensor, width: int, group: str) -> Tensor:
+    return like.new_empty(group_of(group).size() + 1, dtype=torch.int64)
+
+
+@register(vocabulary_bounds_fake)
+def vocabulary_bounds_op(like: Tensor, width: int, group: str) -> Tensor:
+    """[K + 1] int64: rank r holds the ids from bounds[r] to bounds[r + 1]."""
+    return bounds_of(like, width, group_of(group))
+
+
+def merged_stats(stats: Tensor, inputs: LogitsInputs | LinearInputs, group: str, bounds: Tensor) -> Tensor:
+    """The rows of `RowStats` of the whole vocabulary from those of this rank's part, and of the other ranks'."""
+    ranks = group_of(group)
+    tokens_N = inputs.tokens_N + bounds[ranks.rank()]
+    holders_KN = (tokens_N >= bounds[:-1, None]) & (tokens_N < bounds[1:, None])
+    temperature = inputs.temperature if inputs.temperatures_N is None else inputs.temperatures_N
+    whole = merged(gathered(stats, ranks), holders_KN, temperature)
+    return whole if inputs.mask_N is None else whole.where(inputs.mask_N, 0)
+
+
+def linear_loss(
+    backend: Backend, inputs: LinearInputs, objective: Objective, needed: Sequence[bool], group: str, bounds: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """A backend's statistics and gradients of the loss. Of a part of the vocabulary it takes two sweeps: no slope is
-    known before the other ranks have given their statistics.
-    """
-    if inputs.shard is None:
-        return backend.sweep(inputs, objective, needed)
-    stats, _ = statistics(backend, inputs, None)
+    """`Backend.linear_loss` in two sweeps: no slope is known before the other ranks have given their statistics."""
+    stats = merged_stats(backend.linear_statistics(inputs), inputs, group, bounds)
     if not any(needed):
         return stats, [None] * len(needed)
-    *_, slopes = objective.evaluate(stats[0], stats[1], stats[5] if len(stats) == 8 else None)
-    return stats, linear_gradients(backend, inputs, stats, slopes, needed)
+    *_, grads = objective.evaluate(stats[0], stats[1], stats[5] if len(stats) == 8 else None)
+    hidden, *head = backend.linear_gradients(inputs, stats, grads, needed)
+    return stats, [None if hidden is None else summed(hidden, group_of(group)), *head]
 
 
 def group_of(name: str) -> ProcessGroup:
@@ -124,14 +126,6 @@ def agreed_vocabulary(
             if not torch.equal(x_KN, x_KN[:1].expand_as(x_KN)):
                 raise ValueError(f"{name} differs between the ranks of process_group; all must have the same tokens")
     return sum(widths)
-
-
-def log_totals(stats: Tensor) -> Tensor:
-    """The same with the logarithms of the totals: -inf for a row of -inf alone, whose total may be NaN."""
-    stats = stats.clone()
-    peak, total = stats.unflatten(0, (-1, 4))[:, 2:].unbind(1)
-    total.log_().masked_fill_(peak == -math.inf, -math.inf)
-    return stats
 
 
 def merged(stats_KSN: Tensor, holders_KN: Tensor, temperature: float | Tensor) -> Tensor:

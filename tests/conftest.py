@@ -50,32 +50,55 @@ def kernels(monkeypatch):
 def make_small(monkeypatch):
     """Tiles so small that a test has many."""
     from safe_kernels.torch_backend import linear, rows
-    from safe_kernels.triton_backend import launch, values
-    from safe_kernels.triton_backend import linear as triton_linear
+    from safe_kernels.triton_backend import launch
 
     monkeypatch.setattr(rows, "TILE_BYTES", 2048)
     monkeypatch.setattr(linear, "PRODUCT_BYTES", 4096)
     monkeypatch.setattr(linear, "WEIGHT_TILE_BYTES", 1024)
-    monkeypatch.setattr(triton_linear, "ROWS_OF_A_TILE", 8)
-    monkeypatch.setattr(triton_linear, "TILE_BYTES", 512)
-    monkeypatch.setattr(triton_linear, "SWEEP_BYTES", 2048)
+    monkeypatch.setattr(launch, "ROWS_OF_A_TILE", 8)
+    monkeypatch.setattr(launch, "TILE_BYTES", 512)
+    monkeypatch.setattr(launch, "SWEEP_BYTES", 2048)
     monkeypatch.setattr(launch, "ROWS", launch.RowChoice(rows=8, columns=16, num_warps=1))
     gemm = launch.GemmChoice(rows=16, columns=16, inner=16, num_warps=1, num_stages=1, split=32)
     monkeypatch.setattr(launch, "gemm_choice", lambda *_: gemm)
-    monkeypatch.setattr(values, "SCAN", launch.ScanChoice(tokens=16, num_warps=1))
+    monkeypatch.setattr(launch, "SCAN", launch.ScanChoice(tokens=16, num_warps=1))
 
 
 @pytest.fixture
 def coarse(kernels, monkeypatch):
     """For tests with many tokens or a large vocabulary, which the interpreter could not walk in such small tiles."""
-    from safe_kernels.triton_backend import launch, values
-    from safe_kernels.triton_backend import linear as triton_linear
+    from safe_kernels.triton_backend import launch
 
     monkeypatch.setattr(launch, "ROWS", launch.RowChoice(rows=32, columns=1024, num_warps=4))
-    monkeypatch.setattr(triton_linear, "ROWS_OF_A_TILE", 64)
-    monkeypatch.setattr(triton_linear, "TILE_BYTES", 64 * 512 * 4)
-    monkeypatch.setattr(triton_linear, "SWEEP_BYTES", 32 * 1000 * 4)
-    monkeypatch.setattr(values, "SCAN", launch.ScanChoice(tokens=1024, num_warps=8))
+    monkeypatch.setattr(launch, "ROWS_OF_A_TILE", 64)
+    monkeypatch.setattr(launch, "TILE_BYTES", 64 * 512 * 4)
+    monkeypatch.setattr(launch, "SWEEP_BYTES", 32 * 1000 * 4)
+    monkeypatch.setattr(launch, "SCAN", launch.ScanChoice(tokens=1024, num_warps=8))
+
+
+@pytest.fixture
+def ops_seen(monkeypatch):
+    """(op, copies of its arguments) of every op that the public functions and their gradients call."""
+    from safe_kernels import linear, logits, policy_loss, safe_terms, values, vocab_parallel
+
+    seen = []
+
+    def watched(op):
+        def copied(x):
+            if not isinstance(x, torch.Tensor):
+                return x
+            return x.detach().clone().requires_grad_(x.requires_grad and "backward" not in op.name())
+
+        def call(*arguments):
+            seen.append((op, tuple(copied(x) for x in arguments)))
+            return op(*arguments)
+
+        return call
+
+    for module in (linear, logits, policy_loss, safe_terms, values, vocab_parallel):
+        for name in [name for name in vars(module) if name.endswith("_op")]:
+            monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    return seen
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ from cases import hold, linear_case, some_mask, temperatures
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from safe_kernels import linear_token_stats
+from safe_kernels.inputs import Head, RowStats
+from safe_kernels.linear import flat_inputs
 from safe_kernels.triton_backend import gemm, launch
 from safe_kernels.triton_backend.fused import fused_statistics
 from safe_kernels.triton_backend.gemm import product
-from safe_kernels.triton_backend.logits import Asked
-from safe_kernels.triton_backend.rows import STATS
+from safe_kernels.triton_backend.logits import RowInputs
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -24,15 +25,13 @@ def descriptors(monkeypatch, kernels):
     monkeypatch.setattr(launch, "gemm_choice", lambda *_: choice)
 
 
-def statistics(hidden, weight, tokens, *, ref_hidden=None, ref_weight=None, bias=None, ref_bias=None, **asked):
-    """The rows of STATS by name, for arguments of `linear_token_stats` with one leading axis."""
-    shared = ref_weight is None and ref_bias is None
-    tensors = (hidden, weight, ref_hidden, ref_weight, bias, bias if shared else ref_bias)
-    options = {"temperature": 1.0, "mask": None} | asked
-    options["mask_N"] = options.pop("mask")
-    stats = torch.full((len(STATS), len(tokens)), math.nan)
-    fused_statistics(*tensors, Asked(tokens, len(weight), **options), stats)
-    return dict(zip(STATS if ref_hidden is not None else STATS[:4], stats.cpu(), strict=False))
+def statistics(**case):
+    """The rows of RowStats by name, for arguments of `linear_token_stats` with one leading axis."""
+    inputs = flat_inputs(Head(**case))
+    stats = torch.full((len(RowStats._fields), len(inputs.tokens_N)), math.nan)
+    fused_statistics(inputs, RowInputs.of(inputs), stats)
+    names = RowStats._fields if inputs.ref_hidden_NH is not None else RowStats._fields[:4]
+    return dict(zip(names, stats.cpu(), strict=False))
 
 
 def held(case, vocabulary=37):

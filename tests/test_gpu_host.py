@@ -12,8 +12,12 @@ from torch._subclasses import FakeTensorMode
 from triton.runtime.interpreter import InterpretedFunction
 
 from safe_kernels import reference, triton_backend
-from safe_kernels.inputs import LinearInputs, LogitsInputs, Terms
-from safe_kernels.objective import Objective
+from safe_kernels.formulas import Objective
+from safe_kernels.inputs import Head, StatsGrad, TermsInputs
+from safe_kernels.linear import flat_inputs
+from safe_kernels.logits import flat_inputs as flat_logits
+from safe_kernels.policy_loss import weights_of
+from safe_kernels.triton_backend import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # only its alignment
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,6 +34,7 @@ def rocm(monkeypatch):
         return mm(*factors, **options)
 
     monkeypatch.setattr(torch.version, "hip", "6.4")
+    launch.architecture.cache_clear()
     monkeypatch.setattr(torch, "mm", without_out_dtype)
     monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
 
@@ -40,8 +45,10 @@ def a_gpu_that_does_nothing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.Tensor, "__getitem__", item)
     monkeypatch.setattr(torch, "addmm", addmm)
+    launch.architecture.cache_clear()
     with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
         yield
+    launch.architecture.cache_clear()
 
 
 def addmm(total, x, y, *, out_dtype, out):
@@ -68,8 +75,7 @@ def contiguous(x):
 
 
 def linear_inputs(count, vocabulary, dtype, reference="shared", *, masked=False, **options):
-    absent = dict.fromkeys(("bias", "ref_hidden", "ref_weight", "ref_bias", "mask", "softcap"))
-    case = absent | {"logit_scale": 1.0, "temperature": 0.7, "batch_invariant": False} | options
+    case = {"temperature": 0.7} | options
     if reference != "none":
         case["ref_hidden"] = torch.empty(count, WIDTH, dtype=dtype)
     if reference == "own":
@@ -78,21 +84,17 @@ def linear_inputs(count, vocabulary, dtype, reference="shared", *, masked=False,
     if masked:
         case |= {"mask": torch.empty(count, dtype=torch.bool), "temperature": torch.empty(count), "softcap": 30.0}
     hidden, weight = torch.empty(count, WIDTH, dtype=dtype), torch.empty(vocabulary, WIDTH, dtype=dtype)
-    return LinearInputs.of(hidden, weight, torch.empty(count, dtype=torch.int64), **case)
+    return flat_inputs(Head(hidden, weight, torch.empty(count, dtype=torch.int64), **case))
 
 
 def objective_of(inputs):
-    noise = torch.empty(2, len(inputs.tokens_N))
-    return Objective.of(inputs, *noise, None, 0.2, 0.2, 0.01, 0.1, 0.1, 0.05)
+    old_logprob, advantage = torch.empty(2, len(inputs.tokens_N))
+    return Objective(*weights_of(inputs, old_logprob, advantage, None), 0.2, 0.2, 0.01, 0.1, 0.1, 0.05)
 
 
-def slopes_of(inputs, with_reference):
-    return (*torch.empty(2, len(inputs.tokens_N)), torch.empty(len(inputs.tokens_N)) if with_reference else None)
-
-
-def terms_of(shape):
-    numbers = torch.empty(3, *shape)
-    return Terms.of(*numbers, target_v1=None, target_v2=None, kl_threshold=0.1, alpha=0.3, gamma=0.9, cu_seqlens=None)
+def grads_of(inputs, with_reference):
+    count = len(inputs.tokens_N)
+    return StatsGrad(*torch.empty(2, count), torch.empty(count) if with_reference else None)
 
 
 def check_gradients(found, inputs, needed):
@@ -108,13 +110,13 @@ def check_gradients(found, inputs, needed):
 def test_hidden_states(dtype, reference, masked, batch_invariant):
     inputs = linear_inputs(128, 5000, dtype, reference, masked=masked, batch_invariant=batch_invariant)
     rows = 4 if reference == "none" else 8
-    stats, _ = triton_backend.linear_statistics(inputs, None)
+    stats = triton_backend.linear_statistics(inputs)
     assert (stats.shape, stats.dtype, stats.is_cuda) == ((rows, 128), torch.float32, True)
     for needed in ((True, True, True), (True, False, False)):
-        slopes = slopes_of(inputs, reference != "none")
-        check_gradients(triton_backend.linear_gradients(inputs, stats, slopes, needed), inputs, needed)
+        grads = grads_of(inputs, reference != "none")
+        check_gradients(triton_backend.linear_gradients(inputs, stats, grads, needed), inputs, needed)
         if reference != "none":
-            _, found = triton_backend.sweep(inputs, objective_of(inputs), needed)
+            _, found = triton_backend.linear_loss(inputs, objective_of(inputs), needed)
             check_gradients(found, inputs, needed)
 
 
@@ -122,25 +124,26 @@ def test_hidden_states_beside_a_head_of_another_dtype():
     inputs = linear_inputs(128, 5000, torch.bfloat16)._replace(weight_VH=torch.empty(5000, WIDTH))
     for batch_invariant in (False, True):
         inputs = inputs._replace(batch_invariant=batch_invariant)
-        stats, terms = triton_backend.linear_statistics(inputs, terms_of((4, 32)))
-        assert terms.shape == (3, 128)
+        stats = triton_backend.linear_statistics(inputs)
         needed = (True, True, False)
-        check_gradients(triton_backend.linear_gradients(inputs, stats, slopes_of(inputs, True), needed), inputs, needed)
+        check_gradients(triton_backend.linear_gradients(inputs, stats, grads_of(inputs, True), needed), inputs, needed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits(dtype):
     logits, ref_logits = torch.empty(2, 128, 50_257, dtype=dtype)
     tokens = torch.empty(128, dtype=torch.int32)
-    inputs = LogitsInputs.of(logits, tokens, ref_logits=ref_logits, temperature=1.0, mask=None)
-    stats, terms = triton_backend.logits_statistics(inputs, terms_of((4, 32)))
-    assert stats.shape == (8, 128) and terms.shape == (3, 128)
-    triton_backend.logits_gradient(inputs, stats, slopes_of(inputs, True), logits)
+    inputs = flat_logits(logits, tokens, ref_logits, 1.0, None)
+    stats = triton_backend.logits_statistics(inputs)
+    assert stats.shape == (8, 128)
+    triton_backend.logits_gradient(inputs, stats, grads_of(inputs, True), logits)
 
 
 def test_values():
     found = triton_backend.soft_min_gae(*torch.empty(3, 16, 1500), None, 0.99, 0.95, 0.3, None, None)
     assert [x.shape for x in found] == [(16, 1500)] * 3
+    inputs = TermsInputs(*torch.empty(5, 128), None, None, 32, 0.1, None, 0.3, 0.9)
+    assert triton_backend.value_terms(torch.empty(128), inputs).shape == (3, 128)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,8 +176,8 @@ def test_memory_with_a_frozen_head(closed_form, limit, build, request):
     inputs, needed = linear_inputs(8192, 151_936, torch.bfloat16), (True, False, False)
     with FakeAllocations() as seen:
         if closed_form:
-            triton_backend.sweep(inputs, objective_of(inputs), needed)
+            triton_backend.linear_loss(inputs, objective_of(inputs), needed)
         else:
-            stats, _ = triton_backend.linear_statistics(inputs, None)
-            triton_backend.linear_gradients(inputs, stats, slopes_of(inputs, True), needed)
+            stats = triton_backend.linear_statistics(inputs)
+            triton_backend.linear_gradients(inputs, stats, grads_of(inputs, True), needed)
     assert limit / 2 < seen.peak <= limit

@@ -144,7 +144,7 @@ def test_nothing_asks_the_device(backend, monkeypatch):
 
 
 def _zero_rows_as_off_the_cpu(monkeypatch):
-    monkeypatch.setattr(linear, "live", lambda inputs: (None, inputs))
+    monkeypatch.setattr(linear, "without_masked_rows", lambda inputs: (None, inputs))
 
 
 def test_strided_inputs_and_gradients(backend):

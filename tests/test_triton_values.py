@@ -17,7 +17,7 @@ BLOCK = 8  # tokens of the tests' blocks: sequences have several
 def values(kernels, monkeypatch):
     from safe_kernels.triton_backend import launch, values
 
-    monkeypatch.setattr(values, "SCAN", launch.ScanChoice(tokens=BLOCK, num_warps=1))
+    monkeypatch.setattr(launch, "SCAN", launch.ScanChoice(tokens=BLOCK, num_warps=1))
     return values
 
 
@@ -121,9 +121,9 @@ def test_bits_do_not_depend_on_other_sequences_or_the_layout(values):
 
 
 def test_the_block_of_launch_py():
-    from safe_kernels.triton_backend import values
+    from safe_kernels.triton_backend import launch, values
 
-    hold_to_loop(values, values_case((1, values.SCAN.tokens + 3), mask=some_mask((1, values.SCAN.tokens + 3))))
+    hold_to_loop(values, values_case((1, launch.SCAN.tokens + 3), mask=some_mask((1, launch.SCAN.tokens + 3))))
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3), ()])

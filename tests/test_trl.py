@@ -8,7 +8,7 @@ import torch
 from cases import hold, linear_case, logits_case, some_mask
 from memory import Allocations
 
-from safe_kernels import library
+from safe_kernels import linear
 
 pytest.importorskip("trl", reason="TRL is not installed; it needs Python 3.11: pip install 'safe-kernels[test]'")
 
@@ -119,8 +119,8 @@ def test_log_probs_from_hidden_states(dtype, setting, fast):
 def test_outputs_that_are_not_asked_for_cost_no_gradient(fast, monkeypatch):
     """The entropy of a metric must not be differentiated: GRPO asks for it in every step."""
     slopes = []
-    original = library.linear_gradients
-    monkeypatch.setattr(library, "linear_gradients", lambda *a: slopes.append(a[3]) or original(*a))
+    original = linear.linear_gradients
+    monkeypatch.setattr(linear, "linear_gradients", lambda *a: slopes.append(a[2]) or original(*a))
     case = hidden_case()
     for outputs in (("log_probs",), OUTPUTS):
         actual = hidden_results(patch.LinearLogprob.apply, case, SETTINGS["plain"], outputs, used=("log_probs",))

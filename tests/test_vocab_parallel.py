@@ -19,11 +19,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from safe_kernels import (
     checks,
+    dispatch,
     inputs,
-    library,
     linear_policy_loss,
     linear_safe_terms,
     linear_token_stats,
+    logits,
     safe_terms,
     token_stats,
     vocab_parallel,
@@ -470,27 +471,14 @@ def test_what_is_no_group_is_refused(any_backend, op, make, group):
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", ["logits, terms", "hidden, own head", "loss, all"])
-def test_ops_hold_to_what_they_register(alone, name, monkeypatch):
+def test_ops_hold_to_what_they_register(alone, name, monkeypatch, ops_seen):
     """In a group of one, which only the public functions leave out."""
-    monkeypatch.setattr(checks, "parts_of", lambda group, axis=0, **tensors: [*tensors.values(), group])
+    monkeypatch.setattr(checks, "local_parts", lambda group, axis=0, **tensors: [*tensors.values(), group])
     op, case, wrt = of(name)
-    seen = []
-    for attribute in [x for x in vars(library) if x.endswith("_op")]:
-        monkeypatch.setattr(library, attribute, functools.partial(seen_op, seen, getattr(library, attribute)))
     evaluate(op, case | {"process_group": alone}, "torch", wrt)
-    assert torch.ops.safe_kernels.vocabulary_bounds.default in [registered for registered, _ in seen]
-    for registered, arguments in seen:
+    assert torch.ops.safe_kernels.vocabulary_bounds.default in [registered for registered, _ in ops_seen]
+    for registered, arguments in list(ops_seen):
         torch.library.opcheck(registered, arguments)
-
-
-def seen_op(seen, registered, *arguments):
-    forward = "backward" not in registered.name()
-    copies = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in arguments]
-    for x, copy in zip(arguments, copies, strict=True):
-        if isinstance(x, torch.Tensor):
-            copy.requires_grad_(forward and x.requires_grad)
-    seen.append((registered, copies))
-    return registered(*arguments)
 
 
 @st.composite
@@ -512,26 +500,25 @@ def splits(draw):
 def test_any_split_is_the_whole(backend, split):
     """The merge, and the gradients of the parts from what it gives: without processes."""
     case, widths = split
-    module = library._backend(backend)
+    module = dispatch.backend_of(backend)
     whole = evaluate(token_stats, case, backend, ["logits"])
     bounds = torch.tensor([0, *np.cumsum(widths).tolist()])
     parts = []
-    for rank in range(len(widths)):
-        part = part_of(case, rank, widths) | {"mask": None}
-        parts.append(inputs.LogitsInputs.of(**part, shard=inputs.Shard("", rank, bounds)))
-    local = [module.logits_statistics(part, None)[0] for part in parts]
-    local = torch.stack([x if module.TOTALS_ARE_LOGS else vocab_parallel.log_totals(x) for x in local])
-    merged = vocab_parallel.merged(local, parts[0].shard.holders(parts[0].tokens_N), case["temperature"])
+    for rank, first in enumerate(bounds.tolist()[:-1]):
+        part = part_of(case, rank, widths)
+        ids, temperature = part["tokens"] - first, part["temperature"]
+        parts.append(logits.flat_inputs(part["logits"], ids, part["ref_logits"], temperature, None))
+    local = torch.stack([module.logits_statistics(part) for part in parts])
+    holders = (case["tokens"] >= bounds[:-1, None]) & (case["tokens"] < bounds[1:, None])
+    merged = vocab_parallel.merged(local, holders, case["temperature"])
     found = dict(zip(("logprob", "entropy", "ref_logprob", "kl"), merged[[0, 1, 4, 5]], strict=True))
 
     draw = torch.Generator().manual_seed(99)
     upstream = {name: torch.randn(9, generator=draw) for name in ("logprob", "entropy", "ref_logprob", "kl")}
-    if not module.TOTALS_ARE_LOGS:
-        merged[[3, 7]] = merged[[3, 7]].exp()
     gradients = [torch.empty_like(part.logits) for part in parts]
     for part, gradient in zip(parts, gradients, strict=True):
-        slopes = (upstream["logprob"], upstream["entropy"], upstream["kl"])
-        module.logits_gradient(part, merged, slopes, gradient)
+        grads = inputs.StatsGrad(upstream["logprob"], upstream["entropy"], upstream["kl"])
+        module.logits_gradient(part, merged, grads, gradient)
     found["d logits"] = torch.cat(gradients, -1)
 
     size = max(1.0, *(case[x].nan_to_num(0, neginf=0).abs().max().item() for x in ("logits", "ref_logits")))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 from bench.gpu_session.page import Record
 from bench.gpu_session.place import Place
@@ -44,14 +42,12 @@ def compile_for_hopper(knobs: list[Knob]) -> Iterator[Record]:
 
 
 def inspected(inspect: Any, knob: Knob, choice: Any) -> list[Record]:
-    with contextlib.ExitStack() as stack:
+    with knob.set(choice):
         if knob.name == "ROWS":
             cases = list(inspect.row_cases(choice))
         elif knob.name == "SCAN":
-            stack.enter_context(mock.patch.object(inspect, "SCAN", choice))
             cases = list(inspect.scan_cases())[:1]
         elif knob.key is not None:
-            stack.enter_context(mock.patch.dict(getattr(inspect, knob.name), {knob.key: choice}))
             _, work, _ = knob.key
             cases = list(inspect.product_cases("sm_90") if work == "product" else inspect.fused_cases("sm_90"))
             wanted = {"statistics": ("none",), "with reference": ("shared", "own"), "product": (None,)}[work]

@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -41,18 +40,10 @@ class Knob:
         value = getattr(launch, self.name)
         return value if self.key is None else value[self.key]
 
-    @contextlib.contextmanager
-    def set(self, choice: Any) -> Iterator[None]:
-        """In every module of the backend that holds the name: some import it."""
-        backend = launch.__name__.rpartition(".")[0]
-        with contextlib.ExitStack() as stack:
-            if self.key is not None:
-                stack.enter_context(mock.patch.dict(getattr(launch, self.name), {self.key: choice}))
-            else:
-                for name, module in list(sys.modules.items()):
-                    if name.startswith(backend) and hasattr(module, self.name):
-                        stack.enter_context(mock.patch.object(module, self.name, choice))
-            yield
+    def set(self, choice: Any) -> contextlib.AbstractContextManager[Any]:
+        if self.key is not None:
+            return mock.patch.dict(getattr(launch, self.name), {self.key: choice})
+        return mock.patch.object(launch, self.name, choice)
 
 
 def knobs(device: torch.device) -> list[Knob]:

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, library, ops
-from ..inputs import LinearInputs, LogitsInputs, compute_dtype
+from .. import checks, linear
+from ..dispatch import choose_backend
+from ..inputs import Head, LinearInputs, RowStats, StatsGrad, compute_dtype
+from ..logits import flat_inputs, token_stats, token_stats_backward_op, token_stats_op
 from .patch import Patch, Replacement
 
 UTILS = "trl.trainer.utils"
@@ -54,9 +56,9 @@ class LinearLogprob(torch.autograd.Function):
         logprob = log_softmax(z)[targets];  entropy = -(p * log p).sum(-1), with p = softmax(z)
         log_sum_sq_probs = log((p**2).sum(-1));  mean_logits = z.mean(-1);  is_top1 = z[targets] == z.max(-1)
 
-    with float32 logits, of which a tile is stored at a time. Under autocast hidden and weight are rounded to its dtype
-    first, and their gradients are still summed in float32. ZeRO-3 takes the weight away between forward and backward:
-    the backward gathers it again.
+    with float32 logits, of which only one tile is ever in memory. Under autocast hidden and weight are rounded to its
+    dtype first, and their gradients are still summed in float32. ZeRO-3 takes the weight away between forward and
+    backward: the backward gathers it again.
 
     Args:
         hidden, weight, bias: [N, H], [V, H] and [V] or None.
@@ -83,22 +85,21 @@ class LinearLogprob(torch.autograd.Function):
         outputs: tuple[str, ...] = ("entropy", *METRICS),
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        softcap = final_logit_softcapping
-        _, head = checks.head_arguments(
-            hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale
+        head = checks.require_head(
+            Head(hidden, weight, targets, bias, None, None, None, temperature, final_logit_softcapping, logit_scale)
         )
-        ctx.head = {name: value for name, value in head.items() if name not in ("bias", "process_group")}
         device = hidden.device.type
         ctx.rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        ctx.options = {"temperature": head.temperature, "softcap": head.softcap, "logit_scale": head.logit_scale}
         ctx.backend = _fast_backend(hidden, weight)
-        inputs = _linear_inputs(hidden, weight, bias, targets, ctx.head, ctx.rounded)
-        logprob, entropy, stats = library.statistics(inputs, ctx.backend)
+        inputs = _linear_inputs(hidden, weight, bias, targets, ctx.options, ctx.rounded)
+        logprob, entropy, *_, stats = linear.linear_token_stats_op(*inputs, None, None, ctx.backend)
         ctx.save_for_backward(hidden, weight, bias, targets, stats)
         with torch.autocast(device, enabled=False):
             metrics = [
                 _log_sum_sq_probs(inputs, stats, ctx.backend) if "log_sum_sq_probs" in outputs else None,
                 _mean_logits(inputs) if "mean_logits" in outputs else None,
-                _is_top1(logprob, stats, ctx.backend) if "is_top1" in outputs else None,
+                _is_top1(logprob, stats) if "is_top1" in outputs else None,
             ]
         ctx.mark_non_differentiable(*(x for x in metrics if x is not None))
         return logprob, entropy if "entropy" in outputs else None, *metrics
@@ -106,12 +107,13 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, stats = ctx.saved_tensors
-        slopes, needed, leaves = (grads[0], grads[1], None), ctx.needs_input_grad[:3], (hidden, weight, bias)
+        given, needed = StatsGrad(grads[0], grads[1], None), ctx.needs_input_grad[:3]
+        dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         found: list[Tensor | None] = [None, None, None]
-        if any(needed) and any(x is not None for x in slopes):
+        if any(needed) and any(x is not None for x in given):
             with _gathered(weight, bias):
-                inputs = _linear_inputs(hidden, weight, bias, targets, ctx.head, ctx.rounded)
-                found = library.linear_gradients(inputs, ctx.backend, stats, slopes, needed, leaves)
+                inputs = _linear_inputs(hidden, weight, bias, targets, ctx.options, ctx.rounded)
+                found = linear.linear_gradients(inputs, stats, given, needed, None, ctx.backend, dtypes)
         return *found, *[None] * 6
 
 
@@ -138,7 +140,7 @@ def selective_log_softmax(
     in float32 (float64 for float64 logits), which TRL's own returns on GPUs; on CPUs it returns the logits' dtype.
     """
     if index.dim() < logits.dim():
-        return ops.token_stats(logits, index, temperature=temperature, mask=_live(row_mask)).logprob
+        return token_stats(logits, index, temperature=temperature, mask=_live(row_mask)).logprob
     if index.shape[-1] == 0:
         return logits.gather(-1, index.long()).to(compute_dtype(logits))
     logprob = SelectedLogprobs.apply(logits, index.long(), temperature, _live(row_mask))
@@ -147,7 +149,7 @@ def selective_log_softmax(
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """-(p * log p).sum(-1) with p = softmax(logits), float32 (float64 for float64 logits). `chunk_size` is unused."""
-    return ops.token_stats(logits, _first_ids(logits)).entropy
+    return token_stats(logits, _first_ids(logits)).entropy
 
 
 def selective_log_softmax_and_entropy(
@@ -158,7 +160,7 @@ def selective_log_softmax_and_entropy(
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both in one pass; `index` has one token a row. The gradient of an entropy that requires none costs nothing."""
-    stats = ops.token_stats(logits, index, temperature=temperature, mask=_live(row_mask))
+    stats = token_stats(logits, index, temperature=temperature, mask=_live(row_mask))
     return stats.logprob, stats.entropy if entropy_requires_grad else stats.entropy.detach()
 
 
@@ -170,15 +172,16 @@ class SelectedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, index: Tensor, temperature: float, live: Tensor | None) -> Tensor:
-        checks.parts_of(None, logits=logits)
+        checks.local_parts(None, logits=logits)
         z = logits.gather(-1, index).to(compute_dtype(logits))
         best = z.argmax(-1, keepdim=True)
         token = index.gather(-1, best).squeeze(-1)
         rows = None if live is None else live.any(-1)
-        checks.logits_arguments(logits, token, None, rows)
-        ctx.temperature, ctx.backend = checks.is_positive("temperature", temperature), _fast_backend(logits)
-        inputs = _logits_inputs(logits, token, ctx.temperature, rows)
-        logprob, _, stats = library.statistics(inputs, ctx.backend)
+        checks.require_logits(logits, token, None, rows)
+        ctx.temperature = checks.require_number("temperature", temperature, above=0)
+        ctx.backend = _fast_backend(logits)
+        inputs = flat_inputs(logits, token, None, ctx.temperature, rows)
+        logprob, *_, stats = token_stats_op(*inputs, None, None, False, ctx.backend)
         z_best = z.gather(-1, best)
         gap = ((z - z_best) / ctx.temperature).masked_fill(z == z_best, 0)  # -inf - -inf
         result = logprob.view(token.shape).unsqueeze(-1) + gap
@@ -190,8 +193,8 @@ class SelectedLogprobs(torch.autograd.Function):
         logits, index, token, rows, stats, result = ctx.saved_tensors
         grad = grad.to(stats.dtype)
         total = grad.sum(-1)
-        inputs = _logits_inputs(logits, token, ctx.temperature, rows)
-        found = library.logits_gradient(inputs, ctx.backend, stats, (total.reshape(-1), None, None))
+        inputs = flat_inputs(logits, token, None, ctx.temperature, rows)
+        found = token_stats_backward_op(*inputs, stats, total.reshape(-1), None, None, ctx.backend)
         total = total.unsqueeze(-1)
         share = torch.where(total == 0, 0, total * result.exp())  # a row that is left out may hold NaN
         values = (_sum_of_equal(index, grad) - share) / ctx.temperature
@@ -211,8 +214,9 @@ def _sum_of_equal(index: Tensor, grad: Tensor) -> Tensor:
 
 def _log_sum_sq_probs(inputs: LinearInputs, stats: Tensor, backend: str) -> Tensor:
     """Squares of probabilities are those of half the temperature: one more pass."""
-    *_, squares = library.statistics(inputs._replace(temperature=inputs.temperature / 2), backend)
-    return library.log_total(squares, backend) - 2 * library.log_total(stats, backend)
+    halved = inputs._replace(temperature=inputs.temperature / 2)
+    *_, squares = linear.linear_token_stats_op(*halved, None, None, backend)
+    return RowStats(*squares).log_total - 2 * RowStats(*stats).log_total
 
 
 def _mean_logits(inputs: LinearInputs) -> Tensor:
@@ -234,8 +238,8 @@ def _mean_logits(inputs: LinearInputs) -> Tensor:
     return inputs.softcap / inputs.temperature / len(inputs.weight_VH) * torch.cat(totals)
 
 
-def _is_top1(logprob: Tensor, stats: Tensor, backend: str) -> Tensor:
-    best = -library.log_total(stats, backend)
+def _is_top1(logprob: Tensor, stats: Tensor) -> Tensor:
+    best = -RowStats(*stats).log_total  # the most likely token's log-prob
     return logprob >= best - TIE * torch.finfo(best.dtype).eps * best.abs().clamp(min=1)
 
 
@@ -244,21 +248,17 @@ def _linear_inputs(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    head: dict[str, Any],
+    options: dict[str, Any],
     rounded: torch.dtype | None,
 ) -> LinearInputs:
     """`rounded` is autocast's dtype, to which hidden and weight go."""
     if rounded is not None and hidden.dtype != torch.float64:
         hidden, weight = hidden.to(rounded), weight.to(rounded)
-    return LinearInputs.of(hidden, weight, targets, bias=bias, **head, mask=None, batch_invariant=False)
-
-
-def _logits_inputs(logits: Tensor, token: Tensor, temperature: float, rows: Tensor | None) -> LogitsInputs:
-    return LogitsInputs.of(logits, token, ref_logits=None, temperature=temperature, mask=rows)
+    return linear.flat_inputs(Head(hidden, weight, targets, bias, **options))
 
 
 def _fast_backend(*tensors: Tensor) -> str:
-    name = ops.chosen_backend(None, *tensors)
+    name = choose_backend(None, *tensors, has_gradient=None)
     if name == "reference":
         raise ValueError(
             "SAFE_KERNELS_BACKEND is 'reference'; inside TRL it must be 'torch' or 'triton'. TRL's own functions come "

@@ -1,18 +1,15 @@
-"""The operations in memory-lean PyTorch: any device, rows in tiles."""
+"""The operations in memory-lean PyTorch: any device, rows in tiles. `dispatch.Backend` says what each is."""
 
-from .linear import linear_gradients, linear_statistics, sweep
+from .linear import linear_gradients, linear_loss, linear_statistics
 from .logits import logits_gradient, logits_statistics
-from .values import soft_min_gae, terms_of
-
-TOTALS_ARE_LOGS = False
+from .values import soft_min_gae, value_terms
 
 __all__ = [
-    "TOTALS_ARE_LOGS",
     "linear_gradients",
+    "linear_loss",
     "linear_statistics",
     "logits_gradient",
     "logits_statistics",
     "soft_min_gae",
-    "sweep",
-    "terms_of",
+    "value_terms",
 ]

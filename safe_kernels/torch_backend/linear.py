@@ -11,80 +11,85 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import LinearInputs, Terms, compute_dtype, take
-from ..objective import Objective
-from .rows import Gradients, RowStats, Tile, Tokens, logit_gradient, new_stats, restore, row_statistics, tiles
-from .values import terms_of
+from ..formulas import Objective
+from ..inputs import LinearInputs, RowStats, StatsGrad, compute_dtype, take
+from .rows import RowInputs, Tile, logit_gradient, restore, row_statistics, tiles, write
 
 PRODUCT_BYTES = 64 << 20  # the logits of the rows that are multiplied together; a reference doubles it
 WEIGHT_TILE_BYTES = 16 << 20
 
 
-def linear_statistics(inputs: LinearInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
-    kept, live_inputs = live(inputs)
-    tokens, with_reference = tokens_of(live_inputs), inputs.ref_hidden_NH is not None
-    stats = new_stats(tokens, with_reference)
-    for product in products(live_inputs, tokens, with_reference):
-        for rows, tokens_R, tile in product.tiles():
-            row_statistics(tile, tokens_R).write(stats[:, product.rows], rows)
-    stats = spread(stats, 1, kept, len(inputs.tokens_N))
-    return stats, terms_of(terms, stats, inputs.mask_N)
+def linear_statistics(inputs: LinearInputs) -> Tensor:
+    kept, live_inputs = without_masked_rows(inputs)
+    per_row, with_reference = per_row_of(live_inputs), inputs.ref_hidden_NH is not None
+    stats = per_row.new_stats(with_reference)
+    for product in products(live_inputs, per_row, with_reference):
+        for rows, per_row_R, tile in product.tiles():
+            write(row_statistics(tile, per_row_R), stats[:, product.rows], rows)
+    return among_masked(stats, 1, kept, len(inputs.tokens_N))
 
 
 def linear_gradients(
-    inputs: LinearInputs, stats: Tensor, slopes: tuple[Tensor | None, ...], needed: Sequence[bool]
+    inputs: LinearInputs, stats: Tensor, grads: StatsGrad, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of (hidden, weight, bias), in the compute dtype; None where none is needed."""
-    kept, live_inputs = live(inputs)
+    kept, live_inputs = without_masked_rows(inputs)
+    row_stats = RowStats(*stats.unbind())
     if kept is not None:
-        stats, slopes = stats[:, kept], tuple(None if x is None else x[kept] for x in slopes)
-    tokens, head, sums = tokens_of(live_inputs), head_of(live_inputs), GradientSums(live_inputs, needed)
-    row_stats = RowStats.of(stats)
-    gradients = Gradients.of(tokens, row_stats, *slopes)
-    for product in products(live_inputs, tokens, gradients.kl is not None):
-        here = take(row_stats, product.rows), take(gradients, product.rows)
-        for rows, tokens_R, tile in product.tiles():
-            stats_R, grads_R = (take(x, rows) for x in here)
-            restore(tile, tokens_R, stats_R)
-            logit_gradient(tile, tokens_R, stats_R, grads_R)
-            tile.x.copy_(head.product_gradient(tile, tokens_R, stats_R))
+        row_stats, grads = take(row_stats, kept), take(grads, kept)
+    per_row, head, sums = per_row_of(live_inputs), head_of(live_inputs), GradientSums(live_inputs, needed)
+    grads = per_row.prepared(grads, row_stats.logprob)
+    for product in products(live_inputs, per_row, grads.kl is not None):
+        stats_here, grads_here = take(row_stats, product.rows), take(grads, product.rows)
+        for rows, per_row_R, tile in product.tiles():
+            stats_R, grads_R = take(stats_here, rows), take(grads_here, rows)
+            restore(tile, per_row_R, stats_R)
+            logit_gradient(tile, per_row_R, stats_R, grads_R)
+            tile.x.copy_(head.product_gradient(tile, per_row_R, stats_R))
         sums.add(product)
-    return sums.spread(kept, len(inputs.tokens_N))
+    return sums.among_masked(kept, len(inputs.tokens_N))
 
 
-def sweep(inputs: LinearInputs, objective: Objective, needed: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
-    """Statistics, slopes and gradients of whole rows while their logits are there."""
-    kept, live_inputs = live(inputs)
+def linear_loss(
+    inputs: LinearInputs, objective: Objective, needed: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    kept, live_inputs = without_masked_rows(inputs)
     objective = objective if kept is None else take(objective, kept)
-    tokens, with_reference, head = tokens_of(live_inputs), inputs.ref_hidden_NH is not None, head_of(live_inputs)
-    stats, sums = new_stats(tokens, with_reference), GradientSums(live_inputs, needed)
-    for product in products(live_inputs, tokens, with_reference):
+    per_row, with_reference, head = per_row_of(live_inputs), inputs.ref_hidden_NH is not None, head_of(live_inputs)
+    stats, sums = per_row.new_stats(with_reference), GradientSums(live_inputs, needed)
+    for product in products(live_inputs, per_row, with_reference):
         goal = take(objective, product.rows)
-        for rows, tokens_R, tile in product.tiles():
-            stats_R = row_statistics(tile, tokens_R)
-            stats_R.write(stats[:, product.rows], rows)
+        for rows, per_row_R, tile in product.tiles():
+            stats_R = row_statistics(tile, per_row_R)
+            write(stats_R, stats[:, product.rows], rows)
             if any(needed):
-                *_, slopes = take(goal, rows).evaluate(stats_R.logprob, stats_R.entropy, stats_R.kl)
-                logit_gradient(tile, tokens_R, stats_R, Gradients.of(tokens_R, stats_R, *slopes))
-                tile.x.copy_(head.product_gradient(tile, tokens_R, stats_R))
+                *_, grads = take(goal, rows).evaluate(stats_R.logprob, stats_R.entropy, stats_R.kl)
+                logit_gradient(tile, per_row_R, stats_R, per_row_R.prepared(grads, stats_R.logprob))
+                tile.x.copy_(head.product_gradient(tile, per_row_R, stats_R))
         sums.add(product)
-    return spread(stats, 1, kept, len(inputs.tokens_N)), sums.spread(kept, len(inputs.tokens_N))
+    count = len(inputs.tokens_N)
+    return among_masked(stats, 1, kept, count), sums.among_masked(kept, count)
 
 
-def live(inputs: LinearInputs) -> tuple[Tensor | None, LinearInputs]:
-    """Without masked tokens where leaving them out costs no synchronisation: on a CPU. With the indices of the rest."""
+def without_masked_rows(inputs: LinearInputs) -> tuple[Tensor | None, LinearInputs]:
+    """The inputs of live tokens, and their indices, where leaving the others out costs no synchronisation: on a CPU."""
     if inputs.mask_N is None or inputs.mask_N.device.type != "cpu":
         return None, inputs
     kept = inputs.mask_N.nonzero().squeeze(1)
-    return kept, inputs.take(kept)
+    names = ("hidden_NH", "ref_hidden_NH", "tokens_N", "temperatures_N")
+    given = {name: x for name in names if (x := getattr(inputs, name)) is not None}
+    return kept, inputs._replace(mask_N=None, **{name: x[kept] for name, x in given.items()})
 
 
-def spread(x: Tensor, axis: int, kept: Tensor | None, count: int) -> Tensor:
-    """Back among the masked tokens, which are 0."""
+def among_masked(x: Tensor, axis: int, kept: Tensor | None, count: int) -> Tensor:
+    """Rows of live tokens in their places among the masked ones, which are 0."""
     if kept is None:
         return x
     shape = [*x.shape[:axis], count, *x.shape[axis + 1 :]]
     return x.new_zeros(shape).index_copy_(axis, kept, x)
+
+
+def per_row_of(inputs: LinearInputs) -> RowInputs:
+    return RowInputs.of(inputs, len(inputs.weight_VH), compute_dtype(inputs.hidden_NH))
 
 
 class Head(NamedTuple):
@@ -108,10 +113,10 @@ class Head(NamedTuple):
         if self.softcap is not None:
             out_RV.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def product_gradient(self, tile: Tile, tokens: Tokens, stats: RowStats) -> Tensor:
+    def product_gradient(self, tile: Tile, per_row: RowInputs, stats: RowStats) -> Tensor:
         """Turn tile.e from d loss / d a into d loss / d (hidden @ weight.T + bias)."""
         if self.softcap is not None:
-            share = tile.x.mul_(tokens.temperature_N1).add_(stats.peak[:, None]).div_(self.softcap)
+            share = tile.x.mul_(per_row.temperature_N1).add_(stats.peak[:, None]).div_(self.softcap)
             tile.e.mul_(share.square_().neg_().add_(1))
         return tile.e if self.logit_scale == 1 else tile.e.mul_(self.logit_scale)
 
@@ -133,11 +138,6 @@ class Head(NamedTuple):
             yield slice(start, start + len(weight_CH)), buffer[: len(weight_CH)].copy_(weight_CH)
 
 
-def tokens_of(inputs: LinearInputs) -> Tokens:
-    dtype = compute_dtype(inputs.hidden_NH)
-    return Tokens.of(inputs.tokens_N, len(inputs.weight_VH), inputs.temperature, inputs.mask_N, dtype)
-
-
 def head_of(inputs: LinearInputs) -> Head:
     return Head(inputs.weight_VH, inputs.bias_V, inputs.softcap, inputs.logit_scale)
 
@@ -150,54 +150,54 @@ class Product(NamedTuple):
     """The logits of some rows, which the gradient may write over, and the hidden states they came from."""
 
     rows: slice
-    tokens: Tokens
+    per_row: RowInputs
     logits_RV: Tensor
     ref_logits_RV: Tensor | None
     hidden_RH: Tensor
 
-    def tiles(self) -> Iterator[tuple[slice, Tokens, Tile]]:
+    def tiles(self) -> Iterator[tuple[slice, RowInputs, Tile]]:
         def load(rows: slice) -> tuple[Tensor, Tensor | None]:
             return self.logits_RV[rows], None if self.ref_logits_RV is None else self.ref_logits_RV[rows]
 
-        return tiles(self.tokens, self.logits_RV.shape[1], load)
+        return tiles(self.per_row, self.logits_RV.shape[1], load)
 
 
-def products(inputs: LinearInputs, tokens: Tokens, with_reference: bool) -> Iterator[Product]:
+def products(inputs: LinearInputs, per_row: RowInputs, with_reference: bool) -> Iterator[Product]:
     """So many rows that reading the weight is worth it. All share one memory."""
-    count, vocabulary, like = len(tokens.index_N), len(inputs.weight_VH), tokens.known_N
+    count, vocabulary, like = len(per_row.index_N), len(inputs.weight_VH), per_row.known_N
     height = 1 if inputs.batch_invariant else max(1, PRODUCT_BYTES // (vocabulary * like.dtype.itemsize))
     buffers = [like.new_empty(min(height, count), vocabulary) for _ in range(1 + with_reference)]
     for start in range(0, count, height):
         rows = slice(start, min(start + height, count))
-        tokens_R, (logits, *ref_logits) = take(tokens, rows), [x[: rows.stop - rows.start] for x in buffers]
-        hidden_RH = _float_rows(inputs.hidden_NH, rows, tokens_R)
+        per_row_R, (logits, *ref_logits) = take(per_row, rows), [x[: rows.stop - rows.start] for x in buffers]
+        hidden_RH = _float_rows(inputs.hidden_NH, rows, per_row_R)
         head_of(inputs).logits(hidden_RH, logits)
         if ref_logits and inputs.ref_hidden_NH is not None:
-            ref_head_of(inputs).logits(_float_rows(inputs.ref_hidden_NH, rows, tokens_R), ref_logits[0])
-        yield Product(rows, tokens_R, logits, ref_logits[0] if ref_logits else None, hidden_RH)
+            ref_head_of(inputs).logits(_float_rows(inputs.ref_hidden_NH, rows, per_row_R), ref_logits[0])
+        yield Product(rows, per_row_R, logits, ref_logits[0] if ref_logits else None, hidden_RH)
 
 
 class GradientSums:
     """Gradients of hidden, weight and bias in the compute dtype, as far as they are needed."""
 
     def __init__(self, inputs: LinearInputs, needed: Sequence[bool]) -> None:
-        self.head, like = head_of(inputs), tokens_of(inputs).known_N
+        self.head, like = head_of(inputs), per_row_of(inputs).known_N
         leaves = zip((inputs.hidden_NH, inputs.weight_VH, inputs.bias_V), needed, strict=True)
         self.sums = [like.new_zeros(x.shape) if x is not None and need else None for x, need in leaves]
 
     def add(self, product: Product) -> None:
         """Add those of a product whose logits have become their gradient."""
-        du_RV, (hidden_NH, weight_VH, bias_V) = product.logits_RV, self.sums
-        if hidden_NH is not None:
-            hidden_NH[product.rows] = self.head.hidden_gradient(du_RV)
-        if weight_VH is not None:
-            weight_VH.addmm_(du_RV.T, product.hidden_RH)
-        if bias_V is not None:
-            bias_V.add_(du_RV.sum(0))
+        du_RV, (grad_hidden_NH, grad_weight_VH, grad_bias_V) = product.logits_RV, self.sums
+        if grad_hidden_NH is not None:
+            grad_hidden_NH[product.rows] = self.head.hidden_gradient(du_RV)
+        if grad_weight_VH is not None:
+            grad_weight_VH.addmm_(du_RV.T, product.hidden_RH)
+        if grad_bias_V is not None:
+            grad_bias_V.add_(du_RV.sum(0))
 
-    def spread(self, kept: Tensor | None, count: int) -> list[Tensor | None]:
-        hidden_NH, *rest = self.sums
-        return [None if hidden_NH is None else spread(hidden_NH, 0, kept, count), *rest]
+    def among_masked(self, kept: Tensor | None, count: int) -> list[Tensor | None]:
+        grad_hidden_NH, *rest = self.sums
+        return [None if grad_hidden_NH is None else among_masked(grad_hidden_NH, 0, kept, count), *rest]
 
 
 def _product(rows_RK: Tensor, matrix: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def _product(rows_RK: Tensor, matrix: Tensor) -> Tensor:
     return rows_RK @ matrix if len(rows_RK) > 1 else (rows_RK.expand(2, -1) @ matrix)[:1]
 
 
-def _float_rows(x_NH: Tensor, rows: slice, tokens: Tokens) -> Tensor:
+def _float_rows(x_NH: Tensor, rows: slice, per_row: RowInputs) -> Tensor:
     """A copy in the compute dtype: its alignment, hence the bits of its products, does not depend on the row."""
-    x_RH = x_NH[rows].to(tokens.known_N.dtype, copy=True)
-    return x_RH if tokens.mask_N is None else x_RH.where(tokens.mask_N[:, None], 0)
+    x_RH = x_NH[rows].to(per_row.known_N.dtype, copy=True)
+    return x_RH if per_row.mask_N is None else x_RH.where(per_row.mask_N[:, None], 0)

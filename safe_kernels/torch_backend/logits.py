@@ -8,56 +8,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..inputs import LogitsInputs, Terms, compute_dtype, take
-from .rows import (
-    Gradients,
-    RowStats,
-    Tokens,
-    logit_gradient,
-    new_stats,
-    restore,
-    row_statistics,
-    tile_height,
-    tiles,
-)
-from .values import terms_of
+from ..inputs import LogitsInputs, RowStats, StatsGrad, compute_dtype, take
+from .rows import RowInputs, logit_gradient, restore, row_statistics, tile_height, tiles, write
 
 
-def logits_statistics(inputs: LogitsInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
-    tokens = tokens_of(inputs)
-    stats = new_stats(tokens, inputs.ref_logits is not None)
-    for rows, tokens_R, tile in tiles(tokens, inputs.logits.shape[-1], _loader(inputs, tokens, inputs.ref_logits)):
-        row_statistics(tile, tokens_R).write(stats, rows)
-    return stats, terms_of(terms, stats, inputs.mask_N)
-
-
-def logits_gradient(inputs: LogitsInputs, stats: Tensor, slopes: tuple[Tensor | None, ...], out: Tensor) -> None:
-    """Write d loss / d logits to `out`, which may be the logits."""
-    tokens, row_stats = tokens_of(inputs), RowStats.of(stats)
-    gradients = Gradients.of(tokens, row_stats, *slopes)
-    reference = None if gradients.kl is None else inputs.ref_logits
-    for rows, tokens_R, tile in tiles(tokens, inputs.logits.shape[-1], _loader(inputs, tokens, reference)):
-        stats_R = take(row_stats, rows)
-        restore(tile, tokens_R, stats_R)
-        _store_rows(out, rows, logit_gradient(tile, tokens_R, stats_R, take(gradients, rows)))
-
-
-def tokens_of(inputs: LogitsInputs) -> Tokens:
+def logits_statistics(inputs: LogitsInputs) -> Tensor:
     vocabulary = inputs.logits.shape[-1]
-    return Tokens.of(inputs.tokens_N, vocabulary, inputs.temperature, inputs.mask_N, compute_dtype(inputs.logits))
+    per_row = RowInputs.of(inputs, vocabulary, compute_dtype(inputs.logits))
+    stats = per_row.new_stats(inputs.ref_logits is not None)
+    for rows, per_row_R, tile in tiles(per_row, vocabulary, _loader(inputs, per_row, inputs.ref_logits)):
+        write(row_statistics(tile, per_row_R), stats, rows)
+    return stats
+
+
+def logits_gradient(inputs: LogitsInputs, stats: Tensor, grads: StatsGrad, out: Tensor) -> None:
+    vocabulary, row_stats = inputs.logits.shape[-1], RowStats(*stats.unbind())
+    per_row = RowInputs.of(inputs, vocabulary, compute_dtype(inputs.logits))
+    grads = per_row.prepared(grads, row_stats.logprob)
+    reference = None if grads.kl is None else inputs.ref_logits
+    for rows, per_row_R, tile in tiles(per_row, vocabulary, _loader(inputs, per_row, reference)):
+        stats_R = take(row_stats, rows)
+        restore(tile, per_row_R, stats_R)
+        _store_rows(out, rows, logit_gradient(tile, per_row_R, stats_R, take(grads, rows)))
 
 
 def _loader(
-    inputs: LogitsInputs, tokens: Tokens, ref_logits: Tensor | None
+    inputs: LogitsInputs, per_row: RowInputs, ref_logits: Tensor | None
 ) -> Callable[[slice], tuple[Tensor, Tensor | None]]:
     """Copies rows of the logits into buffers of the compute dtype; a masked row becomes zeros."""
-    vocabulary, like = inputs.logits.shape[-1], tokens.known_N
+    vocabulary, like = inputs.logits.shape[-1], per_row.known_N
     height = min(tile_height(vocabulary, like), len(like))
     x, y = like.new_empty(height, vocabulary), None if ref_logits is None else like.new_empty(height, vocabulary)
 
     def fill(buffer: Tensor, source: Tensor, rows: slice) -> Tensor:
         buffer = buffer[: rows.stop - rows.start].copy_(_rows(source, rows))
-        return buffer if tokens.mask_N is None else buffer.masked_fill_(~tokens.mask_N[rows, None], 0)
+        return buffer if per_row.mask_N is None else buffer.masked_fill_(~per_row.mask_N[rows, None], 0)
 
     def load(rows: slice) -> tuple[Tensor, Tensor | None]:
         reference = None if y is None or ref_logits is None else fill(y, ref_logits, rows)

@@ -6,8 +6,7 @@ A tile holds R full rows in the compute dtype (float32, or float64 for float64 i
     row_statistics   x = (a - peak) / T;  e = exp(x);  y = x - (a_ref - ref_peak) / T
     logit_gradient   e = d loss / d a
 
-Maxima are kept on `a` and 1/T acts on differences, so that a large common offset costs no precision; `peak` and `total`
-are kept apart because their sum, the usual log-sum-exp, would.
+Maxima are kept on `a` and 1/T acts on differences, so that a large common offset costs no precision.
 
 Shapes: N tokens, R rows of a tile, V vocabulary.
 """
@@ -19,14 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import take
+from ..inputs import LinearInputs, LogitsInputs, RowStats, StatsGrad, take, without_masked
 
 TILE_BYTES = 2 << 20  # one buffer of a tile: its three, or four with a reference, stay in the caches of two cores
 GPU_TILE_BYTES = 64 << 20  # where every operation of a tile is a launch; not measured yet
 FLOOR = -1e30  # in place of -inf, which times a probability of 0 would be NaN
 
 
-class Tokens(NamedTuple):
+class RowInputs(NamedTuple):
     """What is asked of the rows, with one entry a row."""
 
     index_N: Tensor  # int64, inside the vocabulary
@@ -35,57 +34,30 @@ class Tokens(NamedTuple):
     mask_N: Tensor | None
 
     @classmethod
-    def of(
-        cls, tokens_N: Tensor, vocabulary: int, temperature: float | Tensor, mask_N: Tensor | None, dtype: torch.dtype
-    ) -> "Tokens":
+    def of(cls, inputs: LogitsInputs | LinearInputs, vocabulary: int, dtype: torch.dtype) -> "RowInputs":
         """`dtype` is the compute dtype."""
-        index = tokens_N.long().clamp(0, vocabulary - 1)
-        known = torch.where(index == tokens_N, 1.0, math.nan).to(dtype)
-        if isinstance(temperature, Tensor):
-            temperature = (temperature if mask_N is None else temperature.where(mask_N, 1)).to(dtype)[:, None]
+        temperature: float | Tensor = inputs.temperature
+        mask_N = inputs.mask_N
+        index = inputs.tokens_N.long().clamp(0, vocabulary - 1)
+        known = torch.where(index == inputs.tokens_N, 1.0, math.nan).to(dtype)
+        if inputs.temperatures_N is not None:
+            temperatures = inputs.temperatures_N if mask_N is None else inputs.temperatures_N.where(mask_N, 1)
+            temperature = temperatures.to(dtype)[:, None]
         return cls(index, known, temperature, mask_N)
 
     def live(self, x_N: Tensor) -> Tensor:
-        return x_N if self.mask_N is None else x_N.where(self.mask_N, 0)
+        return without_masked(x_N, self.mask_N)
 
     def known(self, x_N: Tensor) -> Tensor:
         return self.live(x_N * self.known_N)
 
-
-class RowStats(NamedTuple):
-    """The results of a row, and the maxima and sums from which its probabilities come back."""
-
-    logprob: Tensor
-    entropy: Tensor
-    peak: Tensor  # max a
-    total: Tensor  # sum of exp(x)
-    ref_logprob: Tensor | None = None
-    kl: Tensor | None = None
-    ref_peak: Tensor | None = None
-    ref_total: Tensor | None = None
-
-    @classmethod
-    def of(cls, stats: Tensor) -> "RowStats":
-        """The rows of `stats` [4, N], or [8, N] with a reference."""
-        return cls(*stats.unbind())
-
-    def write(self, stats: Tensor, rows: slice) -> None:
-        for whole, part in zip(stats.unbind(), self, strict=False):
-            whole[rows] = part
-
-
-class Gradients(NamedTuple):
-    """d loss / d (logprob, entropy, kl) of each token; None where nobody asks."""
-
-    logprob: Tensor | None
-    entropy: Tensor | None
-    kl: Tensor | None
-
-    @classmethod
-    def of(cls, tokens: Tokens, stats: RowStats, *grads: Tensor | None) -> "Gradients":
+    def prepared(self, grads: StatsGrad, logprob_N: Tensor) -> StatsGrad:
         """In the compute dtype, 0 where masked, NaN where the log-prob is."""
-        logprob, entropy, kl = (None if x is None else tokens.live(x.to(tokens.known_N.dtype)) for x in grads)
-        return cls(None if logprob is None else logprob.masked_fill(stats.logprob.isnan(), math.nan), entropy, kl)
+        logprob, entropy, kl = (None if x is None else self.live(x.to(self.known_N.dtype)) for x in grads)
+        return StatsGrad(None if logprob is None else logprob.masked_fill(logprob_N.isnan(), math.nan), entropy, kl)
+
+    def new_stats(self, with_reference: bool) -> Tensor:
+        return self.known_N.new_empty(8 if with_reference else 4, len(self.known_N))
 
 
 class Tile(NamedTuple):
@@ -95,21 +67,17 @@ class Tile(NamedTuple):
     y: Tensor | None
 
 
-def new_stats(tokens: Tokens, with_reference: bool) -> Tensor:
-    return tokens.known_N.new_empty(8 if with_reference else 4, len(tokens.known_N))
-
-
 def tiles(
-    tokens: Tokens, vocabulary: int, load: Callable[[slice], tuple[Tensor, Tensor | None]]
-) -> Iterator[tuple[slice, Tokens, Tile]]:
-    """Yield (rows, their tokens, a tile). `load` gives logits, and the reference's, that the tile may write over."""
-    count, like = len(tokens.index_N), tokens.known_N
+    per_row: RowInputs, vocabulary: int, load: Callable[[slice], tuple[Tensor, Tensor | None]]
+) -> Iterator[tuple[slice, RowInputs, Tile]]:
+    """Yield (rows, what is asked of them, a tile). `load` gives logits, and the reference's, to be written over."""
+    count, like = len(per_row.index_N), per_row.known_N
     height = tile_height(vocabulary, like)
     e, scratch = (like.new_empty(min(height, count), vocabulary) for _ in range(2))
     for start in range(0, count, height):
         rows = slice(start, min(start + height, count))
         x, y = load(rows)
-        yield rows, take(tokens, rows), Tile(x, e[: len(x)], scratch[: len(x)], y)
+        yield rows, take(per_row, rows), Tile(x, e[: len(x)], scratch[: len(x)], y)
 
 
 def tile_height(vocabulary: int, like: Tensor) -> int:
@@ -118,59 +86,59 @@ def tile_height(vocabulary: int, like: Tensor) -> int:
     return max(2, size // (vocabulary * like.dtype.itemsize))
 
 
-def row_statistics(tile: Tile, tokens: Tokens) -> RowStats:
+def row_statistics(tile: Tile, per_row: RowInputs) -> RowStats:
     """Statistics of a loaded tile, which is left centred: 0 where masked, NaN log-probs of an id outside.
 
     With s = sum e^x:  logprob = x_token - log s,  entropy = log s - sum(e^x x) / s,
     kl = sum(e^x y) / s - log s + log r,  where y = x - x_ref and r = sum e^x_ref.
     """
-    index_R1, temperature = tokens.index_N[:, None], tokens.temperature_N1
+    index_R1, temperature = per_row.index_N[:, None], per_row.temperature_N1
     a_token_R1, peak_R1 = tile.x.gather(1, index_R1), tile.x.amax(1, keepdim=True)
     _centre_policy(tile, peak_R1, temperature)
     total = _row_sum(tile.e)
     log_total = total.log()
-    logprob = tokens.known(((a_token_R1 - peak_R1) / temperature).squeeze(1) - log_total)
-    entropy = tokens.live(log_total - _row_sum(torch.mul(tile.e, tile.x, out=tile.scratch)) / total)
+    logprob = per_row.known(((a_token_R1 - peak_R1) / temperature).squeeze(1) - log_total)
+    entropy = per_row.live(log_total - _row_sum(torch.mul(tile.e, tile.x, out=tile.scratch)) / total)
     if tile.y is None:
-        return RowStats(logprob, entropy, peak_R1.squeeze(1), total)
+        return RowStats(logprob, entropy, *_saved(peak_R1, log_total))
 
     a_token_R1, ref_peak_R1 = tile.y.gather(1, index_R1), tile.y.amax(1, keepdim=True)
     _centre(tile.y, ref_peak_R1, temperature)
     ref_total = _row_sum(torch.exp(tile.y, out=tile.scratch))
     ref_log_total = ref_total.log()
-    ref_logprob = tokens.known(((a_token_R1 - ref_peak_R1) / temperature).squeeze(1) - ref_log_total)
+    ref_logprob = per_row.known(((a_token_R1 - ref_peak_R1) / temperature).squeeze(1) - ref_log_total)
     _log_ratio(tile.x, tile.y)
     kl = _row_sum(torch.mul(tile.e, tile.y, out=tile.scratch)) / total - log_total + ref_log_total
     # Of numbers, only a probability too small for its dtype times an infinite ratio is NaN.
     kl = kl.masked_fill(kl.isnan() & ~(total + ref_total).isnan(), math.inf)
-    policy = (logprob, entropy, peak_R1.squeeze(1), total)
-    return RowStats(*policy, ref_logprob, tokens.live(kl), ref_peak_R1.squeeze(1), ref_total)
+    policy = (logprob, entropy, *_saved(peak_R1, log_total))
+    return RowStats(*policy, ref_logprob, per_row.live(kl), *_saved(ref_peak_R1, ref_log_total))
 
 
-def restore(tile: Tile, tokens: Tokens, stats: RowStats) -> None:
+def restore(tile: Tile, per_row: RowInputs, stats: RowStats) -> None:
     """Centre a loaded tile again, as `row_statistics` left it, from the statistics that it returned."""
-    _centre_policy(tile, stats.peak[:, None], tokens.temperature_N1)
+    _centre_policy(tile, stats.peak[:, None], per_row.temperature_N1)
     if tile.y is not None and stats.ref_peak is not None:
-        _centre(tile.y, stats.ref_peak[:, None], tokens.temperature_N1)
+        _centre(tile.y, stats.ref_peak[:, None], per_row.temperature_N1)
         _log_ratio(tile.x, tile.y)
 
 
-def logit_gradient(tile: Tile, tokens: Tokens, stats: RowStats, grads: Gradients) -> Tensor:
+def logit_gradient(tile: Tile, per_row: RowInputs, stats: RowStats, grads: StatsGrad) -> Tensor:
     """Turn a centred tile into d loss / d a, in tile.e.
 
     g_l (onehot - p) - g_H p (log p + H) + g_K p (log p - log q - KL), over T, as e^x (c - g_H x + g_K y) with one
     constant c a row, and g_l added at the token. An infinite KL has a NaN gradient.
     """
-    per_temperature = 1 / tokens.temperature_N1
-    per_total_R1 = per_temperature / stats.total[:, None]
-    constant = torch.zeros_like(stats.total)
+    per_temperature = 1 / per_row.temperature_N1
+    per_total_R1 = per_temperature * (-stats.log_total).exp()[:, None]
+    constant = torch.zeros_like(stats.log_total)
     if grads.logprob is not None:
         constant = constant - grads.logprob
     if grads.entropy is not None:
-        constant = constant + grads.entropy * (stats.total.log() - stats.entropy)
-    if grads.kl is not None and stats.kl is not None and stats.ref_total is not None:
+        constant = constant + grads.entropy * (stats.log_total - stats.entropy)
+    if grads.kl is not None and stats.kl is not None and stats.ref_log_total is not None:
         finite_kl = stats.kl.masked_fill(stats.kl == math.inf, math.nan)
-        constant = constant + grads.kl * (stats.ref_total.log() - stats.total.log() - finite_kl)
+        constant = constant + grads.kl * (stats.ref_log_total - stats.log_total - finite_kl)
     factor = constant[:, None] * per_total_R1
     if grads.entropy is not None:
         factor = torch.mul(tile.x, -grads.entropy[:, None] * per_total_R1, out=tile.scratch).add_(factor)
@@ -178,9 +146,20 @@ def logit_gradient(tile: Tile, tokens: Tokens, stats: RowStats, grads: Gradients
         factor = torch.add(tile.y.mul_(grads.kl[:, None] * per_total_R1), factor, out=tile.scratch)
     tile.e.mul_(factor)
     if grads.logprob is not None:
-        at_token = grads.logprob.masked_fill(tokens.known_N.isnan(), 0)  # of an id that another rank holds
-        tile.e.scatter_add_(1, tokens.index_N[:, None], at_token[:, None] * per_temperature)
+        at_token = grads.logprob.masked_fill(per_row.known_N.isnan(), 0)  # of an id that another rank holds
+        tile.e.scatter_add_(1, per_row.index_N[:, None], at_token[:, None] * per_temperature)
     return tile.e
+
+
+def write(stats_R: RowStats, stats: Tensor, rows: slice) -> None:
+    """Into the rows of `RowStats`."""
+    stats[:, rows] = torch.stack([x for x in stats_R if x is not None])
+
+
+def _saved(peak_R1: Tensor, log_total_R: Tensor) -> tuple[Tensor, Tensor]:
+    """(peak, log total); -inf both for a part of the vocabulary that is -inf alone, which has no mass."""
+    peak_R = peak_R1.squeeze(1)
+    return peak_R, log_total_R.masked_fill(peak_R == -math.inf, -math.inf)
 
 
 def _centre(a_RV: Tensor, peak_R1: Tensor, temperature: float | Tensor) -> Tensor:

@@ -1,18 +1,18 @@
-"""The operations as Triton kernels: float32 inside, whatever the inputs; float64 belongs to the other backends."""
+"""The operations as Triton kernels: float32 inside, whatever the inputs; float64 belongs to the other backends.
 
-from .linear import linear_gradients, linear_statistics, sweep
+`dispatch.Backend` says what each is.
+"""
+
+from .linear import linear_gradients, linear_loss, linear_statistics
 from .logits import logits_gradient, logits_statistics
-from .values import soft_min_gae, terms_of
-
-TOTALS_ARE_LOGS = True
+from .values import soft_min_gae, value_terms
 
 __all__ = [
-    "TOTALS_ARE_LOGS",
     "linear_gradients",
+    "linear_loss",
     "linear_statistics",
     "logits_gradient",
     "logits_statistics",
     "soft_min_gae",
-    "sweep",
-    "terms_of",
+    "value_terms",
 ]

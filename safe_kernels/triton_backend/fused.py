@@ -8,12 +8,14 @@ Shapes: N tokens, V vocabulary, H hidden width; M rows, C columns and K of the w
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import LinearInputs
 from . import launch
 from .gemm import (
     add_products,
@@ -26,7 +28,7 @@ from .gemm import (
     source_of,
     takes_descriptor,
 )
-from .logits import Asked
+from .logits import RowInputs
 from .online_softmax import empty_policy, empty_reference, merge, merge_policy, update, update_policy
 from .rows import (
     CARRY,
@@ -53,7 +55,7 @@ def fused_kernel(
     ref_hidden,  # [N, ref_H], or None: no reference
     ref_weight,  # [V, ref_H], or None: the reference shares the policy's head
     bias,  # [V], or None
-    ref_bias,
+    ref_bias,  # [V], or None
     tokens,  # [N]
     temperatures,  # [N], or None: temperature
     mask,  # [N], or None
@@ -68,7 +70,7 @@ def fused_kernel(
     ref_H,
     splits,
     temperature,
-    logit_scale,
+    logit_scale,  # or None
     softcap,  # or None
     LOADS: tl.constexpr,  # "descriptors", "aligned" pointers or "any" pointers
     CARRIED: tl.constexpr,  # rows of carry a split
@@ -128,7 +130,7 @@ def merge_kernel(
     tokens,  # [N]
     temperatures,  # [N], or None: temperature
     mask,  # [N], or None
-    stats,  # rows of STATS
+    stats,  # rows of RowStats
     stride_stats,
     N,
     vocabulary,
@@ -166,26 +168,21 @@ def merge_kernel(
     store_policy_stats(stats + row, stride_stats, policy, a_token, inverse, known, live, inside)
 
 
-def fused_statistics(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    ref_hidden_NH: Tensor | None,
-    ref_weight_VH: Tensor | None,
-    bias_V: Tensor | None,
-    ref_bias_V: Tensor | None,
-    asked: Asked,
-    stats: Tensor,
-) -> None:
-    """Fill `stats` [4, N], or [8, N] with a reference, which without ref_weight shares the head."""
-    if len(asked.tokens_N) == 0:
+def fused_statistics(inputs: LinearInputs, per_row: RowInputs, stats: Tensor) -> None:
+    """Fill `stats` [4, N], or [8, N] with a reference."""
+    if per_row.N == 0:
         return
-    matrices = [None if x is None else by_row(x) for x in (hidden_NH, weight_VH, ref_hidden_NH, ref_weight_VH)]
-    choice = choice_for(matrices, is_plain(bias_V, ref_bias_V, asked))
-    carried = POLICY_CARRY if ref_hidden_NH is None else len(CARRY)
-    splits = triton.cdiv(asked.vocabulary, choice.split)
-    carry = stats.new_empty(splits, carried, len(asked.tokens_N))
-    multiply(matrices, bias_V, ref_bias_V, asked, carry, choice)
-    merge_splits(carry, asked, stats)
+    matrices = [None if x is None else by_row(x) for x in matrices_of(inputs)]
+    choice = choice_for(matrices, is_plain(inputs))
+    carried = POLICY_CARRY if inputs.ref_hidden_NH is None else len(CARRY)
+    splits = triton.cdiv(len(inputs.weight_VH), choice.split)
+    carry = stats.new_empty(splits, carried, per_row.N)
+    multiply(inputs, matrices, per_row, carry, choice)
+    merge_splits(carry, per_row, stats, len(inputs.weight_VH))
+
+
+def matrices_of(inputs: LinearInputs) -> list[Tensor | None]:
+    return [inputs.hidden_NH, inputs.weight_VH, inputs.ref_hidden_NH, inputs.ref_weight_VH]
 
 
 def choice_for(matrices: Sequence[Tensor | None], plain: bool) -> launch.GemmChoice:
@@ -196,16 +193,15 @@ def choice_for(matrices: Sequence[Tensor | None], plain: bool) -> launch.GemmCho
     return larger or launch.gemm_choice(*kind)
 
 
-def is_fastest(
-    matrices: Sequence[Tensor | None], bias_V: Tensor | None, ref_bias_V: Tensor | None, asked: Asked
-) -> bool:
+def is_fastest(inputs: LinearInputs) -> bool:
     """Whether the fused kernel beats a product and the row kernel: with the larger tiles, loaded in bulk."""
+    matrices = matrices_of(inputs)
     in_bulk = all(x is None or (x.stride(1) == 1 and takes_descriptor(x)) for x in matrices)
-    return in_bulk and is_plain(bias_V, ref_bias_V, asked) and launch.plain_choice(*kind_of(matrices)) is not None
+    return in_bulk and is_plain(inputs) and launch.plain_choice(*kind_of(matrices)) is not None
 
 
-def is_plain(bias_V: Tensor | None, ref_bias_V: Tensor | None, asked: Asked) -> bool:
-    return bias_V is None and ref_bias_V is None and asked.softcap is None
+def is_plain(inputs: LinearInputs) -> bool:
+    return inputs.bias_V is None and inputs.ref_bias_V is None and inputs.softcap is None
 
 
 def kind_of(matrices: Sequence[Tensor | None]) -> tuple[torch.device, str, int]:
@@ -214,10 +210,9 @@ def kind_of(matrices: Sequence[Tensor | None]) -> tuple[torch.device, str, int]:
 
 
 def multiply(
+    inputs: LinearInputs,
     matrices: list[Tensor | None],
-    bias_V: Tensor | None,
-    ref_bias_V: Tensor | None,
-    asked: Asked,
+    per_row: RowInputs,
     carry: Tensor,
     choice: launch.GemmChoice,
 ) -> None:
@@ -225,24 +220,16 @@ def multiply(
     splits, carried, count = carry.shape
     loads = loads_of(choice, *(x for x in matrices if x is not None))
     blocks = [(height, choice.inner) for height in (choice.rows, choice.columns)]
-    sources = [source_of(x, block, loads) for x, block in zip(matrices, blocks * 2, strict=True)]
-    strides = [0 if x is None else x.stride(0) for x in matrices]
-    hidden, weight, ref_hidden, ref_weight = sources
+    names = ("hidden", "weight", "ref_hidden", "ref_weight")
+    operands: dict[str, Any] = {}
+    for name, x, block in zip(names, matrices, blocks * 2, strict=True):
+        operands |= {name: source_of(x, block, loads), f"stride_{name}": 0 if x is None else x.stride(0)}
     fused_kernel[(triton.cdiv(count, choice.rows) * splits,)](
-        hidden=hidden,
-        weight=weight,
-        ref_hidden=ref_hidden,
-        ref_weight=ref_weight,
-        bias=bias_V,
-        ref_bias=None if ref_hidden is None else ref_bias_V,
+        **operands,
         carry=carry,
-        stride_hidden=strides[0],
-        stride_weight=strides[1],
-        stride_ref_hidden=strides[2],
-        stride_ref_weight=strides[3],
-        vocabulary=asked.vocabulary,
-        H=matrices[0].shape[1],
-        ref_H=0 if ref_hidden is None else matrices[2].shape[1],
+        vocabulary=len(inputs.weight_VH),
+        H=inputs.hidden_NH.shape[1],
+        ref_H=0 if inputs.ref_hidden_NH is None else inputs.ref_hidden_NH.shape[1],
         splits=splits,
         LOADS=loads,
         CARRIED=carried,
@@ -253,22 +240,25 @@ def multiply(
         K=choice.inner,
         num_warps=choice.num_warps,
         num_stages=choice.num_stages,
-        **asked.arguments(),
+        **per_row._asdict(),
     )
 
 
-def merge_splits(carry: Tensor, asked: Asked, stats: Tensor) -> None:
+def merge_splits(carry: Tensor, per_row: RowInputs, stats: Tensor, vocabulary: int) -> None:
     splits, carried, count = carry.shape
-    per_row = ("tokens", "temperatures", "temperature", "mask", "N")
     merge_kernel[(triton.cdiv(count, launch.MERGE.rows),)](
         carry=carry,
+        tokens=per_row.tokens,
+        temperatures=per_row.temperatures,
+        temperature=per_row.temperature,
+        mask=per_row.mask,
+        N=count,
         stats=stats,
         stride_stats=stats.stride(0),
-        vocabulary=asked.vocabulary,
+        vocabulary=vocabulary,
         splits=splits,
         CARRIED=carried,
         REFERENCE=carried == len(CARRY),
         R=launch.MERGE.rows,
         num_warps=launch.MERGE.num_warps,
-        **{name: value for name, value in asked.arguments().items() if name in per_row},
     )

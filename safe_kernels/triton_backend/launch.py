@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -76,9 +77,11 @@ PLAIN = {
     ("sm_90", "statistics", 16): GemmChoice(128, 256, 64, num_warps=8, num_stages=3, descriptors=True),  # 255
     ("sm_90", "with reference", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=3, descriptors=True),  # 255
 }
+PLAIN_TARGETS = {target for target, *_ in PLAIN}
 ROW_TILES_TOGETHER = 16  # with H = 4096 in bf16 and 128 rows, 16 MB of hidden states: they stay in L2
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """The class of choices; what is neither Hopper nor datacentre Blackwell nor AMD gets the smallest."""
     if device.type != "cuda":

@@ -11,10 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..inputs import LogitsInputs, Terms
+from ..inputs import LinearInputs, LogitsInputs, StatsGrad
 from . import launch
-from .rows import STATS, gradient_kernel, statistics_kernel
-from .values import terms_arguments
+from .rows import gradient_kernel, statistics_kernel
 
 
 class Rows(NamedTuple):
@@ -24,12 +23,13 @@ class Rows(NamedTuple):
     inner: int
     stride_outer: int
     stride_inner: int
+    is_aligned: bool  # rows have a multiple of 16 entries, and begin at one; by axes of size 1, too
 
     @classmethod
     def of(cls, x: Tensor) -> Rows:
         """A view where the strides allow one, else a contiguous copy."""
         if x.numel() == 0:
-            return cls(x, 1, 0, 0)
+            return cls(x, 1, 0, 0, True)
         width = x.shape[-1]
         shape = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
         levels: list[tuple[int, int]] = []
@@ -41,155 +41,137 @@ class Rows(NamedTuple):
         if (width > 1 and x.stride(-1) != 1) or len(levels) > 2:
             return cls.of(x.contiguous())
         inner, stride_inner = levels[-1] if levels else (1, 0)
-        return cls(x, inner, levels[0][1] if len(levels) == 2 else 0, stride_inner)
-
-    def is_aligned(self) -> bool:
-        """Whether rows begin at 16 entries: by axes of size 1, too, so that one row is read as it is among others."""
-        return all(stride % 16 == 0 for stride in self.tensor.stride()[:-1])
+        is_aligned = width % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:-1])
+        return cls(x, inner, levels[0][1] if len(levels) == 2 else 0, stride_inner, is_aligned)
 
 
-class Asked(NamedTuple):
-    """What is asked of the rows: everything with one entry a row, and how tiles become logits."""
+class RowInputs(NamedTuple):
+    """What is asked of the rows, with one entry a row, and how tiles become logits: as the kernels name it."""
 
-    tokens_N: Tensor
-    vocabulary: int
-    temperature: float | Tensor
-    mask_N: Tensor | None
-    logit_scale: float = 1.0
+    tokens: Tensor
+    temperature: float
+    temperatures: Tensor | None
+    mask: Tensor | None  # uint8
+    N: int
+    bias: Tensor | None = None
+    ref_bias: Tensor | None = None
+    logit_scale: float | None = None  # None is 1
     softcap: float | None = None
 
     @classmethod
-    def of(cls, tokens_N: Tensor, vocabulary: int, temperature: float | Tensor, mask_N: Tensor | None) -> Asked:
-        """Kernels step through these by one."""
-        if isinstance(temperature, Tensor):
-            temperature = temperature.contiguous()
-        mask_N = None if mask_N is None else mask_N.contiguous()
-        return cls(tokens_N.contiguous(), vocabulary, temperature, mask_N)
+    def of(cls, inputs: LogitsInputs | LinearInputs) -> RowInputs:
+        """Kernels step through the vectors by one."""
+        temperatures, mask = inputs.temperatures_N, inputs.mask_N
+        head: tuple[Any, ...] = ()
+        if isinstance(inputs, LinearInputs):
+            ref_bias = None if inputs.ref_hidden_NH is None else inputs.reference_head()[1]
+            logit_scale = None if inputs.logit_scale == 1.0 else inputs.logit_scale
+            head = (inputs.bias_V, ref_bias, logit_scale, inputs.softcap)
+        return cls(
+            inputs.tokens_N.contiguous(),
+            inputs.temperature,
+            None if temperatures is None else temperatures.contiguous(),
+            None if mask is None else mask.contiguous().view(torch.uint8),
+            len(inputs.tokens_N),
+            *head,
+        )
 
-    def arguments(self) -> dict[str, Any]:
-        per_row = isinstance(self.temperature, Tensor)
-        return {
-            "tokens": self.tokens_N,
-            "temperatures": self.temperature if per_row else None,
-            "temperature": 1.0 if per_row else self.temperature,
-            "mask": None if self.mask_N is None else self.mask_N.view(torch.uint8),
-            "N": len(self.tokens_N),
-            "logit_scale": None if self.logit_scale == 1.0 else self.logit_scale,
-            "softcap": self.softcap,
-        }
+    def take(self, rows: slice) -> RowInputs:
+        temperatures, mask = (None if x is None else x[rows] for x in (self.temperatures, self.mask))
+        count = rows.stop - rows.start
+        return self._replace(tokens=self.tokens[rows], temperatures=temperatures, mask=mask, N=count)
+
+
+def logits_statistics(inputs: LogitsInputs) -> Tensor:
+    rows = 4 if inputs.ref_logits is None else 8
+    stats = torch.empty(rows, len(inputs.tokens_N), dtype=torch.float32, device=inputs.logits.device)
+    statistics(inputs.logits, inputs.ref_logits, RowInputs.of(inputs), stats, inputs.logits.shape[-1])
+    return stats
+
+
+def logits_gradient(inputs: LogitsInputs, stats: Tensor, grads: StatsGrad, out: Tensor) -> None:
+    gradient(inputs.logits, inputs.ref_logits, RowInputs.of(inputs), stats, grads, out)
 
 
 def statistics(
-    logits: Rows,
-    ref_logits: Rows | None,
-    asked: Asked,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    per_row: RowInputs,
     stats: Tensor,
+    vocabulary: int,
     *,
     carry: Tensor | None = None,
     first_column: int = 0,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
-    **terms: Any,
 ) -> None:
     """Fill `stats` from a tile; with `carry` [9, N], from the state of the tile before, for the tile after."""
-    width, reference = logits.tensor.shape[-1], ref_logits or logits
-    choice = launch.ROWS
-    statistics_kernel[(triton.cdiv(len(asked.tokens_N), choice.rows),)](
-        logits=logits.tensor,
-        ref_logits=None if ref_logits is None else ref_logits.tensor,
-        bias=bias,
-        ref_bias=ref_bias,
+    x, width, choice = Rows.of(logits), logits.shape[-1], launch.ROWS
+    reference = x if ref_logits is None else Rows.of(ref_logits)
+    statistics_kernel[(triton.cdiv(per_row.N, choice.rows),)](
+        logits=x.tensor,
+        ref_logits=None if ref_logits is None else reference.tensor,
         carry=carry,
         stats=stats,
-        rows_inner=logits.inner,
-        stride_outer=logits.stride_outer,
-        stride_inner=logits.stride_inner,
+        rows_inner=x.inner,
+        stride_outer=x.stride_outer,
+        stride_inner=x.stride_inner,
         ref_rows_inner=reference.inner,
         ref_stride_outer=reference.stride_outer,
         ref_stride_inner=reference.stride_inner,
         stride_stats=stats.stride(0),
         W=width,
         first_column=first_column,
-        vocabulary=asked.vocabulary,
+        vocabulary=vocabulary,
         FIRST=first_column == 0,
-        LAST=first_column + width == asked.vocabulary,
-        ALIGNED=width % 16 == 0 and logits.is_aligned() and reference.is_aligned(),
+        LAST=first_column + width == vocabulary,
+        ALIGNED=x.is_aligned and reference.is_aligned,
         R=choice.rows,
         C=choice.columns,
         num_warps=choice.num_warps,
-        **asked.arguments(),
-        **(terms or terms_arguments(None, None)),
+        **per_row._asdict(),
     )
 
 
 def gradient(
-    logits: Rows,
-    ref_logits: Rows | None,
-    asked: Asked,
+    logits: Tensor,
+    ref_logits: Tensor | None,
+    per_row: RowInputs,
     stats: Tensor,
-    slopes: tuple[Tensor | None, ...],
-    out: Rows,
+    grads: StatsGrad,
+    out: Tensor,
     *,
     first_column: int = 0,
-    bias: Tensor | None = None,
-    ref_bias: Tensor | None = None,
 ) -> None:
-    """Write d loss / d logits of a tile to `out`, from the slopes [N] of (logprob, entropy, kl); None is none."""
-    width = logits.tensor.shape[-1]
-    grad_logprob, grad_entropy, grad_kl = (None if x is None else x.contiguous() for x in slopes)
-    reference = ref_logits if ref_logits is not None and grad_kl is not None else None
-    read = reference or logits
-    choice = launch.ROWS
-    gradient_kernel[(triton.cdiv(len(asked.tokens_N), choice.rows),)](
-        logits=logits.tensor,
-        ref_logits=None if reference is None else reference.tensor,
-        bias=bias,
-        ref_bias=ref_bias,
+    """Write d loss / d logits of a tile to `out`, which may be the logits."""
+    x, written, choice = Rows.of(logits), Rows.of(out), launch.ROWS
+    grad_logprob, grad_entropy, grad_kl = (None if g is None else g.contiguous() for g in grads)
+    if grad_kl is None:
+        ref_logits = None
+    reference = x if ref_logits is None else Rows.of(ref_logits)
+    gradient_kernel[(triton.cdiv(per_row.N, choice.rows),)](
+        logits=x.tensor,
+        ref_logits=None if ref_logits is None else reference.tensor,
         stats=stats,
         grad_logprob=grad_logprob,
         grad_entropy=grad_entropy,
         grad_kl=grad_kl,
-        grad_logits=out.tensor,
-        rows_inner=logits.inner,
-        stride_outer=logits.stride_outer,
-        stride_inner=logits.stride_inner,
-        ref_rows_inner=read.inner,
-        ref_stride_outer=read.stride_outer,
-        ref_stride_inner=read.stride_inner,
-        grad_rows_inner=out.inner,
-        grad_stride_outer=out.stride_outer,
-        grad_stride_inner=out.stride_inner,
+        grad_logits=written.tensor,
+        rows_inner=x.inner,
+        stride_outer=x.stride_outer,
+        stride_inner=x.stride_inner,
+        ref_rows_inner=reference.inner,
+        ref_stride_outer=reference.stride_outer,
+        ref_stride_inner=reference.stride_inner,
+        grad_rows_inner=written.inner,
+        grad_stride_outer=written.stride_outer,
+        grad_stride_inner=written.stride_inner,
         stride_stats=stats.stride(0),
-        W=width,
+        W=logits.shape[-1],
         first_column=first_column,
-        ALIGNED=width % 16 == 0 and logits.is_aligned() and read.is_aligned() and out.is_aligned(),
+        ALIGNED=x.is_aligned and reference.is_aligned and written.is_aligned,
         R=choice.rows,
         C=choice.columns,
         num_warps=choice.num_warps,
-        **asked.arguments(),
+        **per_row._asdict(),
     )
-
-
-def logits_statistics(inputs: LogitsInputs, terms: Terms | None) -> tuple[Tensor, Tensor | None]:
-    stats = new_stats(inputs.tokens_N, inputs.ref_logits is not None)
-    reference = None if inputs.ref_logits is None else Rows.of(inputs.ref_logits)
-    found = None if terms is None else stats.new_empty(3, len(inputs.tokens_N))
-    statistics(Rows.of(inputs.logits), reference, asked_of(inputs), stats, **terms_arguments(terms, found))
-    return stats, found
-
-
-def logits_gradient(inputs: LogitsInputs, stats: Tensor, slopes: tuple[Tensor | None, ...], out: Tensor) -> None:
-    """Write d loss / d logits to `out`, which may be the logits."""
-    reference = None if inputs.ref_logits is None else Rows.of(inputs.ref_logits)
-    written = Rows.of(out)
-    gradient(Rows.of(inputs.logits), reference, asked_of(inputs), stats, slopes, written)
     if written.tensor is not out:  # strides that no view in rows can follow
         out.copy_(written.tensor)
-
-
-def asked_of(inputs: LogitsInputs) -> Asked:
-    return Asked.of(inputs.tokens_N, inputs.logits.shape[-1], inputs.temperature, inputs.mask_N)
-
-
-def new_stats(tokens_N: Tensor, with_reference: bool) -> Tensor:
-    return tokens_N.new_empty(len(STATS) if with_reference else len(STATS) // 2, len(tokens_N), dtype=torch.float32)

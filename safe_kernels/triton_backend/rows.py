@@ -26,10 +26,8 @@ from .online_softmax import (
     update,
     update_policy,
 )
-from .values import TERMS, store_terms
 
-# Rows of `stats` [8, N], and of `carry` [9, N], the state between two tiles.
-STATS = ("logprob", "entropy", "peak", "log_total", "ref_logprob", "kl", "ref_peak", "ref_log_total")
+# Rows of `carry` [9, N], the state between two tiles; those of `stats` are the fields of `RowStats`.
 CARRY = ("m", "s", "b", "a_token", "n", "r", "c", "outside", "a_ref_token")
 
 NOT_SPECIALIZED = ["N", "stride_stats", "W", "first_column", "temperature", "logit_scale"]
@@ -160,10 +158,9 @@ def store_reference_stats(out, stride, policy, reference, a_ref_token, inverse, 
     tl.store(out + 5 * stride, tl.where(live, kl, 0.0), mask=inside)
     tl.store(out + 6 * stride, tl.where(live, reference.n, 0.0), mask=inside)
     tl.store(out + 7 * stride, tl.where(live, log_r, 0.0), mask=inside)
-    return kl
 
 
-@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, *TERMS])
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def statistics_kernel(
     logits,  # rows at outer * stride_outer + inner * stride_inner, columns of stride 1
     ref_logits,  # the same, or None
@@ -171,17 +168,9 @@ def statistics_kernel(
     temperatures,  # [N], or None: temperature
     mask,  # [N], or None
     bias,  # [V], or None
-    ref_bias,
-    carry,  # rows of CARRY, a stride_stats apart; None where FIRST and LAST
-    stats,  # rows of STATS
-    v1,  # [N], or None: no terms of `safe_terms`, whose arguments these are down to `terms`
-    v2,
-    rewards,
-    target_v1,
-    target_v2,
-    cu_seqlens,  # [S + 1], or None
-    threshold_tensor,  # one number, or None: threshold
-    terms,  # [3, N]
+    ref_bias,  # [V], or None
+    carry,  # rows of CARRY, a stride_stats apart, or None where FIRST and LAST
+    stats,  # rows of RowStats
     rows_inner,
     stride_outer,
     stride_inner,
@@ -194,13 +183,8 @@ def statistics_kernel(
     first_column,  # of this tile in the vocabulary
     vocabulary,
     temperature,
-    logit_scale,
+    logit_scale,  # or None
     softcap,  # or None
-    threshold,
-    alpha,
-    gamma,
-    sequences,
-    length,
     FIRST: tl.constexpr,  # no state to carry in
     LAST: tl.constexpr,  # no state to carry out
     ALIGNED: tl.constexpr,
@@ -262,28 +246,7 @@ def statistics_kernel(
         if not FIRST:
             policy, reference = merge(carried_policy, carried_reference, policy, reference, inverse)
         if LAST:
-            kl = store_reference_stats(out, stride_stats, policy, reference, a_ref_token, inverse, known, live, inside)
-            if v1 is not None:
-                store_terms(
-                    row,
-                    live,
-                    kl,
-                    v1,
-                    v2,
-                    rewards,
-                    target_v1,
-                    target_v2,
-                    mask,
-                    cu_seqlens,
-                    threshold_tensor,
-                    threshold,
-                    alpha,
-                    gamma,
-                    sequences,
-                    length,
-                    N,
-                    terms,
-                )
+            store_reference_stats(out, stride_stats, policy, reference, a_ref_token, inverse, known, live, inside)
         else:
             store_reference(state, stride_stats, reference, a_ref_token, inside)
 
@@ -297,15 +260,15 @@ def statistics_kernel(
 def gradient_kernel(
     logits,
     ref_logits,  # or None: no gradient of the KL is asked for
-    tokens,
-    temperatures,
-    mask,
-    bias,
-    ref_bias,
-    stats,  # rows of STATS
+    tokens,  # [N]
+    temperatures,  # [N], or None: temperature
+    mask,  # [N], or None
+    bias,  # [V], or None
+    ref_bias,  # [V], or None
+    stats,  # rows of RowStats
     grad_logprob,  # [N], or None
-    grad_entropy,
-    grad_kl,
+    grad_entropy,  # [N], or None
+    grad_kl,  # [N], or None
     grad_logits,  # rows as those of logits, with strides of their own; may be the logits
     rows_inner,
     stride_outer,
@@ -321,8 +284,8 @@ def gradient_kernel(
     W,
     first_column,
     temperature,
-    logit_scale,
-    softcap,
+    logit_scale,  # or None
+    softcap,  # or None
     ALIGNED: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,

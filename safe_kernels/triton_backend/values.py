@@ -7,18 +7,13 @@ towards smaller places.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..inputs import Terms
-from .launch import LOOK_UP, SCAN
-
-POINTERS = ("v1", "v2", "rewards", "target_v1", "target_v2", "cu_seqlens", "threshold_tensor", "terms")
-TERMS = ["threshold", "alpha", "gamma", "sequences", "length"]  # never specialised on
+from ..inputs import TermsInputs
+from . import launch
 
 
 @triton.jit
@@ -77,12 +72,10 @@ def follower_of(row_R, live_R, end_R, mask, B: tl.constexpr):
     return next_R
 
 
-@triton.jit
-def store_terms(
-    row_R,
-    live_R,
-    kl_R,
-    v1,  # [N], as the next four
+@triton.jit(do_not_specialize=["threshold", "alpha", "gamma", "sequences", "length", "N"])
+def terms_kernel(
+    kl,  # [N], as the next five
+    v1,
     v2,
     rewards,
     target_v1,
@@ -97,12 +90,16 @@ def store_terms(
     length,
     N,
     terms,  # [3, N]: kl_penalty, value, value_target
+    R: tl.constexpr,
 ):
-    """What `safe_terms` asks of a token once its KL is known."""
+    """What `safe_terms` asks of a token whose KL is known."""
     B: tl.constexpr = 32
+    row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    inside_R = row_R < N
+    live_R = load_live(mask, row_R, inside_R)
     if threshold_tensor is not None:
         threshold = tl.load(threshold_tensor).to(tl.float32)
-    excess_R = kl_R - threshold
+    excess_R = tl.load(kl + row_R, mask=live_R, other=0.0) - threshold
     end_R = end_of_sequence(row_R, cu_seqlens, sequences, length, N, B)
     next_R = follower_of(row_R, live_R, end_R, mask, B)
     next_value_R = load_value(target_v1, target_v2, next_R, live_R & (next_R < end_R), alpha)
@@ -110,57 +107,10 @@ def store_terms(
     reward_R = tl.load(rewards + row_R, mask=live_R, other=0.0).to(tl.float32)
     value_R = load_value(v1, v2, row_R, live_R, alpha)
     penalty_R = tl.where(excess_R <= 0, 0.0, excess_R * excess_R)  # a NaN stays one
-    inside_R = row_R < N
     tl.store(terms + row_R, tl.where(live_R, penalty_R, 0.0), mask=inside_R)
     tl.store(terms + N.to(tl.int64) + row_R, tl.where(live_R, value_R, 0.0), mask=inside_R)
     target_R = reward_R + gamma * next_value_R
     tl.store(terms + 2 * N.to(tl.int64) + row_R, tl.where(live_R, target_R, 0.0), mask=inside_R)
-
-
-@triton.jit(do_not_specialize=[*TERMS, "N"])
-def terms_kernel(
-    kl,  # [N]
-    v1,
-    v2,
-    rewards,
-    target_v1,
-    target_v2,
-    mask,
-    cu_seqlens,
-    threshold_tensor,
-    threshold,
-    alpha,
-    gamma,
-    sequences,
-    length,
-    N,
-    terms,
-    R: tl.constexpr,
-):
-    """`store_terms` by itself, for statistics that more than one launch has made."""
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    live = load_live(mask, row, row < N)
-    kl_R = tl.load(kl + row, mask=live, other=0.0)
-    store_terms(
-        row,
-        live,
-        kl_R,
-        v1,
-        v2,
-        rewards,
-        target_v1,
-        target_v2,
-        mask,
-        cu_seqlens,
-        threshold_tensor,
-        threshold,
-        alpha,
-        gamma,
-        sequences,
-        length,
-        N,
-        terms,
-    )
 
 
 @triton.jit
@@ -223,34 +173,28 @@ def gae_kernel(
         tl.store(returns + at, tl.where(live, a + v, 0.0), mask=at >= first)
 
 
-def terms_arguments(terms: Terms | None, found: Tensor | None) -> dict[str, Any]:
-    """The arguments that `statistics_kernel` and `terms_kernel` share."""
-    if terms is None:
-        return dict.fromkeys(POINTERS) | dict.fromkeys(TERMS, 0)
-    packed, threshold = terms.cu_seqlens is not None, terms.kl_threshold
-    tensors = (*terms[:5], terms.cu_seqlens, threshold if isinstance(threshold, Tensor) else None)
-    pointers = (None if x is None else x.contiguous() for x in tensors)
-    numbers = (
-        0.0 if isinstance(threshold, Tensor) else threshold,
-        terms.alpha,
-        terms.gamma,
-        len(terms.cu_seqlens) - 1 if packed else 0,
-        terms.length,
+def value_terms(kl_N: Tensor, inputs: TermsInputs) -> Tensor:
+    terms, cu_seqlens = kl_N.new_empty(3, len(kl_N)), inputs.cu_seqlens
+    if len(kl_N) == 0:
+        return terms
+    values = ("v1", "v2", "rewards", "target_v1", "target_v2")
+    terms_kernel[(triton.cdiv(len(kl_N), launch.LOOK_UP.tokens),)](
+        kl=kl_N.contiguous(),
+        **{name: x.contiguous() for name, x in zip(values, inputs[:5], strict=True)},
+        mask=None if inputs.mask_N is None else inputs.mask_N.contiguous().view(torch.uint8),
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+        threshold_tensor=inputs.kl_threshold_tensor,
+        threshold=inputs.kl_threshold,
+        alpha=inputs.alpha,
+        gamma=inputs.gamma,
+        sequences=0 if cu_seqlens is None else len(cu_seqlens) - 1,
+        length=inputs.length,
+        N=len(kl_N),
+        terms=terms,
+        R=launch.LOOK_UP.tokens,
+        num_warps=launch.LOOK_UP.num_warps,
     )
-    return dict(zip((*POINTERS, *TERMS), (*pointers, found, *numbers), strict=True))
-
-
-def terms_of(terms: Terms | None, stats: Tensor, mask_N: Tensor | None) -> Tensor | None:
-    """(kl_penalty, value, value_target) [3, N] of tokens with statistics [8, N]."""
-    if terms is None:
-        return None
-    found = stats.new_empty(3, stats.shape[1])
-    if found.numel() > 0:
-        mask = None if mask_N is None else mask_N.contiguous().view(torch.uint8)
-        arguments = {"kl": stats[5], "mask": mask, "N": stats.shape[1], **terms_arguments(terms, found)}
-        grid = (triton.cdiv(stats.shape[1], LOOK_UP.tokens),)
-        terms_kernel[grid](**arguments, R=LOOK_UP.tokens, num_warps=LOOK_UP.num_warps)
-    return found
+    return terms
 
 
 def soft_min_gae(
@@ -281,7 +225,7 @@ def soft_min_gae(
             gamma=gamma,
             decay=gamma * lam,
             alpha=alpha,
-            B=SCAN.tokens,
-            num_warps=SCAN.num_warps,
+            B=launch.SCAN.tokens,
+            num_warps=launch.SCAN.num_warps,
         )
     return value, advantage, returns

@@ -1,0 +1,165 @@
+"""`safe_terms` and `linear_safe_terms`: the statistics of a token, and what SAFE makes of its KL and its values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from . import checks, reference
+from .dispatch import choose_backend, exact
+from .inputs import TermsInputs
+from .linear import linear_token_stats
+from .logits import token_stats
+from .results import SafeTerms, TokenStats
+from .values import value_terms_op
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def safe_terms(
+    logits: Tensor,
+    tokens: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    rewards: Tensor,
+    *,
+    ref_logits: Tensor,
+    kl_threshold: float | Tensor,
+    alpha: float,
+    gamma: float = 1.0,
+    target_v1: Tensor | None = None,
+    target_v2: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+    process_group: ProcessGroup | None = None,
+    backend: str | None = None,
+) -> SafeTerms:
+    """Everything SAFE needs of a token from one pass over the vocabulary: `token_stats`, and
+
+        kl_penalty   = relu(kl - kl_threshold)**2
+        value        = soft_min(v1, v2, alpha)
+        value_target = rewards + gamma * soft_min(target_v1, target_v2, alpha) at the next live token, 0 past the last
+
+    Args:
+        v1, v2: [...] values of the two critics.
+        rewards: [...].
+        kl_threshold: a number or a 0-dim tensor, in nats.
+        alpha: > 0, in the unit of the values.
+        target_v1, target_v2: [...] values of the target critics; None takes `v1`, `v2`. Without gradient.
+        cu_seqlens: int32 [B + 1], bounds of the sequences packed in one axis. None: the last axis is time.
+
+    The other arguments are those of `token_stats`.
+    """
+    checks.require_given("ref_logits", ref_logits)
+    options: dict[str, Any] = {"temperature": temperature, "mask": mask, "process_group": process_group}
+    stats = token_stats(
+        logits, tokens, ref_logits=ref_logits, inplace_backward=inplace_backward, backend=backend, **options
+    )
+    values = (v1, v2, rewards, target_v1, target_v2, mask, cu_seqlens, kl_threshold, alpha, gamma)
+    return with_values(stats, logits, tokens, *values, process_group, backend)
+
+
+def linear_safe_terms(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    rewards: Tensor,
+    *,
+    ref_hidden: Tensor,
+    kl_threshold: float | Tensor,
+    alpha: float,
+    gamma: float = 1.0,
+    target_v1: Tensor | None = None,
+    target_v2: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mask: Tensor | None = None,
+    batch_invariant: bool = False,
+    process_group: ProcessGroup | None = None,
+    backend: str | None = None,
+) -> SafeTerms:
+    """`safe_terms` from hidden states. Equivalent to
+
+        logits = softcap * tanh(logit_scale * (hidden.float() @ weight.float().T + bias) / softcap)
+        safe_terms(logits, tokens, v1, v2, rewards, ref_logits=the same of the reference, ...)
+
+    Args:
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, softcap, logit_scale, batch_invariant: as in
+            `linear_token_stats`; ref_hidden is needed.
+
+    The other arguments are those of `safe_terms`.
+    """
+    checks.require_given("ref_hidden", ref_hidden)
+    head: dict[str, Any] = {"bias": bias, "ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
+    head |= {"softcap": softcap, "logit_scale": logit_scale, "batch_invariant": batch_invariant}
+    options: dict[str, Any] = {"temperature": temperature, "mask": mask, "process_group": process_group}
+    stats = linear_token_stats(hidden, weight, tokens, backend=backend, **head, **options)
+    values = (v1, v2, rewards, target_v1, target_v2, mask, cu_seqlens, kl_threshold, alpha, gamma)
+    return with_values(stats, hidden, tokens, *values, process_group, backend)
+
+
+def with_values(
+    stats: TokenStats,
+    like: Tensor,
+    tokens: Tensor,
+    v1: Tensor,
+    v2: Tensor,
+    rewards: Tensor,
+    target_v1: Tensor | None,
+    target_v2: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kl_threshold: float | Tensor,
+    alpha: float,
+    gamma: float,
+    group: ProcessGroup | None,
+    backend: str | None,
+) -> SafeTerms:
+    """Check what `safe_terms` takes beyond `token_stats`, and add its terms; `like` is the model's tensor."""
+    named = {"v1": v1, "v2": v2, "rewards": rewards}
+    named |= {} if target_v1 is None else {"target_v1": target_v1}
+    named |= {} if target_v2 is None else {"target_v2": target_v2}
+    values = {name: checks.require_per_token(name, x, like, tokens) for name, x in named.items()}
+    values = {"target_v1": values["v1"], "target_v2": values["v2"], **values}
+    checks.require_time(tokens, cu_seqlens)
+    threshold = checks.require_coefficient("kl_threshold", kl_threshold)
+    alpha, gamma = checks.require_number("alpha", alpha, above=0), checks.require_number("gamma", gamma, 0, 1)
+    backend = choose_backend(backend, stats.logprob, *values.values(), group=group)
+    if backend == "reference":
+        with exact(like):
+            return reference.with_values(
+                stats, **values, kl_threshold=threshold, alpha=alpha, gamma=gamma, cu_seqlens=cu_seqlens, mask=mask
+            )
+    number, tensor = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
+    if tensor is not None:
+        tensor = tensor.to(tokens.device, non_blocking=tensor.device.type == "cpu")
+    flat = {name: x.reshape(-1) if name in ("v1", "v2") else x.detach().reshape(-1) for name, x in values.items()}
+    assert stats.kl is not None and stats.ref_logprob is not None
+    inputs = TermsInputs(
+        flat["v1"],
+        flat["v2"],
+        flat["rewards"],
+        flat["target_v1"],
+        flat["target_v2"],
+        None if mask is None else mask.reshape(-1),
+        cu_seqlens,
+        tokens.shape[-1],
+        number,
+        tensor,
+        alpha,
+        gamma,
+    )
+    terms = value_terms_op(stats.kl.reshape(-1), *inputs, backend)
+    statistics = (stats.logprob, stats.entropy, stats.ref_logprob, stats.kl)
+    return SafeTerms(*statistics, *(x.view(tokens.shape) for x in terms))
