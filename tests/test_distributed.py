@@ -148,9 +148,7 @@ def all_steps(folder, names) -> dict:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-        return all_steps(tmp_path_factory.mktemp("alone"), CASES)
+    return all_steps(tmp_path_factory.mktemp("alone"), CASES)
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,6 @@ from safe_train.run.report import read_metrics
 from safe_train.run.run_folder import append, keep_rows, strict_json
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-
-
 def parameters(trainer):
     return [p.detach().clone() for p in trainer.policy.parameters()]
 

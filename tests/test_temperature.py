@@ -26,12 +26,6 @@ TEMPERATURES = (0.7, 1.3)
 CLOSE = {"atol": 2e-5, "rtol": 0}
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-
-
 def softcapped(**changes):
     return tiny_of("Gemma2", vocab_size=len(tiny.WORDS), final_logit_softcapping=3.0, head_dim=8, **changes)
 

@@ -25,12 +25,6 @@ from safe_train.sampling.rollout import MODES, Rollout
 ALGORITHMS = ("safe", "ppo", "ppo_two_heads", "grpo")
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-
-
 def experience_of(trainer):
     rollout = trainer.sample(0)
     rewards = trainer.rewards(*rollout.for_rewards())["reward"]
@@ -51,8 +45,7 @@ def policy_weights(trainer):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_run_leaves_its_folder_and_its_metrics(algorithm, tmp_path, monkeypatch):
-    monkeypatch.undo()
+def test_a_run_leaves_its_folder_and_its_metrics(algorithm, tmp_path, pictures):
     history = tiny.trainer(tmp_path, algorithm=algorithm, eval_every=3).train()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and len(history) == 3
