@@ -15,15 +15,7 @@ from safe_train.run import run_folder
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, then forks
 CONTEXT.set_forkserver_preload(
-    [
-        "safe_train.trainer",
-        "peft",
-        "transformers.models.llama.modeling_llama",
-        "tokenizers",
-        "datasets",
-        "pandas",
-        "pytest",
-    ]
+    "safe_train.trainer peft transformers.models.llama.modeling_llama tokenizers datasets pandas pytest".split()
 )
 
 

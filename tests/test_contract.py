@@ -1,11 +1,9 @@
 """Errors, backends, imports and the places the operations must work in."""
 
-import ast
 import functools
 import inspect
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +24,6 @@ from safe_kernels import (
 )
 
 pytestmark = pytest.mark.usefixtures("kernels")
-PACKAGE = Path(safe_kernels.__file__).parent
 OPERATIONS = [
     token_stats,
     linear_token_stats,
@@ -227,63 +224,6 @@ def test_the_import_needs_torch_alone():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names) == {"safe_kernels"}
     assert not any(name.startswith("safe_kernels.triton_backend") for name in loaded)
-
-
-def test_imports_run_one_way():
-    """inputs, objective, vocab_parallel, a backend's modules in order, library (by name), ops, integrations."""
-    torch_values, launch, rows = "torch_backend.values", "triton_backend.launch", "triton_backend.rows"
-    allowed = {
-        "results": set(),
-        "schema": set(),
-        "inputs": set(),
-        "objective": {"inputs"},
-        "vocab_parallel": {"inputs", "objective"},
-        "checks": {"vocab_parallel"},
-        "derivatives": set(),
-        "reference": {"results", "vocab_parallel"},
-        "library": {"inputs", "objective", "reference", "results", "schema", "vocab_parallel"},
-        "ops": {"checks", "derivatives", "library", "reference", "results"},
-        "__init__": {"ops", "results"},
-        "torch_backend.rows": {"inputs"},
-        "torch_backend.values": {"inputs", "reference"},
-        "torch_backend.logits": {"inputs", "torch_backend.rows", torch_values},
-        "torch_backend.linear": {"inputs", "objective", "torch_backend.rows", torch_values},
-        "torch_backend.__init__": {f"torch_backend.{x}" for x in ("linear", "logits", "values")},
-        launch: set(),
-        "triton_backend.online_softmax": set(),
-        "triton_backend.values": {"inputs", launch},
-        rows: {"triton_backend.online_softmax", "triton_backend.values"},
-        "triton_backend.logits": {"inputs", launch, rows, "triton_backend.values"},
-        "triton_backend.gemm": {launch},
-        "triton_backend.fused": {
-            *(launch, "triton_backend.online_softmax", rows),
-            *("triton_backend.logits", "triton_backend.gemm"),
-        },
-        "triton_backend.linear": {
-            *("inputs", "objective", launch, rows, "triton_backend.values"),
-            *(f"triton_backend.{x}" for x in ("logits", "gemm", "fused")),
-        },
-        "triton_backend.__init__": {f"triton_backend.{x}" for x in ("linear", "logits", "values")},
-        "integrations.patch": set(),
-        "integrations.trl": {"checks", "inputs", "library", "ops", "integrations.patch", "integrations.trl"},
-    }
-    for module, may in allowed.items():
-        path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
-        may_triton = {"triton"} if module.startswith("triton_backend") else set()
-        package = list(path.relative_to(PACKAGE.parent).parent.parts)
-        found = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                base = package[1 : len(package) - node.level + 1]
-                names = [node.module] if node.module else [alias.name for alias in node.names]
-                found |= {".".join([*base, name]) for name in names}
-            elif isinstance(node, ast.ImportFrom | ast.Import):
-                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-                assert all(name.split(".")[0] in {"torch", *may_triton, *sys.stdlib_module_names} for name in names), (
-                    module,
-                    names,
-                )
-        assert found <= may, module
 
 
 SAFE = {"kl_threshold": 0.1, "alpha": 0.3, "gamma": 0.9, **values_case()}

@@ -23,11 +23,7 @@ def trainer(tmp_path_factory):
 
 
 def test_ratio_is_exactly_one_before_the_first_optimizer_step(trainer):
-    rollout = trainer.sample(0)
-    experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
-    rewards = trainer.rewards(*rollout.for_rewards())["reward"]
-    control = trainer.update_controller(experience, rewards)
-    experience.compute_advantages(trainer.training_rewards(rewards, rollout), 0.0)
+    experience, control = tiny.experience_of(trainer)
     assert experience.tokens("kl_L").abs().max() < 1e-6
     for micro in experience:
         weight = torch.full_like(micro.logprob_L, 0.1)

@@ -18,6 +18,7 @@ from safe_train.algorithms import experience
 from safe_train.config import CONFIGS, ConfigError, SafeConfig
 from safe_train.data.batches import PromptDataset
 from safe_train.engines import sharding
+from safe_train.run import checkpoint
 from safe_train.run.signals import Stopped
 from safe_train.sampling.rollout import Rollout
 
@@ -517,7 +518,7 @@ def has_no_room(folder) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if parallel.is_main():
-        trainer.callbacks = [lambda *_: setattr(__import__("safe_train.run.checkpoint").checkpoint, "flush", full)]
+        trainer.callbacks = [lambda *_: setattr(checkpoint, "flush", full)]
     trainer.train()
 
 
