@@ -17,6 +17,7 @@ def pytest_configure(config):
     marks = config.option.markexpr
     if "gpu" not in marks or "not gpu" in marks:  # all other tests run as on a machine without a GPU
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}  # before triton is imported
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is nowhere is not asked for again and again without a network
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(2)
 
