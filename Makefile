@@ -3,8 +3,11 @@
 PYTHON ?= python3
 TORCH ?=
 ARGS ?=
-# Two workers of one thread each. The tests of a file stay together, so that they share the file's models.
-PYTEST_FLAGS ?= -n 2 --dist loadfile
+# Two workers of one thread each. Each begins with half of the files; who is done first takes over tests of the other.
+PYTEST_FLAGS ?= -n 2 --dist worksteal
+# In Triton's interpreter, and compiled for every architecture.
+KERNEL_TESTS := tests/test_stats.py tests/test_linear.py tests/test_policy_loss.py tests/test_fused.py \
+   tests/test_online_softmax.py tests/test_triton_values.py tests/test_triton_compile.py -k "triton or fused or softmax"
 TORCH_INDEX ?= https://download.pytorch.org/whl
 
 VENV := .venv
@@ -14,11 +17,12 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -
 
 unexport PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 .NOTPARALLEL:
-.PHONY: help demo test test-integrations check format bench setup clean
+.PHONY: help demo test kernels test-integrations check format bench setup clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with SAFE on this machine, and draw a report"
 	@echo "make test    make check, then the tests"
+	@echo "make kernels the tests of a changed kernel, in a minute"
 	@echo "make test-integrations  the tests on verl, OpenRLHF and DeepSpeed, which it installs into $(INTEGRATIONS)"
 	@echo "make check   ruff and mypy"
 	@echo "make format  rewrite the sources as 'make check' wants them"
@@ -35,6 +39,9 @@ demo: $(VENV)/.installed-demo
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(ARGS)
+
+kernels: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(KERNEL_TESTS) $(ARGS)
 
 test-integrations: $(INTEGRATIONS)/.installed
 	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n 0 tests/test_verl.py tests/test_openrlhf.py tests/test_deepspeed.py $(ARGS)

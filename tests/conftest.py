@@ -1,4 +1,5 @@
 import os
+import sys
 
 import hypothesis
 import pytest
@@ -16,6 +17,7 @@ def pytest_configure(config):
     marks = config.option.markexpr
     if "gpu" not in marks or "not gpu" in marks:  # all other tests run as on a machine without a GPU
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}  # before triton is imported
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is nowhere is not asked for again and again without a network
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(2)
 
@@ -35,6 +37,24 @@ def float64_backend(request):
     return request.param
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """Drawing its report takes longer than the run of a tiny model: who wants to see one asks for `pictures`."""
+    if "safe_train" not in sys.modules:  # tests of kernels alone do without its imports
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    from safe_train.run.report import write_report
+
+    monkeypatch.setattr("safe_train.run.run_folder.write_report", write_report)
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """For every test of the kernels: uninitialised memory is NaN, and tiles are so small that a test has many."""
@@ -49,9 +69,12 @@ def kernels(monkeypatch):
 
 def make_small(monkeypatch):
     """Tiles so small that a test has many."""
+    from interpreter import patch_language_once_a_launch
+
     from safe_kernels.torch_backend import linear, rows
     from safe_kernels.triton_backend import launch
 
+    patch_language_once_a_launch()
     monkeypatch.setattr(rows, "TILE_BYTES", 2048)
     monkeypatch.setattr(linear, "PRODUCT_BYTES", 4096)
     monkeypatch.setattr(linear, "WEIGHT_TILE_BYTES", 1024)

@@ -14,7 +14,9 @@ import torch
 from safe_train.run import run_folder
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once, then forks
-CONTEXT.set_forkserver_preload(["safe_train.trainer", "peft", "transformers.models.llama.modeling_llama", "tokenizers"])
+CONTEXT.set_forkserver_preload(
+    "safe_train.trainer peft transformers.models.llama.modeling_llama tokenizers datasets pandas pytest".split()
+)
 
 
 class Outcome(NamedTuple):

@@ -22,11 +22,6 @@ BATCH = TokenBatch.pack([[2, 3, 4], [9]], [[5, 6, 7, 8], [10, 1]])
 IDS = torch.tensor([[2, 3, 4, 5, 6, 7]])
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-
-
 def config(method="Lora", **settings):
     values = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     return getattr(peft, f"{method}Config")(**values | settings)

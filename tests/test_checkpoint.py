@@ -38,12 +38,6 @@ def slow_reward(completions, **columns):
 """
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-
-
 def metrics(run: Path) -> list[dict]:
     """The rows of a run without what the clock decides."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

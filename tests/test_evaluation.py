@@ -15,11 +15,6 @@ from safe_train.run.checkpoint import Checkpoints
 from safe_train.run.report import read_rows
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-
-
 def logprobs(model, prompt, completion):
     with torch.no_grad():
         return model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)

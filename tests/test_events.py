@@ -19,11 +19,6 @@ from safe_train.run.report import read_rows
 from safe_train.trainer import SafeTrainer
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-
-
 class Recorder(TrainerCallback):
     """Notes every event that transformers knows."""
 

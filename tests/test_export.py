@@ -21,11 +21,6 @@ TEMPLATE = (
 PROBES = torch.tensor([[2, 9, 4, 7, 12, 3, 8, 15, 6, 11]])
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-
-
 def logits(model):
     with torch.no_grad():
         return model.eval()(PROBES).logits.float().log_softmax(-1)

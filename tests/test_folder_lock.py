@@ -31,12 +31,6 @@ time.sleep(60)
 """
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-
-
 @pytest.fixture
 def holder(tmp_path):
     """Starts a process that holds the folder `run`, and returns it with what it printed."""

@@ -151,7 +151,6 @@ COMMANDS = re.findall(r"^    (safe-train run .*'?dataset=.*reward=rewards.*)$", 
 def test_the_runs_of_the_page_start_from_the_files_beside_it(command, tmp_path, monkeypatch, capsys):
     shutil.copytree(DOCS / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path / "examples")
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = TEMPLATE + "<eos>"
     tiny.model(max_position_embeddings=1024).save_pretrained("model")

@@ -18,12 +18,6 @@ from safe_train.run.report import read_metrics
 from safe_train.run.run_folder import append, keep_rows, strict_json
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-
-
 def parameters(trainer):
     return [p.detach().clone() for p in trainer.policy.parameters()]
 
@@ -49,22 +43,29 @@ DISTURBANCES = {
 }
 
 
-@pytest.mark.parametrize("place", ["reward", "callback"])
+def run_with_guest(folder, place, act):
+    def good_words(prompts, completions, **columns):
+        if place == "reward":
+            act(None, None)
+        return tiny.good_words(prompts, completions)
+
+    trainer = tiny.trainer(folder, reward=good_words)
+    if place == "callback":
+        trainer.callbacks = [act]
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module", params=["reward", "callback"])
+def quiet(request, tmp_path_factory):
+    """A place for a guest, and the run in which it does nothing there."""
+    return request.param, run_with_guest(tmp_path_factory.mktemp("quiet"), request.param, nothing)
+
+
 @pytest.mark.parametrize("disturbance", DISTURBANCES)
-def test_a_run_is_the_same_whatever_a_guest_does(disturbance, place, tmp_path):
-    def run(name, act):
-        def good_words(prompts, completions, **columns):
-            if place == "reward":
-                act(None, None)
-            return tiny.good_words(prompts, completions)
-
-        trainer = tiny.trainer(tmp_path / name, reward=good_words)
-        if place == "callback":
-            trainer.callbacks = [act]
-        trainer.train()
-        return trainer
-
-    assert same(run("quiet", nothing), run("loud", DISTURBANCES[disturbance]))
+def test_a_run_is_the_same_whatever_a_guest_does(disturbance, quiet, tmp_path):
+    place, run = quiet
+    assert same(run, run_with_guest(tmp_path, place, DISTURBANCES[disturbance]))
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
     assert torch.get_default_device().type == "cpu" and not torch.is_autocast_enabled("cpu")
 

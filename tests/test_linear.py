@@ -309,15 +309,15 @@ def test_no_tensor_of_the_size_of_the_logits(backend, op, low_precision, coarse,
 @pytest.mark.slow
 @pytest.mark.parametrize("op", [linear_token_stats, linear_policy_loss])
 def test_peak_memory_is_an_eighth_of_the_reference(backend, op, monkeypatch):
-    """N = 2048, V = 49152, H = 576 in float32, forward and backward, beyond the inputs and the returned gradients."""
+    """N = 1024, V = 49152, H = 64 in float32, forward and backward, beyond the inputs and the returned gradients."""
     if backend == "triton":
         pytest.skip("hours in Triton's interpreter")
     monkeypatch.undo()
     torch.use_deterministic_algorithms(False)
-    case = linear_case((2048,), 49152, 576, reference=None)
-    case["weight"] *= 0.1
+    case = linear_case((1024,), 49152, 64, reference=None)
+    case["weight"] *= 0.5
     if op is linear_policy_loss:
-        case |= {"old_logprob": torch.full((2048,), -10.0), "advantage": torch.randn(2048), "entropy_coef": 0.01}
+        case |= {"old_logprob": torch.full((1024,), -10.0), "advantage": torch.randn(1024), "entropy_coef": 0.01}
     peaks, found = {}, {}
     for name in ("reference", backend):
         inputs = {

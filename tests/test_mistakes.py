@@ -79,7 +79,6 @@ class Place:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
     return Place(tmp_path, monkeypatch)
 
 

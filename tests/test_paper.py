@@ -27,11 +27,6 @@ def trainer(folder, algorithm, **changes):
     return tiny.trainer(folder, algorithm=algorithm, minibatch_size=None, **own, **changes)
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-
-
 @pytest.fixture(scope="module")
 def signals():
     """KL, entropy and reward of thousands of calls: a slow climb, jumps, a flat stretch, noise, negative KL."""

@@ -24,12 +24,6 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-
-
 def model(kind, **changes):
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | changes)).eval()

@@ -52,7 +52,7 @@ def test_a_finite_mask_has_no_mass(any_backend, low, allowed, temperature):
         torch.testing.assert_close(x, expected[name], msg=name)
 
 
-def test_one_row_has_the_bits_that_it_has_among_others(backend):
+def test_one_row_has_the_bits_that_it_has_among_others(backend, coarse):
     """Also where rows do not begin at 16 bytes."""
     for seed in range(10):
         logits = 3 * torch.randn(2, 2051, generator=torch.Generator().manual_seed(seed))[:, :2048]
@@ -214,14 +214,16 @@ def test_one_token_without_leading_shape(any_backend):
     assert stats.logprob.shape == stats.entropy.shape == ()
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_rows_do_not_depend_on_the_batch(backend, threads, coarse, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "threads", "vocabulary"), [("torch", 1, 40009), ("torch", 2, 40009), ("triton", 1, 5003)]
+)
+def test_rows_do_not_depend_on_the_batch(backend, threads, vocabulary, coarse, monkeypatch):
     """Bitwise, forward and backward, also where a lone row is wide enough to be split over threads."""
     monkeypatch.setattr("safe_kernels.torch_backend.rows.TILE_BYTES", 4 * 40009 * 4)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        case = logits_case((9,), 40009)
+        case = logits_case((9,), vocabulary)
         together = evaluate(token_stats, case, backend, ["logits"])
         logits = case["logits"].clone().requires_grad_()
         for row in range(9):

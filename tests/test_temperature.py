@@ -6,15 +6,12 @@ Shape legend: L response tokens, V vocabulary.
 """
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from architectures import tiny_of
 
-import safe_train
 from safe_train.algorithms import losses, preview
 from safe_train.algorithms.experience import Experience
 from safe_train.algorithms.preview import mean_kl
@@ -24,12 +21,6 @@ from safe_train.sampling.rollout import sample
 
 TEMPERATURES = (0.7, 1.3)
 CLOSE = {"atol": 2e-5, "rtol": 0}
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
 
 
 def softcapped(**changes):
@@ -77,15 +68,6 @@ def start(folder, kind, temperature, moved=True, **changes):
     return trainer, Twin(trainer, handed_over, temperature)
 
 
-def experience_of(trainer):
-    rollout = trainer.sample(0)
-    rewards = trainer.rewards(*rollout.for_rewards())["reward"]
-    experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
-    control = trainer.update_controller(experience, rewards)
-    experience.compute_advantages(trainer.training_rewards(rewards, rollout), 0.0)
-    return experience, control
-
-
 def close(found, expected):
     torch.testing.assert_close(found.double(), expected.detach(), **CLOSE)
 
@@ -94,7 +76,7 @@ def close(found, expected):
 @pytest.mark.parametrize("kind", POLICIES)
 def test_what_is_sampled_and_scored_is_the_models_own_at_the_temperature(kind, temperature, tmp_path):
     trainer, twin = start(tmp_path, kind, temperature)
-    for micro in experience_of(trainer)[0]:
+    for micro in tiny.experience_of(trainer)[0]:
         logprob_L, entropy_L, ref_logprob_L, kl_L = twin.statistics(micro)
         close(micro.sampler_logprob_L, logprob_L)
         close(micro.logprob_L, logprob_L)
@@ -112,7 +94,7 @@ def test_what_is_sampled_and_scored_is_the_models_own_at_the_temperature(kind, t
 @pytest.mark.parametrize("kind", POLICIES)
 def test_the_first_update_begins_with_ratio_1_and_kl_0(kind, temperature, tmp_path):
     trainer, _ = start(tmp_path, kind, temperature, moved=False)
-    experience, control = experience_of(trainer)
+    experience, control = tiny.experience_of(trainer)
     for micro in experience:
         hidden_LH, head = trainer.policy(micro.batch), trainer.policy.head()
         weight_L = torch.full_like(micro.logprob_L, 0.1)
@@ -153,7 +135,7 @@ def composed(twin, micro, weight_L, control, args):
 @pytest.mark.parametrize("kind", LOSSES)
 def test_the_loss_and_its_gradient_are_those_of_the_tempered_policies(kind, temperature, tmp_path):
     trainer, _ = start(tmp_path, "lora", temperature, **LOSSES[kind])
-    experience, control = experience_of(trainer)
+    experience, control = tiny.experience_of(trainer)
     control = control._replace(kl_coef=0.7, kl_threshold=0.01)
     torch.manual_seed(5)
     with torch.no_grad():  # after an update of the rollout, and a sampler of its own rounding
@@ -206,26 +188,7 @@ def tiny_prompt(text, tokenizer):
     return PromptDataset([{"prompt": text}], tokenizer, 16).at(0, 1)[0]
 
 
-# No place is left out, of those there are and of those to come
-
 CALLS = ("linear_token_stats", "linear_policy_loss")
-PLACES = {  # modules that take log-probs, and what their calls are given
-    "losses": "policy.head()",
-    "preview": "policy.head()",
-    "layout": "nothing: two ways to lay out the same sequences, before there is a policy",
-    "checks": "nothing: the head, with the model's own logits",
-    "export": "nothing: a checkpoint, with what was written of it",
-    "rollout": "the policy's temperature: the distribution that is drawn from",
-}
-
-
-def test_no_other_module_takes_log_probs():
-    found = set()
-    for path in Path(safe_train.__file__).parent.rglob("*.py"):
-        text = path.read_text()
-        if re.search(rf"\b({'|'.join(CALLS)}|log_softmax|logsumexp|cross_entropy)\(", text):
-            found.add(path.stem)
-    assert found == PLACES.keys()
 
 
 @pytest.mark.parametrize(

@@ -25,21 +25,6 @@ from safe_train.sampling.rollout import MODES, Rollout
 ALGORITHMS = ("safe", "ppo", "ppo_two_heads", "grpo")
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """It takes longer than the run."""
-    monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
-
-
-def experience_of(trainer):
-    rollout = trainer.sample(0)
-    rewards = trainer.rewards(*rollout.for_rewards())["reward"]
-    experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
-    control = trainer.update_controller(experience, rewards)
-    experience.compute_advantages(trainer.training_rewards(rewards, rollout), 0.0)
-    return experience, control
-
-
 def rollout_of(prompts, completions):
     count = len(prompts)
     rows = [Prompt("", ids, {}) for ids in prompts]
@@ -51,8 +36,7 @@ def policy_weights(trainer):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_run_leaves_its_folder_and_its_metrics(algorithm, tmp_path, monkeypatch):
-    monkeypatch.undo()
+def test_a_run_leaves_its_folder_and_its_metrics(algorithm, tmp_path, pictures):
     history = tiny.trainer(tmp_path, algorithm=algorithm, eval_every=3).train()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and len(history) == 3
@@ -76,7 +60,7 @@ def test_the_first_rollout_does_not_depend_on_the_critic(tmp_path):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_ratio_is_exactly_one_before_the_first_optimizer_step(algorithm, tmp_path):
     trainer = tiny.trainer(tmp_path, algorithm=algorithm)
-    experience, control = experience_of(trainer)
+    experience, control = tiny.experience_of(trainer)
     assert len(experience.minibatches) == 2 and max(map(len, experience.minibatches)) > 1
     for micro in experience:
         hidden = trainer.policy(micro.batch)
@@ -123,7 +107,7 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path):
     gradients = []
     for budget in (16, 10_000):
         trainer = tiny.trainer(tmp_path, max_tokens_per_microbatch=budget, minibatch_size=None)
-        experience, control = experience_of(trainer)
+        experience, control = tiny.experience_of(trainer)
         (minibatch,) = experience.minibatches
         for micro in minibatch:
             trainer.backward(micro, control, len(experience.tokens("kl_L")))
@@ -141,7 +125,7 @@ def test_controller_is_called_once_a_rollout(tmp_path):
 
 
 def test_advantages_are_white_over_the_rollout(tmp_path):
-    advantages = experience_of(tiny.trainer(tmp_path))[0].tokens("advantage_L")
+    advantages = tiny.experience_of(tiny.trainer(tmp_path))[0].tokens("advantage_L")
     assert advantages.mean().abs() < 1e-5 and (advantages.std(correction=0) - 1).abs() < 1e-4
 
 
@@ -206,7 +190,7 @@ def test_equal_rewards_move_nothing_but_the_entropy_term(algorithm, tmp_path):
         return [0.7] * len(completions)
 
     trainer = tiny.trainer(tmp_path, reward=same, algorithm=algorithm, entropy_coef=0.0, beta=0.0, total_steps=1)
-    experience, _ = experience_of(trainer)
+    experience, _ = tiny.experience_of(trainer)
     if algorithm == "grpo":
         assert experience.tokens("advantage_L").abs().max() == 0
     assert math.isfinite(trainer.train()[0]["policy_loss"])
@@ -243,7 +227,7 @@ def test_kl_in_reward_charges_the_controllers_coefficient(tmp_path):
             p.add_(0.1 * torch.randn_like(p))
         for p in trainer.critic.parameters():
             p.zero_()
-    experience, _ = experience_of(trainer)
+    experience, _ = tiny.experience_of(trainer)
     plain = [micro.returns_L for micro in experience]
     experience.compute_advantages(torch.zeros(8), kl_charge=0.5)
     for micro, _ in zip(experience, plain, strict=True):
@@ -313,7 +297,7 @@ def test_preview_walks_an_overshooting_step_back(tmp_path):
     bound = tiny.trainer(tmp_path / "bound", learning_rate=0.3, minibatch_size=8, inner_epochs=1, max_preview_kl=0.02)
     kls, scales = [], []
     for trainer in (free, bound):
-        experience, control = experience_of(trainer)
+        experience, control = tiny.experience_of(trainer)
         scales.append(trainer.update(experience, control).get("preview_scale"))
         kls.append(mean_kl(trainer.policy, experience.minibatches[0]))
     assert scales[0] is None and scales[1] < 1
