@@ -32,10 +32,11 @@ from safe_kernels import reference
 from safe_train.algorithms import losses
 from safe_train.algorithms.critic import Critic
 from safe_train.config import SafeConfig
-from safe_train.data.batches import Prompt, TokenBatch
+from safe_train.data.batches import TokenBatch
+from safe_train.data.prompts import Prompt
 from safe_train.models.attention import use_attention
 from safe_train.models.policy import Policy, make_policy, use_tensor_cores
-from safe_train.sampling.rollout import make_sampler
+from safe_train.sampling.samplers import make_sampler
 
 ROLLOUT, SCORE, UPDATE, LOSS = "rollout", "score", "update", "loss part"
 BACKBONES = {  # as the models' own configurations have them

@@ -24,16 +24,18 @@ from safe_train.algorithms.critic import Critic
 from safe_train.algorithms.experience import Experience, gathered, value_states
 from safe_train.algorithms.preview import Preview, mean_kl
 from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, require_name
-from safe_train.data.batches import MicroBatch, Prompt, PromptDataset
+from safe_train.data.batches import MicroBatch
 from safe_train.data.chat import read_text
 from safe_train.data.datasets_io import Source, from_python, read
-from safe_train.data.prompts import make_prompts
+from safe_train.data.prompts import Prompt, PromptDataset, make_prompts
 from safe_train.engines import sharding
-from safe_train.engines.engine import learning_rate, make_engine, place, schedule
+from safe_train.engines.engine import learning_rate, schedule
+from safe_train.engines.launched import make_engine, place
 from safe_train.models.adapters import untrained_experts, unwrapped
 from safe_train.models.checks import check_vocabulary
-from safe_train.models.determinism import check_deterministic, check_torch_state
-from safe_train.models.policy import Policy, load_model, load_tokenizer, make_policy, use_tensor_cores
+from safe_train.models.determinism import check_torch_state
+from safe_train.models.policy import Policy, make_policy, use_tensor_cores
+from safe_train.models.pretrained import load_model, load_tokenizer
 from safe_train.models.reference import identity
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards.calls import RewardFunction
@@ -44,10 +46,11 @@ from safe_train.run.evaluation import Evaluation, evaluate
 from safe_train.run.folder_lock import FolderLock, releasing
 from safe_train.run.metrics import step_metrics
 from safe_train.run.run_folder import RunFolder, refuse_existing
-from safe_train.run.self_check import check_sampler_gap, sampled_prompts, self_check
+from safe_train.run.self_check import check_deterministic, check_sampler_gap, sampled_prompts, self_check
 from safe_train.run.signals import Stopped, StopSignals
 from safe_train.run.start import asked_for, check_4bit, check_outline, check_space, load_rewards
-from safe_train.sampling.rollout import MODES, Mode, Rollout, choose_mode, end_tokens, make_sampler
+from safe_train.sampling.rollout import MODES, Mode, Rollout, choose_mode, end_tokens
+from safe_train.sampling.samplers import make_sampler
 from safe_train.sampling.stopping import described, stop_tokens
 
 Rows = Any  # a sequence of rows, a DataFrame, or what `datasets` has

@@ -13,7 +13,8 @@ from safe_train.algorithms import losses
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import TokenBatch
-from safe_train.models.policy import is_linear, load_model
+from safe_train.models.lora import is_linear
+from safe_train.models.pretrained import load_model
 from safe_train.run import start
 
 
@@ -53,7 +54,7 @@ def test_a_layer_with_packed_weights_gets_lora():
 def test_weights_are_asked_for_in_4_bits(tmp_path, monkeypatch):
     asked = {}
     tiny.model().save_pretrained(tmp_path)
-    monkeypatch.setattr("safe_train.models.policy.load_weights", lambda *_, **options: asked.update(options))
+    monkeypatch.setattr("safe_train.models.pretrained.load_weights", lambda *_, **options: asked.update(options))
     load_model(SafeConfig(model=str(tmp_path), load_in_4bit=True), torch.device("cuda"))
     settings = asked["quantization_config"]
     assert settings.load_in_4bit and settings.bnb_4bit_quant_type == "nf4" and settings.bnb_4bit_use_double_quant

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from safe_train.algorithms import losses
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import TokenBatch
-from safe_train.models.policy import load_model, lora_config
+from safe_train.models.lora import lora_config
+from safe_train.models.pretrained import load_model
 
 # Longer than the windows and chunks of 4 tokens, and of different lengths.
 SEQUENCES = ([[5, 6, 7, 3], [8], [9, 10]], [[11, 12, 13, 14, 15, 20], [13, 14, 3, 9], [4]])

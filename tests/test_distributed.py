@@ -16,7 +16,7 @@ import torch
 from safe_train import parallel
 from safe_train.algorithms import experience
 from safe_train.config import CONFIGS, ConfigError, SafeConfig
-from safe_train.data.batches import PromptDataset
+from safe_train.data.prompts import PromptDataset
 from safe_train.engines import sharding
 from safe_train.run.signals import Stopped
 from safe_train.sampling.rollout import Rollout

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data.batches import Prompt
-from safe_train.models import policy
+from safe_train.data.prompts import Prompt
+from safe_train.models.pretrained import loading
 from safe_train.run import folder_lock, start, versions
 from safe_train.run.start import try_reward
 
@@ -345,7 +345,10 @@ def test_classifiers_are_loaded_after_functions_and_keep_their_place(monkeypatch
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), policy.loading("org/model"):
+    with pytest.raises(ZeroDivisionError), loading("org/model"):
         1 / 0  # noqa: B018
-    with pytest.raises(ConfigError, match="cannot load the model 'org/model': OSError"), policy.loading("org/model"):
+    with (
+        pytest.raises(ConfigError, match="cannot load the model 'org/model': OSError"),
+        loading("org/model"),
+    ):
         raise OSError

@@ -201,7 +201,7 @@ def test_samples_follow_the_tempered_distribution(temperature, changes):
 
 
 def tiny_prompt(text, tokenizer):
-    from safe_train.data.batches import PromptDataset
+    from safe_train.data.prompts import PromptDataset
 
     return PromptDataset([{"prompt": text}], tokenizer, 16).at(0, 1)[0]
 

@@ -21,8 +21,8 @@ from safe_train.commands.subject import Subject, adapted
 from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.models import adapters
 from safe_train.models.layout import largest_gap, probes
-from safe_train.models.policy import (
-    Policy,
+from safe_train.models.policy import Policy
+from safe_train.models.pretrained import (
     config_of,
     load_model,
     load_weights,

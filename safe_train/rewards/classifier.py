@@ -13,8 +13,8 @@ from torch import nn
 
 from safe_train import parallel
 from safe_train.config import ConfigError
-from safe_train.data.batches import Messages
-from safe_train.models.policy import load_weights, loading
+from safe_train.data.chat import Messages
+from safe_train.models.pretrained import load_weights, loading
 
 Row = Mapping[str, list[int]]  # the tokenizer's answer for one text
 

@@ -31,7 +31,8 @@ from safe_train.config import ConfigError
 from safe_train.engines import sharding
 from safe_train.engines.engine import Engine, options
 from safe_train.models import adapters
-from safe_train.models.policy import Policy, load_weights, plain_generation
+from safe_train.models.policy import Policy, plain_generation
+from safe_train.models.pretrained import load_weights
 from safe_train.models.reference import HandedOver, Identity, check_identity
 from safe_train.randomness import python_generators, restore_generators, torch_generators
 from safe_train.run import events

@@ -15,7 +15,7 @@ from torch import Tensor
 from safe_train import parallel
 from safe_train.algorithms.experience import Experience, gathered, joined
 from safe_train.config import SafeConfig
-from safe_train.data.batches import PromptDataset
+from safe_train.data.prompts import PromptDataset
 from safe_train.models.policy import Policy
 from safe_train.randomness import guest, own_random_numbers, seeded
 from safe_train.rewards.rewards import Rewards, Scores

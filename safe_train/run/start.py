@@ -15,10 +15,10 @@ from torch import Tensor
 
 from safe_train import parallel
 from safe_train.config import ConfigError, SafeConfig, recorded, require_name
-from safe_train.data.batches import Prompt
-from safe_train.engines import sharding, zero
+from safe_train.data.prompts import Prompt
+from safe_train.engines.launched import cuts_weights
 from safe_train.models.checks import check_positions, check_vocabulary
-from safe_train.models.policy import config_of, loading, model_class
+from safe_train.models.pretrained import config_of, loading, model_class
 from safe_train.randomness import seeded
 from safe_train.rewards.calls import (
     Batch,
@@ -77,7 +77,7 @@ def check_4bit(args: SafeConfig, device: torch.device, is_named: bool) -> None:
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("load_in_4bit needs a package: pip install 'bitsandbytes>=0.46'")
-    if sharding.settings() is not None or zero.stage() == 3:
+    if cuts_weights():
         raise ConfigError("load_in_4bit needs whole weights on each GPU, not FSDP or ZeRO-3: use DDP or one process")
 
 

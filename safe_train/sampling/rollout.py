@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,9 @@ from safe_kernels.integrations.transformers import text_config
 from safe_train import parallel
 from safe_train.algorithms import losses
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data.batches import Messages, Prompt, TokenBatch, through_first_eos
-from safe_train.data.chat import turn_end
+from safe_train.data.batches import TokenBatch, through_first_eos
+from safe_train.data.chat import Messages, turn_end
+from safe_train.data.prompts import Prompt
 from safe_train.models.layout import largest_gap
 from safe_train.models.policy import Policy
 from safe_train.randomness import seeded
@@ -98,35 +98,7 @@ class Mode(NamedTuple):
         return ("padded" if self.padded else "in groups of equal length") + ("" if self.cached else " without a cache")
 
 
-# Settings of `generate` with which the policy would not be sampled as it is scored, unless they are 0 or 1.
-CHANGING = (
-    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-    *("repetition_penalty", "no_repeat_ngram_size", "num_beams", "min_new_tokens", "suppress_tokens"),
-)
 MODES = (Mode(True, True), Mode(False, True), Mode(False, False))  # the fastest first
-
-
-def make_sampler(policy: Policy, tokenizer: Any, args: SafeConfig, mode: Mode = MODES[0]) -> Sampler:
-    """One completion for each prompt, from the policy as it is when called, by the engine that `generation` names."""
-    if (found := left_out(policy)) and parallel.is_main():
-        print(found, flush=True)
-    if args.generation == "vllm":
-        from safe_train.sampling.vllm import VLLMSampler
-
-        return VLLMSampler(policy, tokenizer, args)
-    return functools.partial(sample, policy, tokenizer, args=args, caches={}, mode=mode)
-
-
-def left_out(policy: Policy) -> str:
-    """The settings of the model's own generation config that would change the distribution, or nothing."""
-    own = policy.model.generation_config
-    found = [f"{name} {getattr(own, name)!s:.20}" for name in CHANGING if getattr(own, name, None) not in (None, 0, 1)]
-    if not found:
-        return ""
-    return (
-        f"sampling at temperature {policy.temperature:g}, without the model's own settings for generation: "
-        + ", ".join(found)
-    )
 
 
 def choose_mode(policy: Policy, args: SafeConfig, prompts: Sequence[list[int]]) -> Mode:
