@@ -147,8 +147,7 @@ def command_run(arguments: argparse.Namespace) -> None:
     if replaces:
         remove_run(Path(args.output_dir))
     trainer.train(resume_from_checkpoint=resume)
-    if parallel.is_main():
-        print(f"report: {Path(args.output_dir) / 'report.png'}")
+    parallel.say(f"report: {Path(args.output_dir) / 'report.png'}")
 
 
 def command_check(arguments: argparse.Namespace) -> None:
@@ -167,8 +166,7 @@ def command_check(arguments: argparse.Namespace) -> None:
         found = check(trainer)
     finally:
         trainer.folder_lock.release()
-    if parallel.is_main():
-        print(found)
+    parallel.say(found)
 
 
 def run_settings(arguments: argparse.Namespace) -> SafeConfig:
@@ -226,8 +224,7 @@ def command_eval(arguments: argparse.Namespace) -> None:
     name = f"step-{step}" if found.run is not None else found.name
     folder = arguments.output or (found.run or Path()) / "eval" / name
     save(folder, evaluations, step)
-    if parallel.is_main():
-        print(f"{comparison(evaluations)}\n{folder / 'evaluation.jsonl'}")
+    parallel.say(comparison(evaluations), str(folder / "evaluation.jsonl"))
 
 
 def command_export(arguments: argparse.Namespace) -> None:

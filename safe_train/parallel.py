@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -103,6 +103,12 @@ def rank() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Prints the lines that are not empty, on the first process."""
+    for line in filter(None, lines if is_main() else ()):
+        print(line, file=file, flush=True)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

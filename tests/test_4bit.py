@@ -67,7 +67,7 @@ def bitsandbytes(monkeypatch):
     package = pytest.importorskip("bitsandbytes")
     # On some CPUs it would round to bfloat16, and lose gradients, in evaluation mode.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-    monkeypatch.setattr("safe_train.trainer.check_4bit", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.start.check_4bit", lambda *_: None)
     monkeypatch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
     return package
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import sys
 import time
 from types import MappingProxyType
 
@@ -519,7 +520,7 @@ def has_no_room(folder) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if parallel.is_main():
-        trainer.callbacks = [lambda *_: setattr(__import__("safe_train.run.checkpoint").checkpoint, "flush", full)]
+        trainer.callbacks = [lambda *_: setattr(sys.modules["safe_train.run.checkpoint"], "flush", full)]
     trainer.train()
 
 

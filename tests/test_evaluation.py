@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from safe_train import SafeTrainer
 from safe_train.cli import main
-from safe_train.run.checkpoint import Checkpoints
+from safe_train.run.checkpoints import Checkpoints
 from safe_train.run.report import read_rows
 
 

@@ -33,7 +33,7 @@ from safe_train.models.pretrained import (
     where,
 )
 from safe_train.models.reference import check_fingerprint
-from safe_train.run.checkpoint import Checkpoints
+from safe_train.run.checkpoints import Checkpoints
 from safe_train.sampling.rollout import end_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -21,6 +21,6 @@ def cuts_weights() -> bool:
     return sharding.settings() is not None or zero.stage() == 3
 
 
-def place(model: Any, device: torch.device) -> Any:
+def place_model(model: Any, device: torch.device) -> Any:
     """The model on its device. One that will be cut up waits on the CPU, and moves part by part."""
     return model if cuts_weights() else model.to(device)

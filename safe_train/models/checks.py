@@ -147,9 +147,8 @@ def check_saved_class(model: Any) -> None:
         with seeded(0), torch.device("meta"):
             loaded = kind(config)
     except Exception as error:  # code of any model, which may read numbers that a meta device does not have
-        if parallel.is_main():
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"not checked that a checkpoint has all weights: no {kind.__name__} on meta ({reason})", flush=True)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        parallel.say(f"not checked that a checkpoint has all weights: no {kind.__name__} on meta ({reason})")
         check_tied_head(model)
         return
     own, made = shapes(model), shapes(loaded)

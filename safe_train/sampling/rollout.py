@@ -104,9 +104,13 @@ MODES = (Mode(True, True), Mode(False, True), Mode(False, False))  # the fastest
 def choose_mode(policy: Policy, args: SafeConfig, prompts: Sequence[list[int]]) -> Mode:
     """The fastest mode in which the sampler's log-probs are those of the policy, for a few tokens of these prompts.
 
+    vLLM has its own ways.
+
     Raises:
         ConfigError: there is none, as where a model's code for generation does something else than its forward.
     """
+    if args.generation == "vllm":
+        return MODES[0]
     found: list[str] = []
     for mode in MODES:
         gap, failure = math.inf, ""
@@ -118,8 +122,8 @@ def choose_mode(policy: Policy, args: SafeConfig, prompts: Sequence[list[int]]) 
             failure = f"{mode}, it fails with {type(error).__name__}: {str(error):.200}"
         gap = parallel.maxima({"gap": math.inf if math.isnan(gap) else gap})["gap"]  # all processes take one mode
         if gap <= largest_gap(policy.compute_dtype):
-            if found and parallel.is_main():
-                print(f"sampling {mode}: " + "; ".join(found), flush=True)
+            if found:
+                parallel.say(f"sampling {mode}: " + "; ".join(found))
             return mode
         found.append(failure or f"{mode}, log-probs differ by {gap:.2g} nats on average from the policy's")
     raise ConfigError(

@@ -20,8 +20,7 @@ CHANGING = (
 
 def make_sampler(policy: Policy, tokenizer: Any, args: SafeConfig, mode: Mode = MODES[0]) -> Sampler:
     """One completion for each prompt, from the policy as it is when called, by the engine that `generation` names."""
-    if (found := left_out(policy)) and parallel.is_main():
-        print(found, flush=True)
+    parallel.say(left_out(policy))
     if args.generation == "vllm":
         return VLLMSampler(policy, tokenizer, args)
     return functools.partial(sample, policy, tokenizer, args=args, caches={}, mode=mode)
