@@ -56,6 +56,12 @@ def start(args: SafeConfig) -> Accelerator:
     return accelerator
 
 
+def leave() -> None:
+    """Ends the group that this process joined; for processes that have all come to their end."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def check_launch() -> None:
     """Says when fewer processes work together than were started, or were asked for."""
     is_launched = "LOCAL_RANK" in os.environ

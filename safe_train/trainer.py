@@ -26,7 +26,7 @@ from safe_train.algorithms.controller import Control, Controller, Moments
 from safe_train.algorithms.critic import Critic
 from safe_train.algorithms.experience import Experience, gathered, value_states
 from safe_train.algorithms.preview import Preview, mean_kl
-from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig
+from safe_train.config import ALGORITHMS, ConfigError, SafeConfig
 from safe_train.data.batches import MicroBatch
 from safe_train.data.prompts import Prompt, PromptDataset, load_prompts
 from safe_train.engines.engine import learning_rate, schedule
@@ -36,7 +36,7 @@ from safe_train.models.policy import Policy
 from safe_train.models.reference import identity
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards.calls import RewardFunction
-from safe_train.rewards.rewards import Scores
+from safe_train.rewards.rewards import Scores, weighted
 from safe_train.run import events, start
 from safe_train.run.evaluation import Evaluation, evaluate
 from safe_train.run.folder_lock import FolderLock, releasing
@@ -46,6 +46,7 @@ from safe_train.run.session import Session
 from safe_train.sampling.rollout import Rollout, choose_mode, end_tokens
 from safe_train.sampling.samplers import make_sampler
 from safe_train.sampling.stopping import described
+from safe_train.settings.limits import PAPER
 
 Rows = Any  # a sequence of rows, a DataFrame, or what `datasets` has
 
@@ -188,8 +189,8 @@ class SafeTrainer:
                     experience = Experience(self.policy, self.critic, rollout, args, self.device)
                 check_sampler_gap(experience, self.policy.compute_dtype, args)
             control = self.update_controller(experience, rewards["reward"])
-            learned_from_B = rewards.learned_from(args.multi_objective_aggregation, args.completions_per_prompt)
-            self.compute_advantages(experience, self.training_rewards(learned_from_B, rollout), control)
+            learned_B = self.training_rewards(learned_from(rewards, args), rollout)
+            self.compute_advantages(experience, learned_B, control)
             with self.timed("update"):
                 update = self.update(experience, control)
         return rollout, rewards, step_metrics(rollout, rewards, experience, control, update, self.times)
@@ -367,3 +368,16 @@ class SafeTrainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.times[name] = perf_counter() - started
+
+
+def learned_from(scores: Scores, args: SafeConfig) -> Tensor:
+    """What advantages [B] are made of, from the scores of a whole rollout.
+
+    It is "reward", or for `normalize_then_sum` the weighted sum of scores that are standardised within the completions
+    of a prompt, each reward by itself.
+    Source of the latter: GDPO (arXiv 2601.05242).
+    """
+    if args.multi_objective_aggregation != "normalize_then_sum":
+        return scores["reward"]
+    normal = {name: losses.group_advantages(scores[name], args.completions_per_prompt) for name in scores.weights}
+    return weighted(normal, scores.weights).sum(0).masked_fill(scores["reward"].isnan(), torch.nan)

@@ -9,10 +9,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from safe_train import SafeTrainer
-from safe_train.algorithms import losses
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import TokenBatch
+from safe_train.models import scoring
 from safe_train.models.lora import is_linear
 from safe_train.models.pretrained import load_model
 from safe_train.run import start
@@ -96,7 +96,7 @@ def test_the_gradient_is_that_of_the_dequantised_weights(bitsandbytes, tmp_path)
             for p in each.trainable:
                 p.copy_(0.1 * torch.randn(p.shape))
         batch = TokenBatch.pack([[2, 9], [4]], [[7, 12, 5], [3, 8]])
-        losses.logprobs(each.policy(batch), each.policy.head(), batch.targets_L).sum().backward()
+        scoring.logprobs(each.policy(batch), each.policy.head(), batch.targets_L).sum().backward()
         gradients.append([p.grad for p in each.trainable])
     for found, right in zip(*gradients, strict=True):
         torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)

@@ -20,11 +20,12 @@ from transformers import (
 )
 
 from safe_train.algorithms.experience import Experience
-from safe_train.algorithms.losses import importance_corrected, logprobs
+from safe_train.algorithms.losses import importance_corrected
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import TokenBatch
 from safe_train.data.prompts import Prompt, PromptDataset
 from safe_train.models.policy import make_policy
+from safe_train.models.scoring import logprobs
 from safe_train.rewards.rewards import Rewards
 from safe_train.run.metrics import sampler_metrics
 from safe_train.sampling.rollout import (

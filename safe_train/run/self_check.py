@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from safe_train import parallel
-from safe_train.algorithms import losses
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import TokenBatch
 from safe_train.data.prompts import PromptDataset
 from safe_train.engines import sharding
+from safe_train.models import scoring
 from safe_train.models.attention import as_published
 from safe_train.models.checks import LARGEST_HEAD_GAP, head_gap
 from safe_train.models.layout import ROWS, largest_gap
@@ -109,7 +109,7 @@ def batch_of(sequences: Sequence[list[int]]) -> TokenBatch:
 def log_probs(policy: Policy, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
     """[L] log-probs of policy and reference, and the KL between them, as a rollout is scored."""
     ref_hidden_LH, hidden_LH = policy.reference(batch), policy(batch)  # whose head stays gathered
-    stats = losses.statistics(hidden_LH, policy.head(), batch.targets_L, ref_hidden_LH)
+    stats = scoring.statistics(hidden_LH, policy.head(), batch.targets_L, ref_hidden_LH)
     assert stats.ref_logprob is not None and stats.kl is not None
     return stats.logprob, stats.ref_logprob, stats.kl
 

@@ -21,11 +21,11 @@ from transformers import (
 
 from safe_kernels.integrations.transformers import text_config
 from safe_train import parallel
-from safe_train.algorithms import losses
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import TokenBatch, through_first_eos
 from safe_train.data.chat import Messages, turn_end
 from safe_train.data.prompts import Prompt
+from safe_train.models import scoring
 from safe_train.models.layout import largest_gap
 from safe_train.models.policy import Policy
 from safe_train.randomness import seeded
@@ -144,7 +144,7 @@ def sampler_gap(policy: Policy, args: SafeConfig, mode: Mode, prompts: Sequence[
     with seeded(0):
         tokens, logprobs = draw(policy, prompts, settings(args, [], 0, mode), args, {}, mode)
         batch = TokenBatch.pack(prompts, tokens).to(device)
-        own_L = losses.logprobs(policy(batch), policy.head(), batch.targets_L)
+        own_L = scoring.logprobs(policy(batch), policy.head(), batch.targets_L)
     return (own_L - torch.tensor(sum(logprobs, []), device=device)).abs().mean().item()
 
 

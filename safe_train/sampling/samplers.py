@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from transformers import GenerationConfig
+
 from safe_train import parallel
 from safe_train.config import SafeConfig
 from safe_train.models.policy import Policy
@@ -28,11 +30,14 @@ def make_sampler(policy: Policy, tokenizer: Any, args: SafeConfig, mode: Mode = 
 
 def left_out(policy: Policy) -> str:
     """The settings of the model's own generation config that would change the distribution, or nothing."""
-    own = policy.model.generation_config
-    found = [f"{name} {getattr(own, name)!s:.20}" for name in CHANGING if getattr(own, name, None) not in (None, 0, 1)]
-    if not found:
+    if not (found := changing(policy.model.generation_config)):
         return ""
     return (
         f"sampling at temperature {policy.temperature:g}, without the model's own settings for generation: "
         + ", ".join(found)
     )
+
+
+def changing(config: GenerationConfig) -> list[str]:
+    """The settings, with their values, with which a policy is not sampled as it is scored."""
+    return [f"{x} {getattr(config, x)!s:.20}" for x in CHANGING if getattr(config, x, None) not in (None, 0, 1)]

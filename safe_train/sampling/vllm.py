@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from safe_train import parallel
-from safe_train.algorithms.losses import logprobs
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import TokenBatch
 from safe_train.data.prompts import Prompt
 from safe_train.models.adapters import is_cut_up, is_wrapper
 from safe_train.models.policy import Policy
+from safe_train.models.scoring import logprobs
 from safe_train.sampling.rollout import Rollout, end_tokens
 
 # Nats on average between two ways to compute the same log-probs. Rounding makes 0.04 of it in bfloat16 and 1e-5 in

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +22,29 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "ppo_paper": {"critic": "single", "controller": "ppo_paper", "beta": 0.01},
 }
 PAPER = ("safe_paper", "asymmetric_paper", "ppo_paper")  # as published: see paper.py
+
+# Fastest first; transformers' names, and `varlen`: torch.nn.attention.varlen.
+ATTENTION = ("flash_attention_3", "flash_attention_2", "varlen", "sdpa", "flex_attention", "eager")
+
+CHOICES = {
+    "algorithm": tuple(ALGORITHMS),
+    "critic": ("auto", "soft_min", "mean", "single", "none"),
+    "controller": ("auto", "safe", "fixed", *PAPER),
+    "value_level": ("token", "sequence"),
+    "kl_estimator": ("exact", "k2", "k3"),
+    "prompt_as": ("text", "user"),
+    "on_bad_row": ("error", "skip"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum", "min", "mean_minus_variance"),
+    "reward_dtype": ("auto", "float32", "bfloat16"),
+    "lr_scheduler_type": ("constant", "linear", "cosine"),
+    "reference": ("initial", "base"),
+    "generation": ("hf", "vllm"),
+    "cache_implementation": ("auto", "dynamic", "static"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "attn_implementation": ("auto", *ATTENTION),
+    "layout": ("auto", "packed", "rows"),
+    "liger_kernel": ("auto", "true", "false"),
+}
 
 NO_FILTERS = (
     "of tokens drawn from a part of the vocabulary, log-probs within that part are needed, which the kernels do not "
@@ -71,19 +94,19 @@ BOUNDS = (
     ),
     ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
-    ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short ema_long adam_beta1 adam_beta2"),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short adam_beta1 adam_beta2"),
     ("a finite number of at least 0.01", lambda x: 0.01 <= x < math.inf, "temperature"),
 )
 
 
-def check(c: SafeConfig, choices: Mapping[str, Sequence[str]]) -> None:
+def check(c: SafeConfig) -> None:
     def require(condition: bool, name: str, needed: str) -> None:
         if not condition:
             raise ConfigError(f"{name} must be {needed}, got {getattr(c, name)!r}")
 
     if c.kl_estimator == "k1":
         raise ConfigError("kl_estimator k1 has zero gradient in expectation; use exact, k2 or k3, or kl_in_reward")
-    for name, allowed in choices.items():
+    for name, allowed in CHOICES.items():
         require(getattr(c, name) in allowed, name, "one of " + ", ".join(allowed))
     for needed, holds, names in BOUNDS:
         for name in names.split():
