@@ -171,8 +171,7 @@ class SafeConfig:
     max_prompt_tokens: int = option(512, "longer prompts lose their beginning: chats their first turns")
     max_new_tokens: int = option(128, "longest completion")
     temperature: float = option(
-        1.0,
-        "divides the logits of policy and reference, sampled and scored: log-probs, entropy and KL are of those",
+        1.0, "divides the logits of policy and reference, sampled and scored: log-probs, entropy and KL are of those"
     )
     top_k: int = option(0, "must be 0: log-probs within the kept tokens are not there yet; as published: 50")
     top_p: float = option(1.0, "must be 1, for the same reason")

@@ -19,7 +19,7 @@ from safe_train.data.prompts import Prompt, PromptDataset
 from safe_train.models.policy import Policy
 from safe_train.randomness import guest, own_random_numbers, seeded
 from safe_train.rewards.rewards import Rewards, Scores
-from safe_train.run.metrics import logged_metrics, mean_of, reward_metrics
+from safe_train.run.metrics import as_rows, completion_columns, logged_metrics, mean_of, reward_metrics
 from safe_train.run.report import strict_json
 from safe_train.sampling.rollout import Rollout, Sampler
 
@@ -110,18 +110,14 @@ def rows(how: str, judged: Judged) -> list[dict[str, Any]]:
     sums = {name: by_completion(judged.parts, f"{name}_L") for name in ("logprob", "ref_logprob", "kl")}
     lengths = [len(tokens) for tokens in rollout.completions]
     columns = {
-        "prompt": [prompt.text for prompt in rollout.prompts],
-        "completion": rollout.texts,
-        "reward": judged.scores["reward"].tolist(),
-        **{f"rewards/{name}": x.tolist() for name, x in judged.scores.items() if name != "reward"},
+        **completion_columns(rollout, judged.scores),
         "kl": [kl / max(1, length) for kl, length in zip(sums["kl"], lengths, strict=True)],
         "logprob": sums["logprob"],
         "reference_logprob": sums["ref_logprob"],
         "tokens": lengths,
         "ended": rollout.ended,
     }
-    columns |= judged.scores.columns(taken=("step", "how", *columns))
-    return [{"how": how, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
+    return as_rows(columns | judged.scores.columns(taken=("step", "how", *columns)), how=how)
 
 
 def by_completion(parts: Sequence[Experience], name: str) -> list[float]:

@@ -24,14 +24,7 @@ from safe_train.models.checks import check_positions, check_vocabulary
 from safe_train.models.policy import Policy, make_policy, use_tensor_cores
 from safe_train.models.pretrained import config_of, load_model, load_tokenizer, loading, model_class
 from safe_train.randomness import guest, seeded
-from safe_train.rewards.calls import (
-    Batch,
-    NotANumber,
-    RewardFunction,
-    ask,
-    check_columns,
-    check_signature,
-)
+from safe_train.rewards.calls import Batch, NotANumber, RewardFunction, ask, check_columns, check_signature
 from safe_train.rewards.rewards import Rewards, is_classifier, is_server, load_reward, reward_name
 from safe_train.run.events import new_state
 from safe_train.run.versions import check_versions

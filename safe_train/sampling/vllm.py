@@ -66,12 +66,7 @@ class VLLMSampler:
         tokens = [list(output.token_ids) for output in outputs]
         logprobs = [token_logprobs(output) for output in outputs]
         rollout = Rollout.build(
-            self.tokenizer,
-            prompts,
-            tokens,
-            logprobs,
-            eos_ids,
-            skip_special_tokens=self.args.reward_skip_special_tokens,
+            self.tokenizer, prompts, tokens, logprobs, eos_ids, skip_special_tokens=self.args.reward_skip_special_tokens
         )
         for output, completion, ended in zip(outputs, rollout.completions, rollout.ended, strict=True):
             if not ended and len(completion) < self.args.max_new_tokens:
