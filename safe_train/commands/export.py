@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from safe_kernels.integrations.transformers import text_config
-from safe_train.commands.subject import Subject, adapted
+from safe_train.commands.subject import Subject, adapted, own_tokenizer
 from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.models import adapters
 from safe_train.models.layout import largest_gap, probes
@@ -34,6 +34,7 @@ from safe_train.models.pretrained import (
     where,
 )
 from safe_train.models.reference import check_fingerprint
+from safe_train.run.checkpoint import identity_of
 from safe_train.run.checkpoints import Checkpoints
 from safe_train.sampling.rollout import end_tokens
 from safe_train.sampling.samplers import changing
@@ -56,7 +57,7 @@ def export(subject: Subject, target: Path, *, merge: bool, dtype: str | None) ->
     is_adapter = (checkpoint / "policy" / "adapter_config.json").is_file()
     check_request(subject.args, target, merge=merge, dtype=dtype, is_adapter=is_adapter)
     args = as_trained(subject.args, checkpoint, is_adapter)
-    model, tokenizer = load_policy(args, checkpoint, is_adapter), load_own_tokenizer(checkpoint, args)
+    model, tokenizer = load_policy(args, checkpoint, is_adapter), own_tokenizer(checkpoint / "policy", args)
     sequences = probes(model.get_base_model() if is_adapter else model)
     probe = Probe(sequences, log_probs(model, sequences), model.dtype)
     generation = generation_config(args, model, tokenizer)
@@ -131,8 +132,7 @@ def check_request(args: SafeConfig, target: Path, *, merge: bool, dtype: str | N
 
 def as_trained(args: SafeConfig, checkpoint: Path, is_adapter: bool) -> SafeConfig:
     """The settings with the dtype that the frozen weights had, on whatever device that was."""
-    identity = checkpoint / "reference.json"
-    weights = json.loads(identity.read_text()).get("weights", {}) if is_adapter and identity.is_file() else {}
+    weights = identity_of(checkpoint).get("weights", {}) if is_adapter else {}
     found = {kind for kind, _ in weights.values()} & {"float32", "bfloat16"}
     return dataclasses.replace(args, dtype=found.pop()) if len(found) == 1 else args
 
@@ -145,18 +145,10 @@ def load_policy(args: SafeConfig, checkpoint: Path, is_adapter: bool) -> Any:
         with loading(str(folder)):
             return load_weights(model_class(config_of(own)), folder, dtype="auto").eval()
     model = adapted(load_model(args, torch.device("cpu")), folder).eval()
-    identity = checkpoint / "reference.json"
-    saved = json.loads(identity.read_text()) if identity.is_file() else {}
+    saved = identity_of(checkpoint)
     if "weights" in saved:
         check_fingerprint(saved["weights"], Policy(model).fingerprint(), checkpoint)
     return model
-
-
-def load_own_tokenizer(checkpoint: Path, args: SafeConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    with loading(str(checkpoint)):
-        return AutoTokenizer.from_pretrained(checkpoint / "policy", trust_remote_code=args.trust_remote_code)
 
 
 @torch.no_grad()

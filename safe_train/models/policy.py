@@ -178,15 +178,18 @@ def make_policy(
     with seeded(0):  # what a model draws in a check is none of the run's
         check_head(policy)
         policy.layout = choose_layout(args, policy.causal_lm)
-    if args.gradient_checkpointing:
-        model = policy.causal_lm
+    switch_checkpointing(policy.causal_lm, args.gradient_checkpointing)
+    return policy.train(args.gradient_checkpointing)
+
+
+def switch_checkpointing(model: Any, is_on: bool) -> None:
+    """Recomputes activations in the backward, or not, whatever another trainer left switched on."""
+    if is_on:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         model.disable_input_require_grads()  # a hook for reentrant checkpointing, which breaks the graph of decoding
-    elif any(getattr(module, "gradient_checkpointing", False) for module in policy.modules()):  # from another trainer
-        model = policy.causal_lm
+    elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
-    return policy.train(args.gradient_checkpointing)
 
 
 def prepare_backbone(model: Any, args: SafeConfig, device: torch.device, dtype: torch.dtype) -> None:

@@ -90,7 +90,6 @@ def read(path: Path, policy: Policy) -> Contents:
         kind = "full weights" if policy.is_lora else "LoRA adapters"
         raise ConfigError(f"{path} does not fit this run's settings: it holds {kind}")
     critic, reference = path / "critic.safetensors", path / "reference.safetensors"
-    identity = path / "reference.json"
     try:
         settings = json.loads((path / "policy" / "adapter_config.json").read_text()) if policy.is_lora else {}
         contents = Contents(
@@ -100,12 +99,18 @@ def read(path: Path, policy: Policy) -> Contents:
             optimizers=torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True),
             random=load_file(path / "random.safetensors"),
             handed_over=load_file(reference) if reference.exists() else {},
-            identity=json.loads(identity.read_text()) if identity.exists() else {},
+            identity=identity_of(path),
         )
     except UNREADABLE as error:
         raise Damaged(f"{path} is damaged: {type(error).__name__}: {error}") from error
     check_adapters(policy, settings, path)
     return contents
+
+
+def identity_of(path: Path) -> Identity:
+    """Of the run that a checkpoint is of; earlier versions did not write it."""
+    identity = path / "reference.json"
+    return json.loads(identity.read_text()) if identity.is_file() else {}
 
 
 def named(path: Path, policy: Policy) -> Contents:

@@ -58,6 +58,9 @@ gate_max phases window value_level gamma gae_lambda minibatch_size importance_ca
 """.split()
 
 
+Require = Callable[[bool, str, str], None]  # that it holds, of which setting, what is needed
+
+
 class ConfigError(ValueError):
     """A setting that is unknown, of the wrong type, or impossible together with another."""
 
@@ -112,15 +115,7 @@ def check(c: SafeConfig) -> None:
         for name in names.split():
             value = getattr(c, name)
             require(value is None or holds(value), name, needed)
-    for name in ("lora_alpha", "lora_last_layers", "lora_target_modules"):
-        require(c.lora_r > 0 or getattr(c, name) is None, name, "null with lora_r 0, which trains all parameters")
-    require(not c.load_in_4bit or c.lora_r > 0, "load_in_4bit", "false with lora_r 0, which trains the weights")
-    require(
-        not c.load_in_4bit or c.generation == "hf",
-        "load_in_4bit",
-        "false with generation vllm, which takes whole weights",
-    )
-    require(c.lora_target_modules != [], "lora_target_modules", "null for all linear layers, or some of their names")
+    check_adapter(c, require)
     require(not c.save_best or c.eval_every > 0, "save_best", "false without eval_every: evaluations say what is best")
     low, high = c.kl_threshold_min, c.kl_threshold_max
     require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
@@ -161,12 +156,24 @@ def check(c: SafeConfig) -> None:
     require(not c.kl_in_reward or c.critic != "none", "kl_in_reward", "false without a critic")
 
 
+def check_adapter(c: SafeConfig, require: Require) -> None:
+    for name in ("lora_alpha", "lora_last_layers", "lora_target_modules"):
+        require(c.lora_r > 0 or getattr(c, name) is None, name, "null with lora_r 0, which trains all parameters")
+    require(not c.load_in_4bit or c.lora_r > 0, "load_in_4bit", "false with lora_r 0, which trains the weights")
+    require(
+        not c.load_in_4bit or c.generation == "hf",
+        "load_in_4bit",
+        "false with generation vllm, which takes whole weights",
+    )
+    require(c.lora_target_modules != [], "lora_target_modules", "null for all linear layers, or some of their names")
+
+
 def require_unfiltered(c: SafeConfig, name: str, off: float) -> None:
     if getattr(c, name) != off:
         raise ConfigError(f"{name} must be {off:g}, got {getattr(c, name)!r}: {NO_FILTERS}")
 
 
-def check_paper(c: SafeConfig, require: Callable[[bool, str, str], None]) -> None:
+def check_paper(c: SafeConfig, require: Require) -> None:
     preset = ALGORITHMS[c.algorithm]
     for name in ("critic", "controller"):
         require(getattr(c, name) == preset[name], name, f"{preset[name]} for {c.algorithm}")
