@@ -96,12 +96,13 @@ class SafeTrainer:
         callbacks: Sequence[Callable[[SafeTrainer, dict[str, Any]], None] | TrainerCallback] = (),
     ):
         check_torch_state()
-        given = {"model": model, "dataset": train_dataset, "eval_dataset": eval_dataset}
-        self.args, rewards = start.asked_for(args or SafeConfig(), reward_funcs, processing_class, **given)
-        if self.args.algorithm not in self.algorithms:
+        args = args or SafeConfig()
+        if args.algorithm not in self.algorithms:
             raise ConfigError(
-                f"{type(self).__name__} runs {', '.join(self.algorithms)}, got algorithm {self.args.algorithm!r}"
+                f"{type(self).__name__} runs {', '.join(self.algorithms)}, got algorithm {args.algorithm!r}"
             )
+        given = {"model": model, "dataset": train_dataset, "eval_dataset": eval_dataset}
+        self.args, rewards = start.asked_for(args, reward_funcs, processing_class, **given)
         self.callbacks, self.control = events.instances(callbacks), TrainerControl()
         self.state = events.new_state(self.args)
         if isinstance(model, str):

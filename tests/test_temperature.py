@@ -18,6 +18,7 @@ import safe_train
 from safe_train.algorithms import losses, preview
 from safe_train.algorithms.experience import Experience
 from safe_train.algorithms.preview import mean_kl
+from safe_train.models import scoring
 from safe_train.models.policy import make_policy
 from safe_train.run import self_check
 from safe_train.sampling.rollout import sample
@@ -211,6 +212,7 @@ def tiny_prompt(text, tokenizer):
 CALLS = ("linear_token_stats", "linear_policy_loss")
 PLACES = {  # modules that take log-probs, and what their calls are given
     "losses": "policy.head()",
+    "scoring": "policy.head()",
     "preview": "policy.head()",
     "layout": "nothing: two ways to lay out the same sequences, before there is a policy",
     "checks": "nothing: the head, with the model's own logits",
@@ -252,7 +254,7 @@ def test_each_call_of_a_run_is_given_the_temperature(changes, tmp_path, monkeypa
 
     for place in ("models.checks", "run.self_check"):
         monkeypatch.setattr(f"safe_train.{place}.head_gap", lambda *_: 0.0)  # at temperature 1, on both sides
-    for module in (losses, preview):
+    for module in (losses, scoring, preview):
         for name in CALLS:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, watched(getattr(module, name)))
