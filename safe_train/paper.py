@@ -23,14 +23,16 @@ from torch.nn.functional import huber_loss
 from safe_kernels import soft_min
 from safe_train import parallel
 from safe_train.algorithms import losses
-from safe_train.algorithms.controller import EMA_SHORT, PHASE_SCALE, PID_DECAY, Control, clip
+from safe_train.algorithms.controller import EMA_LONG, EMA_SHORT, PHASE_SCALE, PID_DECAY, Control, clip
 from safe_train.algorithms.critic import Critic
 from safe_train.algorithms.experience import Experience
-from safe_train.config import PAPER, ConfigError, SafeConfig
+from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import MicroBatch, TokenBatch
 from safe_train.engines import sharding
+from safe_train.models import scoring
 from safe_train.rewards.rewards import Scores
 from safe_train.sampling.rollout import Rollout
+from safe_train.settings.limits import PAPER
 from safe_train.trainer import SafeTrainer
 
 PENALTY_COEF, MOMENTUM_COEF, PPO_KL_COEF = 0.1, 5.0, 0.05
@@ -93,7 +95,7 @@ class PaperController:
         args, (entropy, reward) = self.args, self.signals
         decay = EMA_SHORT if args.ema_short is None else args.ema_short
         self.kl_short = decay * self.kl_short + (1 - decay) * kl
-        self.kl_long = args.ema_long * self.kl_long + (1 - args.ema_long) * kl
+        self.kl_long = EMA_LONG * self.kl_long + (1 - EMA_LONG) * kl
         self.kls = [*self.kls, kl][-HISTORY:]
         self.rewards = [*self.rewards, reward][-HISTORY:]
         momentum = (kl - self.kls[-WINDOW]) / WINDOW if len(self.kls) >= WINDOW else 0.0
@@ -217,7 +219,7 @@ class PaperTrainer(SafeTrainer):
         policy = losses.policy_loss(hidden_LH, head, micro, weight_L, control._replace(kl_coef=0.0), args)
         total = policy.loss
         if control.kl_coef:
-            logprob_L = losses.logprobs(hidden_LH, head, batch.targets_L)
+            logprob_L = scoring.logprobs(hidden_LH, head, batch.targets_L)
             total = total + control.kl_coef * (weight_L * (logprob_L - micro.ref_logprob_L)).sum()
         lengths_B = batch.response_cu_seqlens.diff()
         share_L = losses.per_token(1 / (lengths_B * args.completions_per_step), batch.response_cu_seqlens)

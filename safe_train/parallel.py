@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,12 @@ def start(args: SafeConfig) -> Accelerator:
             f"prompts_per_step must be at least the {size()} processes: each samples some, got {args.prompts_per_step}"
         )
     return accelerator
+
+
+def leave() -> None:
+    """Ends the group that this process joined; for processes that have all come to their end."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def check_launch() -> None:
@@ -103,6 +109,12 @@ def rank() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Prints the lines that are not empty, on the first process."""
+    for line in filter(None, lines if is_main() else ()):
+        print(line, file=file, flush=True)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

@@ -1,8 +1,11 @@
-"""The training loop. `SafeTrainer.train` is the algorithm on one page; everything it calls is a screen away."""
+"""The training loop. `SafeTrainer.train_step` is the algorithm: sample, score, control, credit, update.
+
+What comes before the first step is in `__init__` and `run/start.py`; what surrounds a step, such as events, evaluations
+and checkpoints, in `run/session.py`.
+"""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,32 +26,27 @@ from safe_train.algorithms.controller import Control, Controller, Moments
 from safe_train.algorithms.critic import Critic
 from safe_train.algorithms.experience import Experience, gathered, value_states
 from safe_train.algorithms.preview import Preview, mean_kl
-from safe_train.config import ALGORITHMS, PAPER, ConfigError, SafeConfig, require_name
-from safe_train.data.batches import MicroBatch, Prompt, PromptDataset
-from safe_train.data.chat import read_text
-from safe_train.data.datasets_io import Source, from_python, read
-from safe_train.data.prompts import make_prompts
-from safe_train.engines import sharding
-from safe_train.engines.engine import learning_rate, make_engine, place, schedule
-from safe_train.models.adapters import untrained_experts, unwrapped
-from safe_train.models.checks import check_vocabulary
-from safe_train.models.determinism import check_deterministic, check_torch_state
-from safe_train.models.policy import Policy, load_model, load_tokenizer, make_policy, use_tensor_cores
+from safe_train.config import ALGORITHMS, ConfigError, SafeConfig
+from safe_train.data.batches import MicroBatch
+from safe_train.data.prompts import Prompt, PromptDataset, load_prompts
+from safe_train.engines.engine import learning_rate, schedule
+from safe_train.engines.launched import make_engine
+from safe_train.models.determinism import check_torch_state
+from safe_train.models.policy import Policy
 from safe_train.models.reference import identity
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards.calls import RewardFunction
-from safe_train.rewards.rewards import Rewards, Scores
-from safe_train.run import events
-from safe_train.run.checkpoint import Checkpoints, say
+from safe_train.rewards.rewards import Scores, weighted
+from safe_train.run import events, start
 from safe_train.run.evaluation import Evaluation, evaluate
 from safe_train.run.folder_lock import FolderLock, releasing
 from safe_train.run.metrics import step_metrics
-from safe_train.run.run_folder import RunFolder, refuse_existing
-from safe_train.run.self_check import check_sampler_gap, sampled_prompts, self_check
-from safe_train.run.signals import Stopped, StopSignals
-from safe_train.run.start import asked_for, check_4bit, check_outline, check_space, load_rewards
-from safe_train.sampling.rollout import MODES, Mode, Rollout, choose_mode, end_tokens, make_sampler
-from safe_train.sampling.stopping import described, stop_tokens
+from safe_train.run.self_check import check_deterministic, check_sampler_gap, sampled_prompts
+from safe_train.run.session import Session
+from safe_train.sampling.rollout import Rollout, choose_mode, end_tokens
+from safe_train.sampling.samplers import make_sampler
+from safe_train.sampling.stopping import described
+from safe_train.settings.limits import PAPER
 
 Rows = Any  # a sequence of rows, a DataFrame, or what `datasets` has
 
@@ -104,69 +102,52 @@ class SafeTrainer:
                 f"{type(self).__name__} runs {', '.join(self.algorithms)}, got algorithm {args.algorithm!r}"
             )
         given = {"model": model, "dataset": train_dataset, "eval_dataset": eval_dataset}
-        args, rewards = asked_for(args, reward_funcs, processing_class, **given)
-        self.args, self.callbacks = args, events.instances(callbacks)
-        self.control, self.state = TrainerControl(), events.new_state(args)
-        self.accelerator = parallel.start(args)
-        self.device = self.accelerator.device
-        is_named = model is None or isinstance(model, str)
-        check_4bit(args, self.device, is_named)
-        self.folder_lock = FolderLock(Path(args.output_dir))
-        self.folder_lock.acquire()
-        set_seed(args.seed)
-        self.tokenizer = load_tokenizer(args) if processing_class is None else processing_class
-        if args.chat_template is not None:
-            self.tokenizer.chat_template = read_text("chat_template", args.chat_template)
-        if args.stop_tokens is not None:
-            stop_tokens(self.tokenizer, args.stop_tokens)
-        if is_named:
-            check_outline(args, self.tokenizer, peft_config)
-        self.prompts = self.prompt_dataset(train_dataset, "dataset")
-        self.eval_prompts: PromptDataset | None = None
-        if args.eval_every or eval_dataset is not None:  # else read when first asked for: a run may never need them
-            self.eval_prompts = self.prompt_dataset(eval_dataset, "eval_dataset")
-        with guest(args.seed):  # a file that seeds when it is imported
-            functions = load_rewards(rewards, args, self.device, self.prompts.at(0, 2))
-            self.rewards = Rewards(
-                functions,
-                args.reward_weights,
-                aggregation=args.multi_objective_aggregation,
-                variance_coef=args.reward_variance_coef,
-                limit=args.async_reward_timeout,
-                state=self.state,
-            )
+        self.args, rewards = start.asked_for(args, reward_funcs, processing_class, **given)
+        self.callbacks, self.control = events.instances(callbacks), TrainerControl()
+        self.state = events.new_state(self.args)
+        if isinstance(model, str):
+            model = None  # `args` has its name
+        self.join(is_named=model is None)
+        self.load(model, processing_class, train_dataset, eval_dataset, rewards, peft_config)
+        self.build()
 
-        model = unwrapped(load_model(args, self.device) if is_named else model)
-        dtype = sharding.compute_dtype(self.device, model.dtype, args)
-        use_tensor_cores(self.device, dtype)
-        model = place(model, self.device)
-        self.policy: Policy = make_policy(model, args, peft_config, device=self.device, dtype=dtype)
-        note = check_vocabulary(self.policy.causal_lm, self.tokenizer)
-        if note and parallel.is_main():
-            print(note, flush=True)
-        models = (self.policy, *self.policy.frozen_copies)
-        parallel.broadcast(parameter for each in models for parameter in each.parameters())
+    def join(self, is_named: bool) -> None:
+        """Joins the other processes, and takes the run's folder."""
+        self.accelerator = parallel.start(self.args)
+        self.device = self.accelerator.device
+        start.check_4bit(self.args, self.device, is_named)
+        self.folder_lock = FolderLock(Path(self.args.output_dir))
+        self.folder_lock.acquire()
+        set_seed(self.args.seed)
+
+    def load(
+        self, model: Any, tokenizer: Any, rows: Any, eval_rows: Any, rewards: Sequence[start.Reward], peft_config: Any
+    ) -> None:
+        """Tokenizer, prompts, rewards and policy: those that were handed over, or those that the settings name."""
+        args = self.args
+        self.tokenizer = start.prepare_tokenizer(tokenizer, args)
+        if model is None:
+            start.check_outline(args, self.tokenizer, peft_config)
+        self.prompts = load_prompts(rows, "dataset", self.tokenizer, args)
+        self.eval_prompts: PromptDataset | None = None
+        if args.eval_every or eval_rows is not None:  # else read when first asked for: a run may never need them
+            self.eval_prompts = load_prompts(eval_rows, "eval_dataset", self.tokenizer, args)
+        self.rewards = start.make_rewards(rewards, args, self.device, self.prompts.at(0, 2), self.state)
+        self.policy: Policy = start.load_policy(model, self.tokenizer, args, self.device, peft_config)
         self.identity = identity(self.policy, self.tokenizer, args.reference)  # while the weights are whole
-        if parallel.is_main() and (left_out := untrained_experts(self.policy.causal_lm)):
-            print(left_out, flush=True)
+
+    def build(self) -> None:
+        """What samples, judges and trains the policy, and the counters of a run that has not begun."""
+        args = self.args
         self.engine = make_engine(self.policy, self.device, args)
         check_deterministic(self.policy, self.device)
         self.trainable = self.engine.parameters
-        self.mode = self.sampling_mode()
+        with self.engine.gathered():
+            self.mode = choose_mode(self.policy, args, sampled_prompts(self.prompts))
         self.sampler = make_sampler(self.policy, self.tokenizer, args, self.mode)
-        if parallel.is_main():
-            print(
-                described(self.tokenizer, end_tokens(self.policy, self.tokenizer, args), args.stop_strings), flush=True
-            )
-        self.critic: Critic | None = None
-        self.critic_optimizer: torch.optim.Optimizer | None = None
-        if args.critic != "none":
-            with seeded(seed_of(args.seed)):  # runs that differ in the critic alone sample the same first rollout
-                self.critic = self.make_critic(self.policy.hidden_size, args.critic).to(self.device)
-            parallel.broadcast(self.critic.parameters())
-            self.critic_optimizer = torch.optim.AdamW(self.critic.heads.parameters(), lr=args.critic_learning_rate)
-        trained = [*self.trainable, *(self.critic.parameters() if self.critic is not None else ())]
-        check_space(Path(args.output_dir), trained)
+        parallel.say(described(self.tokenizer, end_tokens(self.policy, self.tokenizer, args), args.stop_strings))
+        self.build_critic()
+        start.check_space(Path(args.output_dir), [*self.trainable, *(self.critic.parameters() if self.critic else ())])
         self.controller, self.reward_moments = self.make_controller(args), self.make_moments()
         limit = args.max_preview_kl
         self.preview = None if limit is None else Preview(self.trainable, limit, args.preview_min_scale)
@@ -175,33 +156,15 @@ class SafeTrainer:
         self.known_position = 0, 0  # of a step, in the stream of prompts; a resumed run knows that of its checkpoint
         self.times: dict[str, float] = {}
 
-    def sampling_mode(self) -> Mode:
-        """How transformers samples this model right; vLLM has its own way."""
-        if self.args.generation == "vllm":
-            return MODES[0]
-        with self.engine.gathered():
-            return choose_mode(self.policy, self.args, sampled_prompts(self.prompts))
-
-    def read_rows(self, rows: Any, setting: str) -> Source:
-        """The rows that were handed over, or those that the setting names."""
-        if rows is not None and not isinstance(rows, (str, Path)):
-            return from_python(rows, setting)
-        name = getattr(self.args, setting)
-        require_name(setting, name)
-        return read(name, self.args.on_bad_row)
-
-    def prompt_dataset(self, rows: Any, setting: str) -> PromptDataset:
-        """Renders the prompts that the run will visit, and says what was found."""
-        args, is_held_out = self.args, setting != "dataset"
-        visits = args.eval_completions + parallel.size() if is_held_out else args.total_steps * args.prompts_per_step
-        try:
-            source = self.read_rows(rows, setting)
-            prompts = make_prompts(source, self.tokenizer, args, is_held_out=is_held_out, visits=visits)
-        except ConfigError as error:
-            raise ConfigError(f"{setting} {getattr(args, setting)}: {error}") from error
-        if parallel.is_main():
-            print(prompts.summary(setting), flush=True)
-        return prompts
+    def build_critic(self) -> None:
+        args = self.args
+        self.critic: Critic | None = None
+        self.critic_optimizer: torch.optim.Optimizer | None = None
+        if args.critic != "none":
+            with seeded(seed_of(args.seed)):  # runs that differ in the critic alone sample the same first rollout
+                self.critic = self.make_critic(self.policy.hidden_size, args.critic).to(self.device)
+            parallel.broadcast(self.critic.parameters())
+            self.critic_optimizer = torch.optim.AdamW(self.critic.heads.parameters(), lr=args.critic_learning_rate)
 
     @releasing(always=True)
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[dict[str, Any]]:
@@ -211,111 +174,27 @@ class SafeTrainer:
             resume_from_checkpoint: True for the newest complete checkpoint of the run folder, or a checkpoint's path.
         """
         check_torch_state()
-        args, checkpoints = self.args, Checkpoints(self.args.output_dir, self.args.keep_checkpoints)
-        best = Checkpoints(args.output_dir, keep=1, name="best")
-        parallel.meet("train()")
-        self.folder_lock.acquire()
-        if resume_from_checkpoint:
-            checkpoints.load(self, None if resume_from_checkpoint is True else Path(resume_from_checkpoint))
-            best.discard_after(self.step)
-            if args.save_best and parallel.from_main(not best.complete()):
-                self.best_reward = None
-        elif self.step == 0:
-            refuse_existing(Path(args.output_dir))
-        parallel.check_same({"step": self.step})
-        self_check(self)
-        folder = RunFolder(args, self.accelerator, resume_at=self.step, layout=self.policy.layout)
-        history = []
-        with StopSignals() as signals:
-            events.begin(self)
-            for step in self.steps():
-                with checkpoints.keeping(self):
-                    events.begin_step(self)
-                with self.timed("step"):
-                    with checkpoints.keeping(self):
-                        rollout, rewards = self.collect(step)
-                    with self.timed("score"):
-                        experience = Experience(self.policy, self.critic, rollout, args, self.device)
-                    with checkpoints.keeping(self):
-                        check_sampler_gap(experience, self.policy.compute_dtype, args)
-                    control = self.update_controller(experience, rewards["reward"])
-                    learned_from_B = rewards.learned_from(args.multi_objective_aggregation, args.completions_per_prompt)
-                    self.compute_advantages(experience, self.training_rewards(learned_from_B, rollout), control)
-                    with self.timed("update"):
-                        update = self.update(experience, control)
-                metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
-                metrics["layout"] = self.policy.layout
-                del experience  # or the next one is made beside it
-                self.step = step + 1
-                try:
-                    with checkpoints.keeping(self):
-                        events.call(self, "on_step_end")
-                        metrics |= self.evaluation_metrics(folder)
-                finally:  # the step is done even when its evaluation fails
-                    if self.step % args.samples_every == 0:
-                        folder.log_samples(self.step, rollout, rewards)
-                    folder.log(self.step, metrics)
-                history.append(metrics)
-                if self.is_best(metrics):
-                    best.save(self)
-                ends, stop = self.is_last(metrics["kl"]), signals.agreed()
-                is_saved = ends or stop is not None or self.step % args.save_every == 0 or self.control.should_save
-                if is_saved:
-                    checkpoints.save(self)
-                with checkpoints.keeping(self):
-                    events.end_step(self, metrics, is_saved)
-                if self.was_stopped(checkpoints) or ends:
-                    break
-                if stop:
-                    raise Stopped.after(self.step, stop, args.output_dir)
-            with checkpoints.keeping(self):
-                events.call(self, "on_train_end")
-        folder.finish()
-        return history
+        session = Session(self, resume_from_checkpoint)
+        with session.signals:
+            for step in session.steps():
+                session.record(*self.train_step(step, session))
+        return session.finished()
 
-    def steps(self) -> Iterator[int]:
-        """The steps that are left, with a progress bar on the first process."""
-        total, hidden = self.args.total_steps, not parallel.is_main()
-        yield from tqdm(range(self.step, total), initial=self.step, total=total, unit="step", disable=hidden)
-
-    def evaluation_metrics(self, folder: RunFolder) -> dict[str, float]:
-        """Those of an evaluation, if it is time for one or a callback asked for it."""
-        is_time = self.args.eval_every and self.step % self.args.eval_every == 0
-        if not (is_time or self.control.should_evaluate):
-            return {}
-        evaluation = self.evaluate()
-        folder.log_evaluation(self.step, evaluation)
-        numbers = evaluation.numbers()
-        events.call(self, "on_evaluate", metrics={f"eval_{name}": value for name, value in numbers.items()})
-        return {f"eval/{name}": value for name, value in numbers.items()}
-
-    def is_best(self, metrics: Mapping[str, Any]) -> bool:
-        """Whether this step was evaluated, was better than all before it, and is to be kept for that."""
-        reward = metrics.get("eval/reward")
-        if reward is None or math.isnan(reward) or (self.best_reward is not None and reward <= self.best_reward):
-            return False
-        self.best_reward = reward
-        return self.args.save_best
-
-    def is_last(self, kl: float) -> bool:
-        """Whether the run ends with this step: it is the last, a callback asked for it, or the KL passed `stop_kl`."""
-        return self.step == self.args.total_steps or self.control.should_training_stop or self.is_beyond(kl)
-
-    def is_beyond(self, kl: float) -> bool:
-        limit = self.args.stop_kl
-        if limit is None or not parallel.from_main(kl > limit):
-            return False
-        say(f"stopped after step {self.step}, with a checkpoint: its KL {kl:.3g} is above stop_kl {limit:g}")
-        return True
-
-    def was_stopped(self, checkpoints: Checkpoints) -> bool:
-        """Whether a callback ended the run, which is then saved as if it were done."""
-        if not self.control.should_training_stop:
-            return False
-        if checkpoints.step != self.step:
-            checkpoints.save(self)
-        say(f"stopped after step {self.step}, with a checkpoint: a callback asked for it")
-        return True
+    def train_step(self, step: int, session: Session) -> tuple[Rollout, Scores, dict[str, Any]]:
+        """Sample, score, control, credit, update. Returns the rollout, its rewards and the step's metrics."""
+        args = self.args
+        with self.timed("step"):
+            with session.keeping():
+                rollout, rewards = self.collect(step)
+                with self.timed("score"):
+                    experience = Experience(self.policy, self.critic, rollout, args, self.device)
+                check_sampler_gap(experience, self.policy.compute_dtype, args)
+            control = self.update_controller(experience, rewards["reward"])
+            learned_B = self.training_rewards(learned_from(rewards, args), rollout)
+            self.compute_advantages(experience, learned_B, control)
+            with self.timed("update"):
+                update = self.update(experience, control)
+        return rollout, rewards, step_metrics(rollout, rewards, experience, control, update, self.times)
 
     def evaluate(self) -> Evaluation:
         """Samples on the held-out prompts, always with the same random numbers, and leaves training's alone.
@@ -325,7 +204,7 @@ class SafeTrainer:
         if self.eval_prompts is None:
             if self.args.eval_dataset is None:
                 raise ConfigError("an evaluation needs held-out prompts: set eval_dataset")
-            self.eval_prompts = self.prompt_dataset(None, "eval_dataset")
+            self.eval_prompts = load_prompts(None, "eval_dataset", self.tokenizer, self.args)
         events.update(self)
         return evaluate(self.policy, self.complete, self.eval_prompts, self.rewards, self.args, self.device)
 
@@ -490,3 +369,16 @@ class SafeTrainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.times[name] = perf_counter() - started
+
+
+def learned_from(scores: Scores, args: SafeConfig) -> Tensor:
+    """What advantages [B] are made of, from the scores of a whole rollout.
+
+    It is "reward", or for `normalize_then_sum` the weighted sum of scores that are standardised within the completions
+    of a prompt, each reward by itself.
+    Source of the latter: GDPO (arXiv 2601.05242).
+    """
+    if args.multi_objective_aggregation != "normalize_then_sum":
+        return scores["reward"]
+    normal = {name: losses.group_advantages(scores[name], args.completions_per_prompt) for name in scores.weights}
+    return weighted(normal, scores.weights).sum(0).masked_fill(scores["reward"].isnan(), torch.nan)

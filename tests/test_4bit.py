@@ -9,11 +9,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from safe_train import SafeTrainer
-from safe_train.algorithms import losses
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import TokenBatch
-from safe_train.models.policy import is_linear, load_model
+from safe_train.models import scoring
+from safe_train.models.lora import is_linear
+from safe_train.models.pretrained import load_model
 from safe_train.run import start
 
 
@@ -53,7 +54,7 @@ def test_a_layer_with_packed_weights_gets_lora():
 def test_weights_are_asked_for_in_4_bits(tmp_path, monkeypatch):
     asked = {}
     tiny.model().save_pretrained(tmp_path)
-    monkeypatch.setattr("safe_train.models.policy.load_weights", lambda *_, **options: asked.update(options))
+    monkeypatch.setattr("safe_train.models.pretrained.load_weights", lambda *_, **options: asked.update(options))
     load_model(SafeConfig(model=str(tmp_path), load_in_4bit=True), torch.device("cuda"))
     settings = asked["quantization_config"]
     assert settings.load_in_4bit and settings.bnb_4bit_quant_type == "nf4" and settings.bnb_4bit_use_double_quant
@@ -66,7 +67,7 @@ def bitsandbytes(monkeypatch):
     package = pytest.importorskip("bitsandbytes")
     # On some CPUs it would round to bfloat16, and lose gradients, in evaluation mode.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-    monkeypatch.setattr("safe_train.trainer.check_4bit", lambda *_: None)
+    monkeypatch.setattr("safe_train.run.start.check_4bit", lambda *_: None)
     return package
 
 
@@ -94,7 +95,7 @@ def test_the_gradient_is_that_of_the_dequantised_weights(bitsandbytes, tmp_path)
             for p in each.trainable:
                 p.copy_(0.1 * torch.randn(p.shape))
         batch = TokenBatch.pack([[2, 9], [4]], [[7, 12, 5], [3, 8]])
-        losses.logprobs(each.policy(batch), each.policy.head(), batch.targets_L).sum().backward()
+        scoring.logprobs(each.policy(batch), each.policy.head(), batch.targets_L).sum().backward()
         gradients.append([p.grad for p in each.trainable])
     for found, right in zip(*gradients, strict=True):
         torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)

@@ -9,10 +9,11 @@ import torch
 from architectures import KINDS, SPECIAL, tiny_config, tiny_kind
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from safe_train.algorithms import losses
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import TokenBatch
-from safe_train.models.policy import load_model, lora_config
+from safe_train.models import scoring
+from safe_train.models.lora import lora_config
+from safe_train.models.pretrained import load_model
 
 # Longer than the windows and chunks of 4 tokens, and of different lengths.
 SEQUENCES = ([[5, 6, 7, 3], [8], [9, 10]], [[11, 12, 13, 14, 15, 20], [13, 14, 3, 9], [4]])
@@ -38,7 +39,7 @@ def own_logprobs(model):
 @torch.no_grad()
 def policy_logprobs(trainer):
     batch = TokenBatch.pack(*SEQUENCES)
-    return losses.logprobs(trainer.policy(batch), trainer.policy.head(), batch.targets_L)
+    return scoring.logprobs(trainer.policy(batch), trainer.policy.head(), batch.targets_L)
 
 
 def verdict(kind, folder):

@@ -14,7 +14,8 @@ from transformers import modeling_utils
 
 from safe_kernels import linear_token_stats
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data.batches import Prompt, TokenBatch
+from safe_train.data.batches import TokenBatch
+from safe_train.data.prompts import Prompt
 from safe_train.models import attention
 from safe_train.models.attention import boundaries, choose_attention, generation_attention, obstacle, use_attention
 from safe_train.models.policy import make_policy

@@ -25,7 +25,7 @@ from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.prompts import PromptDataset
 from safe_train.randomness import python_generators, restore_generators, torch_generators
-from safe_train.run.checkpoint import Checkpoints, discard
+from safe_train.run.checkpoints import Checkpoints, discard
 from safe_train.run.run_folder import commit, keep_rows
 from safe_train.run.signals import Stopped
 

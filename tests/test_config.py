@@ -252,15 +252,33 @@ def test_every_setting_is_read_by_a_run(tmp_path, monkeypatch):
 
 
 def test_every_setting_is_explained(capsys):
-    assert main(["config"]) == 0
+    assert main(["config", "--all"]) == 0
     printed = capsys.readouterr().out
     for field in dataclasses.fields(SafeConfig):
         assert len(field.metadata["help"]) > 5
         assert re.search(rf"^{field.name}: .*# \S", printed, re.MULTILINE), field.name
 
 
-def test_a_commented_file_of_all_settings_has_the_defaults(tmp_path, capsys):
+def test_without_all_a_dozen_settings_are_printed_under_their_groups(tmp_path, capsys):
+    assert main(["config"]) == 0
+    printed = capsys.readouterr().out
+    names = re.findall(r"^(\w+): ", printed, re.MULTILINE)
+    assert len(names) == 12 and {"model", "dataset", "reward", "learning_rate", "beta"} <= set(names)
+    groups = [field.metadata["group"] for field in dataclasses.fields(SafeConfig)]
+    assert len(set(groups)) == len(
+        [a for a, b in zip(groups, [None, *groups], strict=False) if a != b]
+    )  # each in one place
+    assert re.findall(r"^## (.+)$", printed, re.MULTILINE) == list(
+        dict.fromkeys(field.metadata["group"] for field in dataclasses.fields(SafeConfig) if field.name in names)
+    )
+    assert f"{len(groups) - 12} more settings: safe-train config --all" in printed
     assert main(["config", "--format", "yaml"]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert SafeConfig.load(tmp_path / "run.yaml") == SafeConfig()
+
+
+def test_a_commented_file_of_all_settings_has_the_defaults(tmp_path, capsys):
+    assert main(["config", "--all", "--format", "yaml"]) == 0
     text = capsys.readouterr().out
     (tmp_path / "run.yaml").write_text(text)
     loaded = SafeConfig.load(tmp_path / "run.yaml")

@@ -205,7 +205,7 @@ def test_what_is_not_finite_is_not_observed(place, bad):
 def test_a_resumed_controller_has_the_settings_that_are_given():
     old, given = (
         controller(ema_short=0.9, entropy_floor=1.0),
-        controller(ema_short=0.5, ema_long=0.6, entropy_floor=2.0),
+        controller(ema_short=0.5, entropy_floor=2.0),
     )
     drive(old, [0.4, 0.4])
     given.load_state_dict(json.loads(json.dumps(old.state_dict())))

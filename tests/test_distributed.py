@@ -12,11 +12,13 @@ import processes
 import pytest
 import tiny
 import torch
+from test_checkpoint import prepare
 
 from safe_train import parallel
 from safe_train.algorithms import experience
+from safe_train.cli import main
 from safe_train.config import CONFIGS, ConfigError, SafeConfig
-from safe_train.data.batches import PromptDataset
+from safe_train.data.prompts import PromptDataset
 from safe_train.engines import sharding
 from safe_train.run import checkpoint
 from safe_train.run.signals import Stopped
@@ -662,3 +664,14 @@ def test_what_rewards_log_is_that_of_all_processes(tmp_path):
     notes = [row["note"] for row in samples]
     assert notes == [None] * 4 + [f"1: {row['completion']}" for row in samples[4:]]
     assert [row["reward"] for row in samples] == [None, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def by_the_command(pairs) -> tuple[int, bool]:
+    return main(["run", *pairs]), torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("setting", "status"), [("seed=0", 0), ("reward=[a.py:b]", 2)])
+def test_the_command_leaves_the_group_of_processes_at_its_end(setting, status, tmp_path):
+    pairs = [*prepare(tmp_path), f"output_dir={tmp_path}/run", "total_steps=1", setting]
+    for outcome in processes.run(by_the_command, 2, pairs):
+        assert outcome.result == (status, False), outcome.error + outcome.printed

@@ -56,7 +56,7 @@ def files_of(folder):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named_before_the_model_is_loaded(mistake, here, capsys):
     arguments, message = MISTAKES[mistake]
-    here.monkeypatch.setattr("safe_train.trainer.load_model", lambda *_: pytest.fail("the model was loaded"))
+    here.monkeypatch.setattr("safe_train.run.start.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert main(["check", *arguments(here)]) == 2
     said = capsys.readouterr().err
     assert re.search(message, said, re.S) and "Traceback" not in said, said

@@ -1,6 +1,7 @@
 """What an evaluation keeps of its completions, held against the model's own forward; and `safe-train eval`."""
 
 import json
+import math
 
 import peft
 import processes
@@ -11,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from safe_train import SafeTrainer
 from safe_train.cli import main
-from safe_train.run.checkpoint import Checkpoints
+from safe_train.data.prompts import Prompt
+from safe_train.run.checkpoints import Checkpoints
+from safe_train.run.evaluation import standard_error
 from safe_train.run.report import read_rows
 
 
@@ -191,3 +194,17 @@ def test_what_cannot_be_evaluated_is_named(tmp_path, capsys):
     ):
         assert main(["eval", *arguments]) == 2
         assert message in capsys.readouterr().err, arguments
+
+
+def test_the_error_of_the_reward_counts_a_prompt_that_comes_again_once():
+    def error(rewards, ids):
+        prompts = [Prompt("", [number], {}) for number in ids]
+        return standard_error(torch.tensor(rewards, dtype=torch.float64), prompts)
+
+    means = torch.tensor([0.5, 2.0, 6.0], dtype=torch.float64)
+    expected = means.std().item() / 3**0.5
+    assert error([0.0, 1.0, 1.0, 3.0, 5.0, 7.0], [1, 1, 2, 2, 3, 3]) == pytest.approx(expected)
+    assert error([0.0, 1.0, 5.0, 1.0, 3.0, 7.0], [1, 2, 3, 1, 2, 3]) == pytest.approx(expected)
+    assert error([0.0, 1.0, 5.0, 1.0, 3.0, 7.0], range(6)) != pytest.approx(expected)
+    assert error([0.0, 1.0, 1.0, math.nan, 1.0], [1, 2, 2, 3, 1]) == pytest.approx((2 * 0.5) ** 0.5 / 4)
+    assert math.isnan(error([1.0, 2.0], [5, 5])) and math.isnan(error([1.0, math.nan], [1, 2]))

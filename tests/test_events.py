@@ -10,11 +10,11 @@ import pytest
 import tiny
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
-from transformers.trainer_callback import DefaultFlowCallback, ProgressCallback
+from transformers.trainer_callback import DefaultFlowCallback, ExportableState, ProgressCallback
 
 from safe_train.config import ConfigError
 from safe_train.run import events
-from safe_train.run.checkpoint import Checkpoints
+from safe_train.run.checkpoints import Checkpoints
 from safe_train.run.report import read_rows
 from safe_train.trainer import SafeTrainer
 
@@ -193,3 +193,28 @@ def stopped_by_the_second_process(folder):
 def test_a_callback_of_one_process_stops_all(tmp_path):
     for outcome in processes.run(stopped_by_the_second_process, 2, tmp_path):
         assert outcome.result == (2, 2, True), outcome.error
+
+
+class Counting(TrainerCallback, ExportableState):
+    """Has a state of its own: how often each event behind a step came."""
+
+    def __init__(self, logs=0, saves=0):
+        self.logs, self.saves = logs, saves
+
+    def on_log(self, args, state, control, **found):
+        self.logs += 1
+
+    def on_save(self, args, state, control, **found):
+        self.saves += 1
+
+    def state(self):
+        return {"args": {}, "attributes": {"logs": self.logs, "saves": self.saves}}
+
+
+def test_a_resumed_run_knows_what_callbacks_counted_in_the_events_of_the_saved_step(tmp_path):
+    run(tmp_path, Counting(), total_steps=2, save_every=1)
+    callback = Counting()
+    run(tmp_path, callback, resume=True, total_steps=3, save_every=1)
+    assert (callback.logs, callback.saves) == (3, 3)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-3"]
+    assert not list((tmp_path / "checkpoints" / "step-3").glob("unfinished*"))

@@ -53,7 +53,7 @@ def export(folder, *options):
 
 @pytest.mark.parametrize(
     ("settings", "options"),
-    [({}, []), ({}, ["--merge"]), ({"lora_r": 0}, []), ({}, ["--merge", "--dtype", "bf16"])],
+    [({}, []), ({"temperature": 0.5}, ["--merge"]), ({"lora_r": 0}, []), ({}, ["--merge", "--dtype", "bf16"])],
     ids=str,
 )
 def test_the_folder_is_the_policy_with_its_tokenizer_template_and_generation_config(
@@ -78,7 +78,9 @@ def test_the_folder_is_the_policy_with_its_tokenizer_template_and_generation_con
         torch.testing.assert_close(logits(model), right, atol=1e-5, rtol=0)
     tokenizer, generation = AutoTokenizer.from_pretrained(out), GenerationConfig.from_pretrained(out)
     assert tokenizer.chat_template == TEMPLATE and tokenizer("the cat")["input_ids"] == [2, 4]
-    assert generation.eos_token_id == [1, 22] and (generation.temperature, generation.top_k) == (0.7, 20)
+    assert (generation.eos_token_id, generation.top_k, generation.do_sample) == ([1, 22], 20, True)
+    assert generation.temperature == trainer.args.temperature  # not the 0.7 of the model that was trained
+    assert f"sample at temperature {generation.temperature:g}" in said and "the model's own top_k 20," in said
     assert (out / "adapter_config.json").exists() == is_adapter and not list(tmp_path.glob("*.unfinished"))
 
 

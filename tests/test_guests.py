@@ -13,7 +13,7 @@ from safe_train import parallel
 from safe_train.algorithms.losses import group_advantages
 from safe_train.randomness import guest
 from safe_train.rewards.rewards import load_reward
-from safe_train.run.checkpoint import Checkpoints
+from safe_train.run.checkpoints import Checkpoints
 from safe_train.run.report import read_metrics
 from safe_train.run.run_folder import append, keep_rows, strict_json
 

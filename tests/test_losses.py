@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import huber_loss
 
+from safe_kernels import linear_token_stats
 from safe_train.algorithms import losses
 from safe_train.algorithms.controller import Control
 from safe_train.algorithms.critic import Critic
@@ -38,7 +39,7 @@ def case(seed=0, tokens=7, width=8, vocabulary=19):
 
 
 def stats(hidden, head, targets, ref_hidden=None):
-    return losses.linear_token_stats(hidden.detach(), tokens=targets, ref_hidden=ref_hidden, **head)
+    return linear_token_stats(hidden.detach(), tokens=targets, ref_hidden=ref_hidden, **head)
 
 
 def gradient(micro_changes=None, kl_coef=0.0, threshold=0.0, **settings):

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data.batches import Prompt
-from safe_train.models import policy
+from safe_train.data import prompts
+from safe_train.data.prompts import Prompt
+from safe_train.models.pretrained import loading
 from safe_train.run import folder_lock, start, versions
 from safe_train.run.start import try_reward
 
@@ -206,7 +207,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named_before_the_model_is_loaded(mistake, here, capsys):
     arguments, message = MISTAKES[mistake]
-    here.monkeypatch.setattr("safe_train.trainer.load_model", lambda *_: pytest.fail("the model was loaded"))
+    here.monkeypatch.setattr("safe_train.run.start.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert main(["run", *arguments(here)]) == 2
     said = capsys.readouterr().err
     assert re.search(message, said, re.S) and "Traceback" not in said, said
@@ -246,7 +247,7 @@ TOO_LITTLE = {
 def test_what_the_config_says_is_too_little_is_named_before_the_weights_are_loaded(what, here, capsys):
     changes, message = TOO_LITTLE[what]
     tiny.model(**changes).save_pretrained(here.folder / "model")
-    here.monkeypatch.setattr("safe_train.trainer.load_model", lambda *_: pytest.fail("the model was loaded"))
+    here.monkeypatch.setattr("safe_train.run.start.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert main(["run", *here.pairs()]) == 2
     assert re.search(message, capsys.readouterr().err)
 
@@ -266,7 +267,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_named(here, capsys):
     found = re.search(r"has 0.00 GB free, and a checkpoint takes (\S+) GB: make room", capsys.readouterr().err)
     assert found
     with here.monkeypatch.context() as patch:  # of all weights it is known before they are loaded
-        patch.setattr("safe_train.trainer.load_model", lambda *_: pytest.fail("the model was loaded"))
+        patch.setattr("safe_train.run.start.load_model", lambda *_: pytest.fail("the model was loaded"))
         assert main(["run", *here.pairs(lora_r=0)]) == 2
     assert "a checkpoint takes 0.00 GB: make room" in capsys.readouterr().err
     room.free = 10**9
@@ -324,12 +325,10 @@ def test_everything_cheap_comes_before_everything_slow(here):
         found = getattr(module, name)
         here.monkeypatch.setattr(module, name, lambda *a, **o: order.append(name) or found(*a, **o))
 
-    from safe_train import trainer
-
     noting(folder_lock, "locked")
-    for name in ("load_tokenizer", "read", "load_rewards", "load_model", "make_policy"):
-        noting(trainer, name)
-    noting(start, "try_reward")
+    noting(prompts, "read")
+    for name in ("load_tokenizer", "load_rewards", "try_reward", "load_model", "make_policy"):
+        noting(start, name)
     assert main(["run", *here.pairs()]) == 0
     assert order == ["locked", "load_tokenizer", "read", "load_rewards", "try_reward", "load_model", "make_policy"]
 
@@ -344,7 +343,10 @@ def test_classifiers_are_loaded_after_functions_and_keep_their_place(monkeypatch
 
 
 def test_a_fault_of_ours_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), policy.loading("org/model"):
+    with pytest.raises(ZeroDivisionError), loading("org/model"):
         1 / 0  # noqa: B018
-    with pytest.raises(ConfigError, match="cannot load the model 'org/model': OSError"), policy.loading("org/model"):
+    with (
+        pytest.raises(ConfigError, match="cannot load the model 'org/model': OSError"),
+        loading("org/model"),
+    ):
         raise OSError

@@ -17,7 +17,9 @@ from safe_kernels import linear_policy_loss, linear_token_stats
 from safe_train.cli import main
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import TokenBatch
-from safe_train.models.policy import apply_liger, load_model, load_tokenizer, lora_config, make_policy, use_tensor_cores
+from safe_train.models.lora import lora_config
+from safe_train.models.policy import apply_liger, make_policy, use_tensor_cores
+from safe_train.models.pretrained import load_model, load_tokenizer
 
 SEQUENCES = ([[5, 6, 7, 2], [8], [9, 10]], [[11, 12], [13, 14, 3, 1], [1]])
 

@@ -10,8 +10,9 @@ import tiny
 import torch
 
 from safe_train.algorithms.experience import Experience
-from safe_train.config import PAPER, ConfigError, SafeConfig
+from safe_train.config import ConfigError, SafeConfig
 from safe_train.paper import PaperController, PaperCritic, PaperMoments, PaperTrainer, value_errors
+from safe_train.settings.limits import PAPER
 from safe_train.trainer import SafeTrainer
 
 PPO = {"normalize_rewards": False, "entropy_coef": 0.0, "critic_max_grad_norm": math.inf}

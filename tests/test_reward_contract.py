@@ -20,11 +20,13 @@ from transformers import TrainerState
 
 from safe_train.algorithms.experience import Experience
 from safe_train.algorithms.losses import group_advantages, value_loss
-from safe_train.config import PAPER, ConfigError, SafeConfig
+from safe_train.config import ConfigError, SafeConfig
 from safe_train.rewards.rewards import Rewards, load_reward
 from safe_train.rewards.server import RewardServer
 from safe_train.run.report import read_rows
 from safe_train.run.start import load_rewards
+from safe_train.settings.limits import PAPER
+from safe_train.trainer import learned_from
 
 NAN = math.nan
 
@@ -479,7 +481,7 @@ def test_normalize_then_sum_is_that_of_trl(tmp_path):
     rollout, scores = trainer.collect(0)
     rollout = dataclasses.replace(rollout, ended=[True, False] * 4)
     trainer.reward_moments.update([3.0, 40.0])
-    learned_from_B = scores.learned_from("normalize_then_sum", 4)
+    learned_from_B = learned_from(scores, trainer.args)
     experience = Experience(trainer.policy, None, rollout, trainer.args, trainer.device)
     experience.compute_advantages(trainer.training_rewards(learned_from_B, rollout), 0.0)
 

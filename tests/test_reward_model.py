@@ -229,7 +229,7 @@ def test_a_classifier_that_cannot_read_the_chats_is_refused_before_the_run(templ
     words = tiny.tokenizer()
     words.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     monkeypatch.setattr(tiny, "tokenizer", lambda: words)
-    monkeypatch.setattr("safe_train.trainer.make_policy", lambda *_, **__: pytest.fail("the policy was made"))
+    monkeypatch.setattr("safe_train.run.start.make_policy", lambda *_, **__: pytest.fail("the policy was made"))
     with pytest.raises(ConfigError, match=message):
         tiny.trainer(tmp_path / "run", folder, prompts=CHATS)
 

@@ -20,10 +20,12 @@ from transformers import (
 )
 
 from safe_train.algorithms.experience import Experience
-from safe_train.algorithms.losses import importance_corrected, logprobs
+from safe_train.algorithms.losses import importance_corrected
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data.batches import Prompt, PromptDataset, TokenBatch
+from safe_train.data.batches import TokenBatch
+from safe_train.data.prompts import Prompt, PromptDataset
 from safe_train.models.policy import make_policy
+from safe_train.models.scoring import logprobs
 from safe_train.rewards.rewards import Rewards
 from safe_train.run.metrics import sampler_metrics
 from safe_train.sampling.rollout import (
@@ -33,10 +35,10 @@ from safe_train.sampling.rollout import (
     chunks,
     end_tokens,
     equal_chunks,
-    make_sampler,
     sample,
     static_cache,
 )
+from safe_train.sampling.samplers import make_sampler
 from safe_train.sampling.stopping import StopStrings
 
 PROBES = [[2, 3, 4, 5, 6, 7, 8], [2, 3, 4], [9, 4, 7]]  # prompts of two lengths

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from safe_train import parallel
 from safe_train.config import ConfigError
 from safe_train.run import self_check
-from safe_train.run.checkpoint import Checkpoints
+from safe_train.run.checkpoints import Checkpoints
 from safe_train.sampling.rollout import Mode
 
 SIZES = {

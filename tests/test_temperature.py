@@ -15,6 +15,7 @@ from architectures import tiny_of
 from safe_train.algorithms import losses, preview
 from safe_train.algorithms.experience import Experience
 from safe_train.algorithms.preview import mean_kl
+from safe_train.models import scoring
 from safe_train.models.policy import make_policy
 from safe_train.run import self_check
 from safe_train.sampling.rollout import sample
@@ -183,7 +184,7 @@ def test_samples_follow_the_tempered_distribution(temperature, changes):
 
 
 def tiny_prompt(text, tokenizer):
-    from safe_train.data.batches import PromptDataset
+    from safe_train.data.prompts import PromptDataset
 
     return PromptDataset([{"prompt": text}], tokenizer, 16).at(0, 1)[0]
 
@@ -215,7 +216,7 @@ def test_each_call_of_a_run_is_given_the_temperature(changes, tmp_path, monkeypa
 
     for place in ("models.checks", "run.self_check"):
         monkeypatch.setattr(f"safe_train.{place}.head_gap", lambda *_: 0.0)  # at temperature 1, on both sides
-    for module in (losses, preview):
+    for module in (losses, scoring, preview):
         for name in CALLS:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, watched(getattr(module, name)))

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from safe_train.algorithms.experience import Experience
 from safe_train.algorithms.preview import Preview, mean_kl, step_scale
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data.batches import Prompt
+from safe_train.data.prompts import Prompt
 from safe_train.engines.engine import schedule
 from safe_train.randomness import python_generators
 from safe_train.run.metrics import peak_memory_gb

@@ -13,11 +13,13 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from safe_train.algorithms.losses import logprobs
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data.batches import PromptDataset, TokenBatch
+from safe_train.data.batches import TokenBatch
+from safe_train.data.prompts import PromptDataset
 from safe_train.models.policy import make_policy
-from safe_train.sampling.rollout import make_sampler, sample
+from safe_train.models.scoring import logprobs
+from safe_train.sampling.rollout import sample
+from safe_train.sampling.samplers import make_sampler
 from safe_train.sampling.vllm import merged_weights
 
 

@@ -192,7 +192,7 @@ def smollm2_states(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from safe_train.config import CONFIGS
-    from safe_train.models.policy import smollm2_folder
+    from safe_train.models.pretrained import smollm2_folder
 
     folder = smollm2_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

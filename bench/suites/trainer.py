@@ -34,10 +34,12 @@ from safe_kernels import reference
 from safe_train.algorithms import losses
 from safe_train.algorithms.critic import Critic
 from safe_train.config import SafeConfig
-from safe_train.data.batches import Prompt, TokenBatch
+from safe_train.data.batches import TokenBatch
+from safe_train.data.prompts import Prompt
+from safe_train.models import scoring
 from safe_train.models.attention import use_attention
 from safe_train.models.policy import Policy, make_policy, use_tensor_cores
-from safe_train.sampling.rollout import make_sampler
+from safe_train.sampling.samplers import make_sampler
 
 ROLLOUT, SCORE, UPDATE, LOSS = "rollout", "score", "update", "loss part"
 STATISTICS = ("logprob", "entropy", "ref_logprob", "kl")
@@ -114,7 +116,7 @@ class Ours(Layout):
     def score(self) -> tuple[Any, ...]:
         batch = self.micro.batch
         ref_hidden_LH = self.policy.reference(batch)
-        found = losses.statistics(self.policy(batch), self.policy.head(), batch.targets_L, ref_hidden_LH)
+        found = scoring.statistics(self.policy(batch), self.policy.head(), batch.targets_L, ref_hidden_LH)
         return found.logprob, found.entropy, found.ref_logprob, found.kl
 
     def hidden(self) -> Tensor:

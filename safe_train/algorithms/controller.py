@@ -15,7 +15,7 @@ from safe_train.config import SafeConfig
 
 PHASE_SCALE = {"warmup": 1.5, "climbing": 1.2, "plateau": 0.8, "converged": 1.0}
 PHASE_MARGIN = 0.1  # reward standard deviations that count as a change
-EMA_SHORT = 0.9
+EMA_SHORT, EMA_LONG = 0.9, 0.99
 PID_DECAY = 0.95
 GATE_EPS = 0.1
 INTEGRAL_MAX = 1.0
@@ -100,7 +100,7 @@ class Controller:
     def __post_init__(self) -> None:
         args = self.args
         self.window = args.window or max(3, args.total_steps // 10)
-        self.kl_short, self.kl_long = Ema(self.short_decay), Ema(args.ema_long)
+        self.kl_short, self.kl_long = Ema(self.short_decay), Ema(EMA_LONG)
         self.reward = Ema(PID_DECAY)
         if self.entropy_floor is None:
             self.entropy_floor = args.entropy_floor

@@ -17,6 +17,7 @@ from safe_train.algorithms import losses
 from safe_train.algorithms.critic import Critic
 from safe_train.config import SafeConfig
 from safe_train.data.batches import MicroBatch, TokenBatch, balanced, balanced_rows, microbatches
+from safe_train.models import scoring
 from safe_train.models.layout import ROWS
 from safe_train.models.policy import Policy
 from safe_train.sampling.rollout import Rollout
@@ -118,7 +119,7 @@ def score(
     prompts, completions = [rollout.prompts[i].ids for i in group], [rollout.completions[i] for i in group]
     batch = TokenBatch.pack(prompts or [[0]], completions or [[]]).to(device)
     ref_hidden_LH, hidden_LH = policy.reference(batch), policy(batch)  # whose head stays gathered
-    stats = losses.statistics(hidden_LH, policy.head(), batch.targets_L, ref_hidden_LH)
+    stats = scoring.statistics(hidden_LH, policy.head(), batch.targets_L, ref_hidden_LH)
     states_LH = value_states(hidden_LH, batch, args)
     assert stats.ref_logprob is not None and stats.kl is not None
     absent = stats.logprob.new_zeros(0, len(batch.targets_L))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
-from safe_kernels import PolicyLoss, linear_policy_loss, linear_token_stats
+from safe_kernels import PolicyLoss, linear_policy_loss
 from safe_train.algorithms.controller import Control
 from safe_train.config import SafeConfig
 from safe_train.data.batches import MicroBatch
+from safe_train.models.scoring import logprobs
 
 
 def policy_loss(
@@ -51,20 +52,6 @@ def policy_loss(
         return result
     estimate_L = SAMPLED_KL[args.kl_estimator](logprobs(hidden_LH, head, targets_L), micro.ref_logprob_L)
     return result._replace(loss=result.loss + kl_coef * (corrected(weight_L) * estimate_L).sum())
-
-
-def statistics(hidden_LH: Tensor, head: dict[str, Any], targets_L: Tensor, ref_hidden_LH: Tensor) -> PolicyLoss:
-    """Log-prob, entropy and KL by the function that the update calls: its log-probs will have the same bits."""
-    nothing = torch.zeros(len(targets_L), device=hidden_LH.device)
-    return linear_policy_loss(
-        hidden_LH, tokens=targets_L, old_logprob=nothing, advantage=nothing, ref_hidden=ref_hidden_LH, **head
-    )
-
-
-def logprobs(hidden_LH: Tensor, head: dict[str, Any], targets_L: Tensor) -> Tensor:
-    """Log-probs of the targets under the policy alone, differentiable."""
-    own = {name: value for name, value in head.items() if not name.startswith("ref_")}
-    return linear_token_stats(hidden_LH, tokens=targets_L, **own).logprob
 
 
 def k2(logprob: Tensor, ref_logprob: Tensor) -> Tensor:

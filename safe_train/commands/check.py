@@ -17,8 +17,8 @@ from safe_kernels.integrations.transformers import plain_ids, text_config
 from safe_train import parallel
 from safe_train.config import ConfigError
 from safe_train.data.batches import TokenBatch
-from safe_train.engines import sharding, zero
 from safe_train.engines.engine import learning_rate
+from safe_train.engines.launched import cuts_weights
 from safe_train.models.policy import Policy
 from safe_train.models.reference import stored
 from safe_train.randomness import guest, seeded
@@ -123,12 +123,11 @@ def memory(trainer: SafeTrainer) -> Memory:
     training = needed_bytes(map(stored, trainer.trainable))
     if critic is not None:
         training += 5 * sum(p.nbytes for p in critic.heads.parameters())  # with the lagged copy
-    is_cut_up = sharding.settings() is not None or zero.stage() == 3
     return Memory(
         weights=sum(x.nbytes for x in (*weights, *kept)),
         training=training,
         rollout=rollout_bytes(trainer),
-        update=None if is_cut_up else update_bytes(trainer),
+        update=None if cuts_weights() else update_bytes(trainer),
     )
 
 

@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from safe_kernels.integrations.transformers import text_config
-from safe_train.commands.subject import Subject, adapted
+from safe_train.commands.subject import Subject, adapted, own_tokenizer
 from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.models import adapters
 from safe_train.models.layout import largest_gap, probes
-from safe_train.models.policy import (
-    Policy,
+from safe_train.models.policy import Policy
+from safe_train.models.pretrained import (
     config_of,
     load_model,
     load_weights,
@@ -33,8 +34,10 @@ from safe_train.models.policy import (
     where,
 )
 from safe_train.models.reference import check_fingerprint
-from safe_train.run.checkpoint import Checkpoints
+from safe_train.run.checkpoint import identity_of
+from safe_train.run.checkpoints import Checkpoints
 from safe_train.sampling.rollout import end_tokens
+from safe_train.sampling.samplers import changing
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
@@ -54,7 +57,7 @@ def export(subject: Subject, target: Path, *, merge: bool, dtype: str | None) ->
     is_adapter = (checkpoint / "policy" / "adapter_config.json").is_file()
     check_request(subject.args, target, merge=merge, dtype=dtype, is_adapter=is_adapter)
     args = as_trained(subject.args, checkpoint, is_adapter)
-    model, tokenizer = load_policy(args, checkpoint, is_adapter), load_own_tokenizer(checkpoint, args)
+    model, tokenizer = load_policy(args, checkpoint, is_adapter), own_tokenizer(checkpoint / "policy", args)
     sequences = probes(model.get_base_model() if is_adapter else model)
     probe = Probe(sequences, log_probs(model, sequences), model.dtype)
     generation = generation_config(args, model, tokenizer)
@@ -80,19 +83,22 @@ def export(subject: Subject, target: Path, *, merge: bool, dtype: str | None) ->
         raise ConfigError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return described(target, checkpoint, gap)
+    return described(target, checkpoint, gap, args.temperature)
 
 
-def described(target: Path, checkpoint: Path, gap: float) -> str:
+def described(target: Path, checkpoint: Path, gap: float, temperature: float) -> str:
     config = target / "adapter_config.json"
     size = sum(path.stat().st_size for path in target.iterdir())
     what, serve = "a whole model", str(target)
     if config.is_file():
         base = json.loads(config.read_text())["base_model_name_or_path"]
         what, serve = f"the adapter, for {base}", f"{base} --enable-lora --lora-modules mine={target}"
+    others = [each for each in changing(GenerationConfig.from_pretrained(target)) if "temperature" not in each]
+    beside = f", beside the model's own {', '.join(others)}, without which it was trained" if others else ""
     return (
         f"{target}: {what}, {size / 1e6:,.1f} MB, of {checkpoint}; loaded again, its log-probs differ by {gap:.2g} "
-        f"nats on average from the policy's\ntransformers: AutoModelForCausalLM.from_pretrained({str(target)!r})\n"
+        f"nats on average from the policy's\nsample at temperature {temperature:g}, at which it was trained, as "
+        f"generation_config.json says{beside}\ntransformers: AutoModelForCausalLM.from_pretrained({str(target)!r})\n"
         f"vLLM: vllm serve {serve}"
     )
 
@@ -126,8 +132,7 @@ def check_request(args: SafeConfig, target: Path, *, merge: bool, dtype: str | N
 
 def as_trained(args: SafeConfig, checkpoint: Path, is_adapter: bool) -> SafeConfig:
     """The settings with the dtype that the frozen weights had, on whatever device that was."""
-    identity = checkpoint / "reference.json"
-    weights = json.loads(identity.read_text()).get("weights", {}) if is_adapter and identity.is_file() else {}
+    weights = identity_of(checkpoint).get("weights", {}) if is_adapter else {}
     found = {kind for kind, _ in weights.values()} & {"float32", "bfloat16"}
     return dataclasses.replace(args, dtype=found.pop()) if len(found) == 1 else args
 
@@ -140,18 +145,10 @@ def load_policy(args: SafeConfig, checkpoint: Path, is_adapter: bool) -> Any:
         with loading(str(folder)):
             return load_weights(model_class(config_of(own)), folder, dtype="auto").eval()
     model = adapted(load_model(args, torch.device("cpu")), folder).eval()
-    identity = checkpoint / "reference.json"
-    saved = json.loads(identity.read_text()) if identity.is_file() else {}
+    saved = identity_of(checkpoint)
     if "weights" in saved:
         check_fingerprint(saved["weights"], Policy(model).fingerprint(), checkpoint)
     return model
-
-
-def load_own_tokenizer(checkpoint: Path, args: SafeConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    with loading(str(checkpoint)):
-        return AutoTokenizer.from_pretrained(checkpoint / "policy", trust_remote_code=args.trust_remote_code)
 
 
 @torch.no_grad()
@@ -166,9 +163,7 @@ def log_probs(model: Any, sequences: list[list[int]]) -> Tensor:
 
 
 def generation_config(args: SafeConfig, model: Any, tokenizer: Any) -> Any:
-    """The model's own as published, with the tokens that ended a completion in training."""
-    from transformers import GenerationConfig
-
+    """The model's own as published, with the temperature and the end tokens of training."""
     found = model.generation_config
     if args.model is not None and not args.model.startswith("<"):
         try:
@@ -177,6 +172,7 @@ def generation_config(args: SafeConfig, model: Any, tokenizer: Any) -> Any:
         except (OSError, ValueError):  # there is none, or one that could not be written
             found = model.generation_config
     own = SimpleNamespace(model=SimpleNamespace(generation_config=found))
+    found.temperature, found.do_sample = args.temperature, bool(found.do_sample) or args.temperature != 1
     found.eos_token_id = end_tokens(own, tokenizer, args) or None  # type: ignore[arg-type]
     found.pad_token_id = found.pad_token_id if found.pad_token_id is not None else tokenizer.pad_token_id
     return found
@@ -210,7 +206,7 @@ def write_adapter(policy: Path, folder: Path, args: SafeConfig) -> None:
 
 def check(folder: Path, args: SafeConfig, tokenizer: Any, probe: Probe) -> float:
     """Loads the folder as anybody would, and returns how far its log-probs are from the right ones."""
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
     own_args = dataclasses.replace(args, model=str(folder), revision=None)
     is_adapter = (folder / "adapter_config.json").is_file()

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.models.policy import load_model, load_tokenizer, loading
-from safe_train.run.checkpoint import Checkpoints, named, restore_policy
+from safe_train.models.pretrained import load_model, load_tokenizer, loading
+from safe_train.run.checkpoint import named, restore_policy
+from safe_train.run.checkpoints import Checkpoints
 from safe_train.trainer import SafeTrainer
 
 

@@ -12,13 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_train.data.chat import Messages
-from safe_train.data.datasets_io import load_rows
-from safe_train.data.prompts import Prompt, PromptDataset
-
-__all__ = ["Messages", "MicroBatch", "Prompt", "PromptDataset", "TokenBatch", "balanced", "load_rows", "microbatches"]
-__all__ += ["through_first_eos"]
-
 
 @dataclass(frozen=True)
 class TokenBatch:

@@ -8,15 +8,16 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from safe_train import parallel
-from safe_train.config import ConfigError, SafeConfig
+from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.data.chat import Chat, Messages, cut_chat, cut_text, text_tokens, without_nulls
-from safe_train.data.datasets_io import Source, from_python
+from safe_train.data.datasets_io import Source, from_python, read
 from safe_train.data.formats import BESIDE, PromptFormat
 
 QUIET_SECONDS = 3.0  # before there is a progress bar
@@ -280,8 +281,7 @@ class PromptStream(PromptDataset):
             if prompt is not None:
                 self.is_usable = True
                 return prompt
-            if parallel.is_main():
-                print(f"row skipped: {self.seen.skipped[-1]}", flush=True)
+            parallel.say(f"row skipped: {self.seen.skipped[-1]}")
 
     @property
     def known_length(self) -> int | None:
@@ -327,18 +327,34 @@ def row_of(rows: Any, index: int) -> Any:
         return error
 
 
-def make_prompts(source: Source, tokenizer: Any, args: SafeConfig, *, is_held_out: bool, visits: int) -> PromptDataset:
+def load_prompts(rows: Any, setting: str, tokenizer: Any, args: SafeConfig) -> PromptDataset:
+    """Renders the prompts that the run will visit, of the rows given or of the data set that the setting names.
+
+    It says what was found.
+    """
     import datasets
 
-    kind = PromptStream if isinstance(source.rows, datasets.IterableDataset) else PromptDataset
-    return kind(
-        source,
-        tokenizer,
-        args.max_prompt_tokens,
-        args.seed,
-        format=PromptFormat.of(args),
-        columns=args.columns,
-        visits=visits,
-        on_bad_row=args.on_bad_row,
-        is_held_out=is_held_out,
-    )
+    is_held_out, name = setting != "dataset", getattr(args, setting)
+    visits = args.eval_completions + parallel.size() if is_held_out else args.total_steps * args.prompts_per_step
+    try:
+        if rows is None or isinstance(rows, (str, Path)):
+            require_name(setting, name)
+            source = read(name, args.on_bad_row)
+        else:
+            source = from_python(rows, setting)
+        kind = PromptStream if isinstance(source.rows, datasets.IterableDataset) else PromptDataset
+        prompts = kind(
+            source,
+            tokenizer,
+            args.max_prompt_tokens,
+            args.seed,
+            format=PromptFormat.of(args),
+            columns=args.columns,
+            visits=visits,
+            on_bad_row=args.on_bad_row,
+            is_held_out=is_held_out,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{setting} {name}: {error}") from error
+    parallel.say(prompts.summary(setting))
+    return prompts

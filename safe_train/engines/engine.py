@@ -96,20 +96,6 @@ def require_some(gradients: int) -> None:
         )
 
 
-def make_engine(policy: Policy, device: torch.device, args: SafeConfig) -> Engine:
-    """The engine that `accelerate launch` asked for."""
-    from safe_train.engines import zero
-
-    return {None: Engine, 2: zero.Zero2Engine, 3: zero.Zero3Engine}[zero.stage()](policy, device, args)
-
-
-def place(model: Any, device: torch.device) -> Any:
-    """The model on its device; one that will be cut up waits on the CPU, and comes over part by part."""
-    from safe_train.engines import zero
-
-    return model if sharding.settings() is not None or zero.stage() == 3 else model.to(device)
-
-
 def adamw(policy: Policy, device: torch.device, args: SafeConfig) -> torch.optim.AdamW:
     trainable = [p for p in policy.parameters() if p.requires_grad]
     others = sorted({str(p.dtype) for p in trainable} - {"torch.float32"})

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from safe_kernels.integrations.transformers import text_config
-from safe_train.config import ATTENTION, ConfigError
+from safe_train.config import ConfigError
 from safe_train.data.batches import TokenBatch
+from safe_train.settings.limits import ATTENTION
 
 try:
     from torch.nn.attention.varlen import varlen_attn

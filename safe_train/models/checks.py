@@ -21,8 +21,8 @@ from safe_kernels.integrations.transformers import (
     text_config,
 )
 from safe_train import parallel
-from safe_train.algorithms import losses
 from safe_train.config import ConfigError, SafeConfig
+from safe_train.models import scoring
 from safe_train.models.attention import as_published
 from safe_train.models.layout import check_causal, probes
 from safe_train.randomness import seeded
@@ -147,9 +147,8 @@ def check_saved_class(model: Any) -> None:
         with seeded(0), torch.device("meta"):
             loaded = kind(config)
     except Exception as error:  # code of any model, which may read numbers that a meta device does not have
-        if parallel.is_main():
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"not checked that a checkpoint has all weights: no {kind.__name__} on meta ({reason})", flush=True)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        parallel.say(f"not checked that a checkpoint has all weights: no {kind.__name__} on meta ({reason})")
         check_tied_head(model)
         return
     own, made = shapes(model), shapes(loaded)
@@ -209,7 +208,7 @@ def head_gap(policy: Policy, sequences: list[list[int]] | None = None) -> float:
             hidden_BTH, logits_BTV = own_logits(policy.causal_lm, **inputs)
         own = logits_BTV[0, :-1].log_softmax(-1).gather(-1, ids_T[1:, None])[:, 0]
         head = policy.head() | {"temperature": 1.0}
-        gaps.append((losses.logprobs(hidden_BTH[0, :-1], head, ids_T[1:]) - own).abs().max())
+        gaps.append((scoring.logprobs(hidden_BTH[0, :-1], head, ids_T[1:]) - own).abs().max())
     return torch.stack(gaps).max().item()
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from safe_train import parallel
 from safe_train.config import ConfigError
-from safe_train.data.batches import Messages
-from safe_train.models.policy import load_weights, loading
+from safe_train.data.chat import Messages
+from safe_train.models.pretrained import load_weights, loading
 
 Row = Mapping[str, list[int]]  # the tokenizer's answer for one text
 
@@ -169,12 +169,10 @@ class RewardModel:
         return self.batch_size if gap <= bound else self.one_at_a_time(f"scores differ by {gap:.3g}")
 
     def one_at_a_time(self, reason: str) -> int:
-        if parallel.is_main():
-            print(
-                f"the reward model {self.__name__!r} does not score a padded batch as it scores each text alone "
-                f"({reason}): its texts are scored one at a time, which is slower",
-                flush=True,
-            )
+        parallel.say(
+            f"the reward model {self.__name__!r} does not score a padded batch as it scores each text alone "
+            f"({reason}): its texts are scored one at a time, which is slower"
+        )
         return 1
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from safe_train import parallel
-from safe_train.algorithms.losses import group_advantages
 from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.rewards.calls import LARGEST, Answer, Batch, NotANumber, RewardFunction, ask, fits_float32, text_of
 from safe_train.rewards.classifier import RewardModel
@@ -62,18 +61,6 @@ class Scores(Mapping[str, Tensor]):
         """What rewards logged of each completion, under other names where those are taken."""
         names = distinct((column for _, column in self.extra), taken)
         return dict(zip(names, self.extra.values(), strict=True))
-
-    def learned_from(self, aggregation: str, group_size: int) -> Tensor:
-        """What advantages [B] are made of, from the scores of a whole rollout.
-
-        It is "reward", or for `normalize_then_sum` the weighted sum of scores that are standardised within the
-        completions of a prompt, each reward by itself.
-        Source of the latter: GDPO (arXiv 2601.05242).
-        """
-        if aggregation != "normalize_then_sum":
-            return self["reward"]
-        normal = {name: group_advantages(self[name], group_size) for name in self.weights}
-        return weighted(normal, self.weights).sum(0).masked_fill(self["reward"].isnan(), torch.nan)
 
 
 class Rewards:

@@ -1,9 +1,8 @@
-"""Checkpoints that hold everything a run needs to continue as if it had never stopped.
+"""One checkpoint: everything that a run needs to continue as if it had never stopped.
 
-A checkpoint is written to a temporary folder and renamed when complete, so a kill at any instant leaves either all of
-it or none. The `policy` folder inside it loads with transformers or peft, tokenizer included. Only tensors and plain
-values are unpickled. It is the same whatever the number of processes that wrote it, and resumes on any other; they must
-all see the folder.
+The `policy` folder inside it loads with transformers or peft, tokenizer included. Only tensors and plain values are
+unpickled. It is the same whatever the number of processes that wrote it, and resumes on any other; they must all see
+the folder.
 """
 
 from __future__ import annotations
@@ -11,11 +10,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import re
-import shutil
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,7 +26,8 @@ from safe_train.config import ConfigError
 from safe_train.engines import sharding
 from safe_train.engines.engine import Engine, options
 from safe_train.models import adapters
-from safe_train.models.policy import Policy, load_weights, plain_generation
+from safe_train.models.policy import Policy, plain_generation
+from safe_train.models.pretrained import load_weights
 from safe_train.models.reference import HandedOver, Identity, check_identity
 from safe_train.randomness import python_generators, restore_generators, torch_generators
 from safe_train.run import events
@@ -60,137 +56,6 @@ class Contents(NamedTuple):
     identity: Identity  # of the model, the reference and the tokenizer
 
 
-class Checkpoints:
-    def __init__(self, output_dir: str | Path, keep: int, name: str = "checkpoints"):
-        self.folder, self.keep = Path(output_dir) / name, keep
-        self.wound_back_to = self.folder / "wound_back_to.json"
-        self.step = 0  # of the run's state on disk; at 0 there is nothing to keep
-
-    def complete(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
-        found = (path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
-        return sorted(found, key=step_of)
-
-    def candidates(self) -> list[Path]:
-        """Where to resume, best first: not later than the checkpoint that the run was last wound back to."""
-        complete = self.complete()[::-1]
-        if not self.wound_back_to.exists():
-            return complete
-        target = self.folder / json.loads(self.wound_back_to.read_text())["checkpoint"]
-        return [path for path in complete if step_of(path) <= step_of(target)] if target in complete else [target]
-
-    def save(self, trainer: SafeTrainer) -> Path:
-        final = self.folder / f"step-{trainer.step}"
-        sharding.reshard(trainer.policy)
-        # All processes take part in gathering what is sharded; one of them writes.
-        states = {name: optimizer.state_dict() for name, optimizer in optimizers(trainer).items()}
-        self.write(final, trainer, policy_weights(trainer.engine), states)
-        self.step = trainer.step
-        return final
-
-    @contextmanager
-    def keeping(self, trainer: SafeTrainer) -> Iterator[None]:
-        """Around functions of the user's: when one fails, the last finished step is saved before the run stops."""
-        states = torch_generators(), python_generators()
-        # All processes take part in saving.
-        failures = Exception if parallel.size() == 1 else parallel.StoppedTogether
-        try:
-            yield
-        except failures:
-            if trainer.step not in (0, self.step):
-                restore_generators(*states)
-                self.save(trainer)
-            if trainer.step and parallel.is_main():
-                message = f"stopped after step {trainer.step}, with a checkpoint: mend the cause, then use --resume"
-                print(message, file=sys.stderr, flush=True)
-            raise
-
-    @parallel.main_only
-    def write(self, final: Path, trainer: SafeTrainer, policy: dict[str, Tensor], optimizers: dict[str, Any]) -> None:
-        for left_over in self.folder.glob("unfinished-*"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        unfinished = self.folder / f"unfinished-{trainer.step}"
-        try:
-            unfinished.mkdir(parents=True)
-            write_files(unfinished, trainer, policy, optimizers)
-        except (OSError, RuntimeError, SafetensorError) as error:  # what each writer makes of a full disk
-            shutil.rmtree(unfinished, ignore_errors=True)
-            last = self.complete()[-1:]
-            left = f"{last[0]} is whole: continue from it with --resume" if last else "there is no earlier one"
-            raise OSError(f"cannot write the checkpoint {final}: {error}. {left}, when there is room") from error
-        if final.exists():
-            discard(final)
-        unfinished.rename(final)
-        flush(self.folder)
-        self.prune(final)
-
-    def prune(self, newest: Path) -> None:
-        """Leaves `keep` checkpoints; later ones are of a run that was wound back to before them, and go, too."""
-        complete = self.complete()
-        end = complete.index(newest) + 1
-        for later in complete[end:]:
-            discard(later)
-        self.wound_back_to.unlink(missing_ok=True)
-        for older in complete[: max(0, end - self.keep)]:
-            discard(older)
-
-    @parallel.main_only
-    def discard_after(self, step: int) -> None:
-        """Deletes the checkpoints of what a run that went back to `step` has left behind."""
-        for path in self.complete():
-            if step_of(path) > step:
-                discard(path)
-
-    def load(self, trainer: SafeTrainer, path: Path | None = None) -> None:
-        """Restores the given checkpoint, or the newest that can be read; a run that has none yet starts at step 0."""
-        if path is not None:
-            restore(trainer, path, named(path, trainer.policy))
-            self.step = trainer.step
-            self.wind_back(path)
-            return
-        found = self.newest(trainer.policy)
-        if found is None:
-            say(f"no checkpoint in {self.folder} yet: starting at step 0")
-            return
-        restore(trainer, *found)
-        self.step = trainer.step
-        say(f"continuing from {found[0]}")
-
-    def newest(self, policy: Policy) -> tuple[Path, Contents] | None:
-        """The newest checkpoint that can be read; None where there is none at all."""
-        damaged: list[str] = []
-        for candidate in self.candidates():
-            try:
-                contents = read(candidate, policy)
-            except Damaged as error:
-                damaged.append(str(error))
-                continue
-            say(*damaged)
-            return candidate, contents
-        if damaged:
-            raise ConfigError("no checkpoint can be read: " + "; ".join(damaged))
-        return None
-
-    @parallel.main_only
-    def wind_back(self, path: Path) -> None:
-        """Records where the run went back to: if it is killed before its next checkpoint, it must not resume later."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = path.name if path.resolve().parent == self.folder.resolve() else str(path.resolve())
-        unfinished = self.folder / "unfinished-wound-back"
-        unfinished.write_text(json.dumps({"checkpoint": name}))
-        flush(unfinished)
-        unfinished.replace(self.wound_back_to)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def say(*lines: str) -> None:
-    if lines and parallel.is_main():
-        print(*lines, sep="\n", flush=True)
-
-
 def write_files(folder: Path, trainer: SafeTrainer, policy: dict[str, Tensor], optimizers: dict[str, Any]) -> None:
     model, handed_over = trainer.policy.model, trainer.policy.handed_over
     if trainer.policy.is_lora:
@@ -205,7 +70,7 @@ def write_files(folder: Path, trainer: SafeTrainer, policy: dict[str, Tensor], o
         save_file(handed_over.adapter, folder / "reference.safetensors")
     (folder / "reference.json").write_text(json.dumps(trainer.identity))
     save_file(torch_generators(), folder / "random.safetensors")
-    (folder / "state.json").write_text(json.dumps(state(trainer), indent=2))
+    (folder / "state.json").write_text(state_text(trainer))
     for path in (folder, *folder.rglob("*")):
         flush(path)
 
@@ -225,7 +90,6 @@ def read(path: Path, policy: Policy) -> Contents:
         kind = "full weights" if policy.is_lora else "LoRA adapters"
         raise ConfigError(f"{path} does not fit this run's settings: it holds {kind}")
     critic, reference = path / "critic.safetensors", path / "reference.safetensors"
-    identity = path / "reference.json"
     try:
         settings = json.loads((path / "policy" / "adapter_config.json").read_text()) if policy.is_lora else {}
         contents = Contents(
@@ -235,12 +99,18 @@ def read(path: Path, policy: Policy) -> Contents:
             optimizers=torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True),
             random=load_file(path / "random.safetensors"),
             handed_over=load_file(reference) if reference.exists() else {},
-            identity=json.loads(identity.read_text()) if identity.exists() else {},
+            identity=identity_of(path),
         )
     except UNREADABLE as error:
         raise Damaged(f"{path} is damaged: {type(error).__name__}: {error}") from error
     check_adapters(policy, settings, path)
     return contents
+
+
+def identity_of(path: Path) -> Identity:
+    """Of the run that a checkpoint is of; earlier versions did not write it."""
+    identity = path / "reference.json"
+    return json.loads(identity.read_text()) if identity.is_file() else {}
 
 
 def named(path: Path, policy: Policy) -> Contents:
@@ -288,11 +158,13 @@ def position(trainer: SafeTrainer, saved: Mapping[str, Any]) -> int:
     before = saved.get("prompts") or {"position": trainer.position(saved["step"]), "rows": prompts.total}
     if before["rows"] != prompts.total:
         now, then = (rows or "an unknown number of" for rows in (prompts.total, before["rows"]))
-        say(f"the data set has {now} rows, and had {then}: it starts from its beginning")
+        parallel.say(f"the data set has {now} rows, and had {then}: it starts from its beginning")
         return 0
     visited = before.get("visited")
     if visited is not None and before["fingerprint"] != prompts.fingerprint(visited):
-        say("the data set has other prompts than before, or has them in another order: it starts from its beginning")
+        parallel.say(
+            "the data set has other prompts than before, or has them in another order: it starts from its beginning"
+        )
         return 0
     return before["position"]
 
@@ -338,7 +210,9 @@ def restore_policy(trainer: SafeTrainer, path: Path, contents: Contents) -> None
     if "weights" in contents.identity:
         check_identity(contents.identity, trainer.identity, path)
     else:
-        say(f"{path} is of an earlier version: whether the model is that of the run's beginning is not checked")
+        parallel.say(
+            f"{path} is of an earlier version: whether the model is that of the run's beginning is not checked"
+        )
     try:
         restore_reference(trainer, contents.handed_over)
         with trainer.engine.writable():
@@ -370,8 +244,9 @@ def load_policy(policy: Policy, weights: Mapping[str, Tensor]) -> None:
         adapters.load(policy.model, weights)
 
 
-def state(trainer: SafeTrainer) -> dict[str, Any]:
-    return {
+def state_text(trainer: SafeTrainer) -> str:
+    """What `state.json` says: all that is no tensor."""
+    state = {
         "step": trainer.step,
         "seed": trainer.args.seed,
         "prompts": prompts_state(trainer),
@@ -382,6 +257,7 @@ def state(trainer: SafeTrainer) -> dict[str, Any]:
         "controller": trainer.controller.state_dict(),
         "random": python_generators(),
     }
+    return json.dumps(state, indent=2)
 
 
 def policy_weights(engine: Engine) -> dict[str, Tensor]:
@@ -398,14 +274,6 @@ def policy_weights(engine: Engine) -> dict[str, Tensor]:
 def optimizers(trainer: SafeTrainer) -> dict[str, Any]:
     critic = {} if trainer.critic_optimizer is None else {"critic_optimizer": trainer.critic_optimizer}
     return {"optimizer": trainer.engine, **critic}
-
-
-def discard(checkpoint: Path) -> None:
-    """Deletes a checkpoint; a kill meanwhile leaves nothing under its name that looks complete."""
-    doomed = checkpoint.with_name(f"unfinished-{checkpoint.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def flush(path: Path) -> None:

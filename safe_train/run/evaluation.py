@@ -15,11 +15,11 @@ from torch import Tensor
 from safe_train import parallel
 from safe_train.algorithms.experience import Experience, gathered, joined
 from safe_train.config import SafeConfig
-from safe_train.data.batches import PromptDataset
+from safe_train.data.prompts import Prompt, PromptDataset
 from safe_train.models.policy import Policy
 from safe_train.randomness import guest, own_random_numbers, seeded
 from safe_train.rewards.rewards import Rewards, Scores
-from safe_train.run.metrics import logged_metrics, mean_of, reward_metrics, std_of
+from safe_train.run.metrics import as_rows, completion_columns, logged_metrics, mean_of, reward_metrics
 from safe_train.run.report import strict_json
 from safe_train.sampling.rollout import Rollout, Sampler
 
@@ -92,7 +92,7 @@ def evaluate(
     more |= {f"pass@{k}": pass_at(k, reward_B.view(-1, of_each), args.pass_reward) for k in args.eval_pass_at}
     return Evaluation(
         reward=mean_of(reward_B),
-        reward_error=standard_error(reward_B.view(-1, of_each)),
+        reward_error=standard_error(reward_B, sampled.rollout.prompts),
         greedy_reward=mean_of(greedy.scores["reward"]),
         distinct_words=statistics.fmean(map(distinct_words, sampled.rollout.texts)),
         reference_logprob=sampled.mean("ref_logprob_L"),
@@ -110,18 +110,14 @@ def rows(how: str, judged: Judged) -> list[dict[str, Any]]:
     sums = {name: by_completion(judged.parts, f"{name}_L") for name in ("logprob", "ref_logprob", "kl")}
     lengths = [len(tokens) for tokens in rollout.completions]
     columns = {
-        "prompt": [prompt.text for prompt in rollout.prompts],
-        "completion": rollout.texts,
-        "reward": judged.scores["reward"].tolist(),
-        **{f"rewards/{name}": x.tolist() for name, x in judged.scores.items() if name != "reward"},
+        **completion_columns(rollout, judged.scores),
         "kl": [kl / max(1, length) for kl, length in zip(sums["kl"], lengths, strict=True)],
         "logprob": sums["logprob"],
         "reference_logprob": sums["ref_logprob"],
         "tokens": lengths,
         "ended": rollout.ended,
     }
-    columns |= judged.scores.columns(taken=("step", "how", *columns))
-    return [{"how": how, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
+    return as_rows(columns | judged.scores.columns(taken=("step", "how", *columns)), how=how)
 
 
 def by_completion(parts: Sequence[Experience], name: str) -> list[float]:
@@ -138,11 +134,20 @@ def by_completion(parts: Sequence[Experience], name: str) -> list[float]:
     return torch.cat(sums, dim=1).flatten().tolist()
 
 
-def standard_error(reward_PG: Tensor) -> float:
-    """Of the mean over P prompts with G completions each, which are alike; nan is left out."""
-    mean_P = reward_PG.nanmean(1)
-    known_P = mean_P[~mean_P.isnan()]
-    return std_of(known_P) / (len(known_P) - 1) ** 0.5 if len(known_P) > 1 else math.nan
+def standard_error(reward_B: Tensor, prompts: Sequence[Prompt]) -> float:
+    """Of the mean, when the completions of a prompt may be alike, however often it comes; nan is left out.
+
+    With equally many completions of P prompts it is the standard deviation of their P means over sqrt(P).
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    prompt_B = torch.tensor([numbers.setdefault(tuple(prompt.ids), len(numbers)) for prompt in prompts])
+    known_B = ~reward_B.isnan()
+    count = len(prompt_B[known_B].unique())
+    if count < 2:
+        return math.nan
+    deviation_B = (reward_B - reward_B.nanmean()).nan_to_num()
+    deviation_P = torch.zeros(len(numbers), dtype=reward_B.dtype).index_add(0, prompt_B, deviation_B)
+    return (deviation_P.square().sum() * count / (count - 1)).sqrt().item() / known_B.sum().item()
 
 
 def pass_at(k: int, reward_PG: Tensor, pass_reward: float) -> float:

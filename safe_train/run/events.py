@@ -81,10 +81,9 @@ def begin(trainer: SafeTrainer) -> None:
     metrics = Path(trainer.args.output_dir) / "metrics.jsonl"
     rows = read_rows(metrics) if trainer.step and metrics.exists() else []
     trainer.state.log_history = [row for row in rows if row["step"] <= trainer.step]
-    if parallel.is_main():
-        for each in objects(trainer):
-            if absent := never_called(each):
-                print(f"callback {type(each).__name__}: {', '.join(absent)} is never called here", flush=True)
+    for each in objects(trainer):
+        if absent := never_called(each):
+            parallel.say(f"callback {type(each).__name__}: {', '.join(absent)} is never called here")
     early = [each for each in objects(trainer) if isinstance(each, EarlyStoppingCallback)]
     if early and not trainer.args.eval_every:
         raise ConfigError("EarlyStoppingCallback stops by evaluations, and there are none: set eval_every")
@@ -104,10 +103,14 @@ def begin_step(trainer: SafeTrainer) -> None:
     call(trainer, "on_step_begin")
 
 
-def end_step(trainer: SafeTrainer, metrics: dict[str, Any], is_saved: bool) -> None:
-    """The events behind a step's checkpoint, and the functions, each with metrics of its own."""
+def log(trainer: SafeTrainer, metrics: dict[str, Any]) -> None:
+    """The event of a step's metrics, before its checkpoint: what callbacks make of them is in it."""
     trainer.state.log_history.append({"step": trainer.step, **metrics})
     call(trainer, "on_log", logs=metrics)
+
+
+def end_step(trainer: SafeTrainer, metrics: dict[str, Any], is_saved: bool) -> None:
+    """The event behind a step's checkpoint, and the functions, each with metrics of its own."""
     if is_saved:
         call(trainer, "on_save")
     functions = [each for each in trainer.callbacks if not isinstance(each, TrainerCallback)]

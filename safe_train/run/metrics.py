@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,6 +59,20 @@ def reward_metrics(scores: Scores) -> dict[str, float]:
     for name, score_B in own.items():
         values |= {f"{name}/mean": mean_of(score_B), f"{name}/std": std_of(score_B)}
     return values | {"rewards/none_fraction": scores["reward"].isnan().double().mean().item()}
+
+
+def completion_columns(rollout: Rollout, scores: Scores) -> dict[str, list[Any]]:
+    """The texts of completions, and every reward."""
+    return {
+        "prompt": [prompt.text for prompt in rollout.prompts],
+        "completion": rollout.texts,
+        "reward": scores["reward"].tolist(),
+        **{f"rewards/{name}": score_B.tolist() for name, score_B in scores.items() if name != "reward"},
+    }
+
+
+def as_rows(columns: Mapping[str, list[Any]], **more: Any) -> list[dict[str, Any]]:
+    return [{**more, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
 
 def mean_of(x_B: Tensor) -> float:

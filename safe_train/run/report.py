@@ -108,18 +108,18 @@ def draw_kl(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
     axis.plot(steps(rows), series(rows, "kl"), color=color, label="KL" if alone else name)
     if alone:
         axis.plot(steps(rows), series(rows, "kl_short"), color=color, alpha=0.5, linestyle=":", label="short average")
-    threshold_label = "threshold" if alone else None
-    axis.plot(
-        steps(rows), series(rows, "kl_threshold"), color=color, linestyle="--", linewidth=1, label=threshold_label
-    )
+    draw_limit(axis, rows, "kl_threshold", color, "threshold" if alone else None)
     axis.set_title("exact KL to the reference, nats per token", loc="left")
 
 
 def draw_entropy(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
     axis.plot(steps(rows), series(rows, "entropy"), color=color, label="entropy" if alone else name)
-    dashed = {"color": color, "linestyle": "--", "linewidth": 1}
-    axis.plot(steps(rows), series(rows, "entropy_floor"), **dashed, label="floor" if alone else None)
+    draw_limit(axis, rows, "entropy_floor", color, "floor" if alone else None)
     axis.set_title("entropy, nats per token", loc="left")
+
+
+def draw_limit(axis: Any, rows: Rows, name: str, color: str, label: str | None) -> None:
+    axis.plot(steps(rows), series(rows, name), color=color, linestyle="--", linewidth=1, label=label)
 
 
 def draw_value(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:

@@ -20,6 +20,7 @@ from safe_train.rewards.rewards import Scores
 from safe_train.run import folder_lock
 from safe_train.run.evaluation import Evaluation
 from safe_train.run.hardware import processor
+from safe_train.run.metrics import as_rows, completion_columns
 from safe_train.run.report import read_rows, strict_json, write_report
 from safe_train.sampling.rollout import Rollout
 from safe_train.settings.written import plain
@@ -77,15 +78,8 @@ class RunFolder:
     @parallel.main_only
     def log_samples(self, step: int, rollout: Rollout, scores: Scores) -> None:
         """A row a completion: each reward, and what the rewards logged beside it."""
-        columns = {
-            "prompt": [prompt.text for prompt in rollout.prompts],
-            "completion": rollout.texts,
-            "reward": scores["reward"].tolist(),
-            **{f"rewards/{name}": score_B.tolist() for name, score_B in scores.items() if name != "reward"},
-        }
-        columns |= scores.columns(taken=("step", *columns))
-        rows = zip(*columns.values(), strict=True)
-        append(self.samples, [{"step": step, **dict(zip(columns, row, strict=True))} for row in rows])
+        columns = completion_columns(rollout, scores)
+        append(self.samples, as_rows(columns | scores.columns(taken=("step", *columns)), step=step))
 
     @parallel.main_only
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from safe_train import parallel
-from safe_train.algorithms import losses
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data.batches import PromptDataset, TokenBatch
+from safe_train.data.batches import TokenBatch
+from safe_train.data.prompts import PromptDataset
 from safe_train.engines import sharding
+from safe_train.models import scoring
 from safe_train.models.attention import as_published
 from safe_train.models.checks import LARGEST_HEAD_GAP, head_gap
 from safe_train.models.layout import ROWS, largest_gap
-from safe_train.randomness import seeded
+from safe_train.randomness import python_generators, seeded, torch_generators
 from safe_train.run.metrics import sampler_metrics
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def batch_of(sequences: Sequence[list[int]]) -> TokenBatch:
 def log_probs(policy: Policy, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
     """[L] log-probs of policy and reference, and the KL between them, as a rollout is scored."""
     ref_hidden_LH, hidden_LH = policy.reference(batch), policy(batch)  # whose head stays gathered
-    stats = losses.statistics(hidden_LH, policy.head(), batch.targets_L, ref_hidden_LH)
+    stats = scoring.statistics(hidden_LH, policy.head(), batch.targets_L, ref_hidden_LH)
     assert stats.ref_logprob is not None and stats.kl is not None
     return stats.logprob, stats.ref_logprob, stats.kl
 
@@ -129,6 +130,35 @@ def alone(policy: Policy) -> Iterator[None]:
 
 def mean_gap(x: Tensor, y: Tensor) -> float:
     return (x - y).abs().mean().item()
+
+
+FORWARDS = 32  # of a model that draws random numbers
+
+
+@torch.no_grad()
+def check_deterministic(policy: Policy, device: torch.device) -> None:
+    """Refuses a model whose forward, in the mode that the update runs it in, is random.
+
+    On a CPU the bits tell; some sums of a GPU have no fixed order. A model that draws random numbers is tried more
+    often: it may leave out a layer once in ten times, or multiply by 1.
+    """
+    vocabulary = policy.causal_lm.config.get_text_config().vocab_size
+    batch = TokenBatch.pack([[i % vocabulary for i in range(8)]], [[1, 0]]).to(device)
+    with seeded(0):
+        before, numbers = torch_generators(), python_generators()
+        first_LH = policy(batch)
+        after = torch_generators()
+        is_same = all(torch.equal(before[name], after[name]) for name in before)
+        is_drawing = not is_same or numbers != python_generators()
+        gap = max((policy(batch) - first_LH).abs().max().item() for _ in range(FORWARDS if is_drawing else 1))
+    sharding.reshard(policy)
+    rounding = 0.0 if device.type == "cpu" else 8 * torch.finfo(first_LH.dtype).eps * first_LH.abs().max().item()
+    if not gap <= rounding:
+        raise ConfigError(
+            f"two forwards of {type(policy.causal_lm).__name__} on the same tokens differ by {gap:.3g}: something in "
+            "it is random in training, and is named neither dropout, jitter nor noise; switch it off in its config, "
+            "or set gradient_checkpointing to false, which runs it in evaluation mode"
+        )
 
 
 class SampledElsewhere(ConfigError, parallel.StoppedTogether):

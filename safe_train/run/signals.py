@@ -18,16 +18,12 @@ class Stopped(SystemExit):
 
     @classmethod
     def after(cls, step: int, number: int, folder: str) -> Stopped:
-        if parallel.is_main():
-            name, command = (
-                signal.Signals(number).name,
-                f"safe-train run --resume {shlex.quote(f'output_dir={folder}')}",
-            )
-            print(
-                f"{name}: stopped after step {step}, with a checkpoint; continue with {command}, or from Python with "
-                "train(resume_from_checkpoint=True)",
-                file=sys.stderr,
-            )
+        command = f"safe-train run --resume {shlex.quote(f'output_dir={folder}')}"
+        parallel.say(
+            f"{signal.Signals(number).name}: stopped after step {step}, with a checkpoint; continue with {command}, or "
+            "from Python with train(resume_from_checkpoint=True)",
+            file=sys.stderr,
+        )
         return cls(128 + number)
 
 

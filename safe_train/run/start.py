@@ -15,23 +15,21 @@ from torch import Tensor
 
 from safe_train import parallel
 from safe_train.config import ConfigError, SafeConfig, recorded, require_name
-from safe_train.data.batches import Prompt
-from safe_train.engines import sharding, zero
+from safe_train.data.chat import read_text
+from safe_train.data.prompts import Prompt
+from safe_train.engines import sharding
+from safe_train.engines.launched import cuts_weights, place_model
+from safe_train.models.adapters import untrained_experts, unwrapped
 from safe_train.models.checks import check_positions, check_vocabulary
-from safe_train.models.policy import config_of, loading, model_class
-from safe_train.randomness import seeded
-from safe_train.rewards.calls import (
-    Batch,
-    NotANumber,
-    RewardFunction,
-    ask,
-    check_columns,
-    check_signature,
-)
-from safe_train.rewards.rewards import is_classifier, is_server, load_reward, reward_name
+from safe_train.models.policy import Policy, make_policy, use_tensor_cores
+from safe_train.models.pretrained import config_of, load_model, load_tokenizer, loading, model_class
+from safe_train.randomness import guest, seeded
+from safe_train.rewards.calls import Batch, NotANumber, RewardFunction, ask, check_columns, check_signature
+from safe_train.rewards.rewards import Rewards, is_classifier, is_server, load_reward, reward_name
 from safe_train.run.events import new_state
 from safe_train.run.versions import check_versions
 from safe_train.sampling.rollout import Rollout
+from safe_train.sampling.stopping import stop_tokens
 
 INVENTED = "The answer is 42."  # a completion
 
@@ -77,7 +75,7 @@ def check_4bit(args: SafeConfig, device: torch.device, is_named: bool) -> None:
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("load_in_4bit needs a package: pip install 'bitsandbytes>=0.46'")
-    if sharding.settings() is not None or zero.stage() == 3:
+    if cuts_weights():
         raise ConfigError("load_in_4bit needs whole weights on each GPU, not FSDP or ZeRO-3: use DDP or one process")
 
 
@@ -105,6 +103,42 @@ def outline(args: SafeConfig) -> Any:
             return kind.from_config(config, trust_remote_code=args.trust_remote_code)
     except Exception:  # code of any model
         return None
+
+
+def prepare_tokenizer(tokenizer: Any, args: SafeConfig) -> Any:
+    """The tokenizer that was handed over, or the model's, with the chat template of the settings."""
+    tokenizer = load_tokenizer(args) if tokenizer is None else tokenizer
+    if args.chat_template is not None:
+        tokenizer.chat_template = read_text("chat_template", args.chat_template)
+    if args.stop_tokens is not None:
+        stop_tokens(tokenizer, args.stop_tokens)
+    return tokenizer
+
+
+def load_policy(model: Any, tokenizer: Any, args: SafeConfig, device: torch.device, peft_config: Any) -> Policy:
+    """The policy and its reference, of the model that was handed over or named, the same on all processes."""
+    model = unwrapped(load_model(args, device) if model is None else model)
+    dtype = sharding.compute_dtype(device, model.dtype, args)
+    use_tensor_cores(device, dtype)
+    policy = make_policy(place_model(model, device), args, peft_config, device=device, dtype=dtype)
+    parallel.say(check_vocabulary(policy.causal_lm, tokenizer), untrained_experts(policy.causal_lm))
+    parallel.broadcast(parameter for each in (policy, *policy.frozen_copies) for parameter in each.parameters())
+    return policy
+
+
+def make_rewards(
+    rewards: Sequence[Reward], args: SafeConfig, device: torch.device, prompts: Sequence[Prompt], state: Any
+) -> Rewards:
+    with guest(args.seed):  # a file that seeds when it is imported
+        functions = load_rewards(rewards, args, device, prompts)
+        return Rewards(
+            functions,
+            args.reward_weights,
+            aggregation=args.multi_objective_aggregation,
+            variance_coef=args.reward_variance_coef,
+            limit=args.async_reward_timeout,
+            state=state,
+        )
 
 
 def load_rewards(
@@ -154,8 +188,7 @@ def place(error: BaseException | None) -> str:
 
 
 def warn(message: object) -> None:
-    if parallel.is_main():
-        print(f"warning: {message}. The completions were invented; the run's own may fare better", flush=True)
+    parallel.say(f"warning: {message}. The completions were invented; the run's own may fare better")
 
 
 @parallel.main_only

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ from transformers import (
 
 from safe_kernels.integrations.transformers import text_config
 from safe_train import parallel
-from safe_train.algorithms import losses
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data.batches import Messages, Prompt, TokenBatch, through_first_eos
-from safe_train.data.chat import turn_end
+from safe_train.data.batches import TokenBatch, through_first_eos
+from safe_train.data.chat import Messages, turn_end
+from safe_train.data.prompts import Prompt
+from safe_train.models import scoring
 from safe_train.models.layout import largest_gap
 from safe_train.models.policy import Policy
 from safe_train.randomness import seeded
@@ -98,43 +98,19 @@ class Mode(NamedTuple):
         return ("padded" if self.padded else "in groups of equal length") + ("" if self.cached else " without a cache")
 
 
-# Settings of `generate` with which the policy would not be sampled as it is scored, unless they are 0 or 1.
-CHANGING = (
-    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-    *("repetition_penalty", "no_repeat_ngram_size", "num_beams", "min_new_tokens", "suppress_tokens"),
-)
 MODES = (Mode(True, True), Mode(False, True), Mode(False, False))  # the fastest first
-
-
-def make_sampler(policy: Policy, tokenizer: Any, args: SafeConfig, mode: Mode = MODES[0]) -> Sampler:
-    """One completion for each prompt, from the policy as it is when called, by the engine that `generation` names."""
-    if (found := left_out(policy)) and parallel.is_main():
-        print(found, flush=True)
-    if args.generation == "vllm":
-        from safe_train.sampling.vllm import VLLMSampler
-
-        return VLLMSampler(policy, tokenizer, args)
-    return functools.partial(sample, policy, tokenizer, args=args, caches={}, mode=mode)
-
-
-def left_out(policy: Policy) -> str:
-    """The settings of the model's own generation config that would change the distribution, or nothing."""
-    own = policy.model.generation_config
-    found = [f"{name} {getattr(own, name)!s:.20}" for name in CHANGING if getattr(own, name, None) not in (None, 0, 1)]
-    if not found:
-        return ""
-    return (
-        f"sampling at temperature {policy.temperature:g}, without the model's own settings for generation: "
-        + ", ".join(found)
-    )
 
 
 def choose_mode(policy: Policy, args: SafeConfig, prompts: Sequence[list[int]]) -> Mode:
     """The fastest mode in which the sampler's log-probs are those of the policy, for a few tokens of these prompts.
 
+    vLLM has its own ways.
+
     Raises:
         ConfigError: there is none, as where a model's code for generation does something else than its forward.
     """
+    if args.generation == "vllm":
+        return MODES[0]
     found: list[str] = []
     for mode in MODES:
         gap, failure = math.inf, ""
@@ -146,8 +122,8 @@ def choose_mode(policy: Policy, args: SafeConfig, prompts: Sequence[list[int]]) 
             failure = f"{mode}, it fails with {type(error).__name__}: {str(error):.200}"
         gap = parallel.maxima({"gap": math.inf if math.isnan(gap) else gap})["gap"]  # all processes take one mode
         if gap <= largest_gap(policy.compute_dtype):
-            if found and parallel.is_main():
-                print(f"sampling {mode}: " + "; ".join(found), flush=True)
+            if found:
+                parallel.say(f"sampling {mode}: " + "; ".join(found))
             return mode
         found.append(failure or f"{mode}, log-probs differ by {gap:.2g} nats on average from the policy's")
     raise ConfigError(
@@ -168,7 +144,7 @@ def sampler_gap(policy: Policy, args: SafeConfig, mode: Mode, prompts: Sequence[
     with seeded(0):
         tokens, logprobs = draw(policy, prompts, settings(args, [], 0, mode), args, {}, mode)
         batch = TokenBatch.pack(prompts, tokens).to(device)
-        own_L = losses.logprobs(policy(batch), policy.head(), batch.targets_L)
+        own_L = scoring.logprobs(policy(batch), policy.head(), batch.targets_L)
     return (own_L - torch.tensor(sum(logprobs, []), device=device)).abs().mean().item()
 
 

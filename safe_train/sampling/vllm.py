@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from safe_train import parallel
-from safe_train.algorithms.losses import logprobs
 from safe_train.config import ConfigError, SafeConfig
-from safe_train.data.batches import Prompt, TokenBatch
-from safe_train.engines import sharding
+from safe_train.data.batches import TokenBatch
+from safe_train.data.prompts import Prompt
 from safe_train.models.adapters import is_cut_up, is_wrapper
 from safe_train.models.policy import Policy
+from safe_train.models.scoring import logprobs
 from safe_train.sampling.rollout import Rollout, end_tokens
 
 # Nats on average between two ways to compute the same log-probs. Rounding makes 0.04 of it in bfloat16 and 1e-5 in
@@ -41,7 +41,7 @@ MAX_GAP = {torch.float32: 0.02, torch.bfloat16: 0.2, torch.float16: 0.2}
 
 
 class VLLMSampler:
-    """Samples from the policy as it is when called; see `safe_train.sampling.rollout.make_sampler`."""
+    """Samples from the policy as it is when called; see `safe_train.sampling.samplers.make_sampler`."""
 
     def __init__(self, policy: Policy, tokenizer: Any, args: SafeConfig):
         check_merging(policy)
@@ -66,12 +66,7 @@ class VLLMSampler:
         tokens = [list(output.token_ids) for output in outputs]
         logprobs = [token_logprobs(output) for output in outputs]
         rollout = Rollout.build(
-            self.tokenizer,
-            prompts,
-            tokens,
-            logprobs,
-            eos_ids,
-            skip_special_tokens=self.args.reward_skip_special_tokens,
+            self.tokenizer, prompts, tokens, logprobs, eos_ids, skip_special_tokens=self.args.reward_skip_special_tokens
         )
         for output, completion, ended in zip(outputs, rollout.completions, rollout.ended, strict=True):
             if not ended and len(completion) < self.args.max_new_tokens:
@@ -132,7 +127,6 @@ def start_engine(vllm: Any, policy: Policy, args: SafeConfig) -> Any:
     # One engine a process, within the group of processes that the launcher started.
     backend = {"distributed_executor_backend": "external_launcher"} if parallel.size() > 1 else {}
     device = policy.causal_lm.device
-    dtype = sharding.compute_dtype(device, policy.causal_lm.dtype, args)
     devices = [device] if device.type == "cuda" else []
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices):  # vLLM seeds the process it runs in
         config.save_pretrained(folder)
@@ -144,7 +138,7 @@ def start_engine(vllm: Any, policy: Policy, args: SafeConfig) -> Any:
             # Of what is drawn from: with the temperature, and with all that the engine might add. The published
             # algorithms draw from the top k, and score the whole policy.
             logprobs_mode="raw_logprobs" if args.top_k else "processed_logprobs",
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=str(policy.compute_dtype).removeprefix("torch."),
             seed=args.seed,
             max_model_len=args.max_prompt_tokens + args.max_new_tokens,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,

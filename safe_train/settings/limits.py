@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +23,29 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 }
 PAPER = ("safe_paper", "asymmetric_paper", "ppo_paper")  # as published: see paper.py
 
+# Fastest first; transformers' names, and `varlen`: torch.nn.attention.varlen.
+ATTENTION = ("flash_attention_3", "flash_attention_2", "varlen", "sdpa", "flex_attention", "eager")
+
+CHOICES = {
+    "algorithm": tuple(ALGORITHMS),
+    "critic": ("auto", "soft_min", "mean", "single", "none"),
+    "controller": ("auto", "safe", "fixed", *PAPER),
+    "value_level": ("token", "sequence"),
+    "kl_estimator": ("exact", "k2", "k3"),
+    "prompt_as": ("text", "user"),
+    "on_bad_row": ("error", "skip"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum", "min", "mean_minus_variance"),
+    "reward_dtype": ("auto", "float32", "bfloat16"),
+    "lr_scheduler_type": ("constant", "linear", "cosine"),
+    "reference": ("initial", "base"),
+    "generation": ("hf", "vllm"),
+    "cache_implementation": ("auto", "dynamic", "static"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "attn_implementation": ("auto", *ATTENTION),
+    "layout": ("auto", "packed", "rows"),
+    "liger_kernel": ("auto", "true", "false"),
+}
+
 NO_FILTERS = (
     "of tokens drawn from a part of the vocabulary, log-probs within that part are needed, which the kernels do not "
     "compute yet: ratios and KL would be another policy's. For likelier tokens lower temperature, which is exact"
@@ -33,6 +56,9 @@ NOT_IN_PAPER = """
 beta kl_estimator kl_in_reward kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef entropy_gate gate_min
 gate_max phases window value_level gamma gae_lambda minibatch_size importance_cap warmup_steps lr_scheduler_type
 """.split()
+
+
+Require = Callable[[bool, str, str], None]  # that it holds, of which setting, what is needed
 
 
 class ConfigError(ValueError):
@@ -71,33 +97,25 @@ BOUNDS = (
     ),
     ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
-    ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short ema_long adam_beta1 adam_beta2"),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short adam_beta1 adam_beta2"),
     ("a finite number of at least 0.01", lambda x: 0.01 <= x < math.inf, "temperature"),
 )
 
 
-def check(c: SafeConfig, choices: Mapping[str, Sequence[str]]) -> None:
+def check(c: SafeConfig) -> None:
     def require(condition: bool, name: str, needed: str) -> None:
         if not condition:
             raise ConfigError(f"{name} must be {needed}, got {getattr(c, name)!r}")
 
     if c.kl_estimator == "k1":
         raise ConfigError("kl_estimator k1 has zero gradient in expectation; use exact, k2 or k3, or kl_in_reward")
-    for name, allowed in choices.items():
+    for name, allowed in CHOICES.items():
         require(getattr(c, name) in allowed, name, "one of " + ", ".join(allowed))
     for needed, holds, names in BOUNDS:
         for name in names.split():
             value = getattr(c, name)
             require(value is None or holds(value), name, needed)
-    for name in ("lora_alpha", "lora_last_layers", "lora_target_modules"):
-        require(c.lora_r > 0 or getattr(c, name) is None, name, "null with lora_r 0, which trains all parameters")
-    require(not c.load_in_4bit or c.lora_r > 0, "load_in_4bit", "false with lora_r 0, which trains the weights")
-    require(
-        not c.load_in_4bit or c.generation == "hf",
-        "load_in_4bit",
-        "false with generation vllm, which takes whole weights",
-    )
-    require(c.lora_target_modules != [], "lora_target_modules", "null for all linear layers, or some of their names")
+    check_adapter(c, require)
     require(not c.save_best or c.eval_every > 0, "save_best", "false without eval_every: evaluations say what is best")
     low, high = c.kl_threshold_min, c.kl_threshold_max
     require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
@@ -138,12 +156,24 @@ def check(c: SafeConfig, choices: Mapping[str, Sequence[str]]) -> None:
     require(not c.kl_in_reward or c.critic != "none", "kl_in_reward", "false without a critic")
 
 
+def check_adapter(c: SafeConfig, require: Require) -> None:
+    for name in ("lora_alpha", "lora_last_layers", "lora_target_modules"):
+        require(c.lora_r > 0 or getattr(c, name) is None, name, "null with lora_r 0, which trains all parameters")
+    require(not c.load_in_4bit or c.lora_r > 0, "load_in_4bit", "false with lora_r 0, which trains the weights")
+    require(
+        not c.load_in_4bit or c.generation == "hf",
+        "load_in_4bit",
+        "false with generation vllm, which takes whole weights",
+    )
+    require(c.lora_target_modules != [], "lora_target_modules", "null for all linear layers, or some of their names")
+
+
 def require_unfiltered(c: SafeConfig, name: str, off: float) -> None:
     if getattr(c, name) != off:
         raise ConfigError(f"{name} must be {off:g}, got {getattr(c, name)!r}: {NO_FILTERS}")
 
 
-def check_paper(c: SafeConfig, require: Callable[[bool, str, str], None]) -> None:
+def check_paper(c: SafeConfig, require: Require) -> None:
     preset = ALGORITHMS[c.algorithm]
     for name in ("critic", "controller"):
         require(getattr(c, name) == preset[name], name, f"{preset[name]} for {c.algorithm}")

@@ -1,0 +1,27 @@
+"""Log-probs, entropy and KL of tokens whose hidden states are given. `head` is `Policy.head()`.
+
+Shape legend: L response tokens, H hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_kernels import PolicyLoss, linear_policy_loss, linear_token_stats
+
+
+def statistics(hidden_LH: Tensor, head: dict[str, Any], targets_L: Tensor, ref_hidden_LH: Tensor) -> PolicyLoss:
+    """Log-prob, entropy and KL by the function that the update calls: its log-probs will have the same bits."""
+    nothing = torch.zeros(len(targets_L), device=hidden_LH.device)
+    return linear_policy_loss(
+        hidden_LH, tokens=targets_L, old_logprob=nothing, advantage=nothing, ref_hidden=ref_hidden_LH, **head
+    )
+
+
+def logprobs(hidden_LH: Tensor, head: dict[str, Any], targets_L: Tensor) -> Tensor:
+    """Log-probs of the targets under the policy alone, differentiable."""
+    own = {name: value for name, value in head.items() if not name.startswith("ref_")}
+    return linear_token_stats(hidden_LH, tokens=targets_L, **own).logprob
