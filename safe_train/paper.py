@@ -23,14 +23,15 @@ from torch.nn.functional import huber_loss
 from safe_kernels import soft_min
 from safe_train import parallel
 from safe_train.algorithms import losses
+from safe_train.algorithms.advantages import per_token
 from safe_train.algorithms.controller import EMA_LONG, EMA_SHORT, PHASE_SCALE, PID_DECAY, Control, clip
 from safe_train.algorithms.critic import Critic
-from safe_train.algorithms.experience import Experience
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import MicroBatch, TokenBatch
 from safe_train.engines import sharding
 from safe_train.models import scoring
 from safe_train.rewards.rewards import Scores
+from safe_train.sampling.experience import Experience
 from safe_train.sampling.rollout import Rollout
 from safe_train.settings.limits import PAPER
 from safe_train.trainer import SafeTrainer
@@ -202,18 +203,18 @@ class PaperTrainer(SafeTrainer):
             values_KB = self.values(micro.batch)[1][:, : len(own_B)]
             advantages.append(own_B - self.soft_min(values_KB))
             if micro.indices:
-                micro.values_KL = torch.stack([losses.per_token(value_B, boundaries) for value_B in values_KB])
-                micro.returns_L = losses.per_token(own_B, boundaries)
+                micro.values_KL = torch.stack([per_token(value_B, boundaries) for value_B in values_KB])
+                micro.returns_L = per_token(own_B, boundaries)
         every_B = parallel.gather(torch.cat(advantages))
         mean, std = every_B.mean(), every_B.std() + 1e-8
         for micro, own_B in zip(experience, advantages, strict=True):
             if micro.indices:
-                micro.advantage_L = losses.per_token((own_B - mean) / std, micro.batch.response_cu_seqlens)
+                micro.advantage_L = per_token((own_B - mean) / std, micro.batch.response_cu_seqlens)
         sharding.reshard(self.policy)
 
-    def loss(self, micro: MicroBatch, control: Control, tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, micro: MicroBatch, control: Control, totals: losses.Totals) -> tuple[Tensor, dict[str, Tensor]]:
         args, batch = self.args, micro.batch
-        weight_L = torch.full_like(micro.logprob_L, 1 / tokens)
+        weight_L = torch.full_like(micro.logprob_L, 1 / totals.tokens)
         hidden_LH, values_KB = self.values(batch)
         head = self.policy.head()
         policy = losses.policy_loss(hidden_LH, head, micro, weight_L, control._replace(kl_coef=0.0), args)
@@ -222,11 +223,11 @@ class PaperTrainer(SafeTrainer):
             logprob_L = scoring.logprobs(hidden_LH, head, batch.targets_L)
             total = total + control.kl_coef * (weight_L * (logprob_L - micro.ref_logprob_L)).sum()
         lengths_B = batch.response_cu_seqlens.diff()
-        share_L = losses.per_token(1 / (lengths_B * args.completions_per_step), batch.response_cu_seqlens)
-        value_L = losses.per_token(self.soft_min(values_KB), batch.response_cu_seqlens)
+        share_L = per_token(1 / (lengths_B * args.completions_per_step), batch.response_cu_seqlens)
+        value_L = per_token(self.soft_min(values_KB), batch.response_cu_seqlens)
         errors_L = value_errors(value_L, self.soft_min(micro.values_KL), micro.returns_L, args)
         value_loss = (share_L * errors_L).sum()
-        means = losses.means(policy, value_loss, micro, weight_L)
+        means = losses.means(policy, value_loss, micro, totals)
         means["sampled_kl"] = (weight_L * (policy.logprob - micro.ref_logprob_L)).sum()
         return total + args.value_coef * value_loss, means
 

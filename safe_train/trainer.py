@@ -22,15 +22,17 @@ from transformers import TrainerCallback, TrainerControl
 
 from safe_train import parallel
 from safe_train.algorithms import losses
+from safe_train.algorithms.advantages import credit
 from safe_train.algorithms.controller import Control, Controller, Moments
-from safe_train.algorithms.critic import Critic
-from safe_train.algorithms.experience import Experience, gathered, value_states
-from safe_train.algorithms.preview import Preview, mean_kl
-from safe_train.config import ALGORITHMS, ConfigError, SafeConfig
+from safe_train.algorithms.critic import Critic, value_states
+from safe_train.algorithms.grpo import group_advantages
+from safe_train.algorithms.registry import ALGORITHMS
+from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import MicroBatch
 from safe_train.data.prompts import Prompt, PromptDataset, load_prompts
 from safe_train.engines.engine import learning_rate, schedule
 from safe_train.engines.launched import make_engine
+from safe_train.engines.preview import Preview, mean_kl
 from safe_train.models.determinism import check_torch_state
 from safe_train.models.policy import Policy
 from safe_train.models.reference import identity
@@ -43,6 +45,7 @@ from safe_train.run.folder_lock import FolderLock, releasing
 from safe_train.run.metrics import step_metrics
 from safe_train.run.self_check import check_deterministic, check_sampler_gap, sampled_prompts
 from safe_train.run.session import Session
+from safe_train.sampling.experience import Experience, gathered
 from safe_train.sampling.rollout import Rollout, choose_mode, end_tokens
 from safe_train.sampling.samplers import make_sampler
 from safe_train.sampling.stopping import described
@@ -259,7 +262,7 @@ class SafeTrainer:
         return experience.tokens("kl_L").mean().item(), experience.tokens("entropy_L").mean().item()
 
     def compute_advantages(self, experience: Experience, reward_B: Tensor, control: Control) -> None:
-        experience.compute_advantages(reward_B, kl_charge=control.kl_coef if self.args.kl_in_reward else 0.0)
+        credit(experience, reward_B, control.kl_coef if self.args.kl_in_reward else 0.0, self.args)
 
     def training_rewards(self, reward_B: Tensor, rollout: Rollout) -> Tensor:
         """Rewards as the advantages see them: normalised, charged for not ending, permuted in the control run.
@@ -280,12 +283,15 @@ class SafeTrainer:
         rate = self.set_learning_rates()
         for epoch in range(self.args.inner_epochs):
             for minibatch in experience.minibatches:
-                tokens = parallel.total_number(sum(len(micro.batch.targets_L) for micro in minibatch))
-                if tokens == 0:
+                totals = losses.Totals(
+                    parallel.total_number(sum(len(micro.batch.targets_L) for micro in minibatch)),
+                    parallel.total_number(sum(len(micro.indices) for micro in minibatch)),
+                )
+                if totals.tokens == 0:
                     continue
                 sums: dict[str, Any] = {}
                 for micro in minibatch:
-                    for name, value in self.backward(micro, control, tokens).items():
+                    for name, value in self.backward(micro, control, totals).items():
                         sums[name] = sums.get(name, 0) + value
                 means: dict[str, Any] = dict(parallel.totals(sums))
                 means |= self.optimizer_step(means["policy_loss"] + means["value_loss"])
@@ -310,15 +316,15 @@ class SafeTrainer:
                 group["lr"] = self.args.critic_learning_rate * factor
         return rate
 
-    def backward(self, micro: MicroBatch, control: Control, tokens: float) -> dict[str, Tensor]:
+    def backward(self, micro: MicroBatch, control: Control, totals: losses.Totals) -> dict[str, Tensor]:
         """Adds a micro-batch's share of the minibatch's gradient; returns its share of the minibatch's means."""
-        total, means = self.loss(micro, control, tokens)
+        total, means = self.loss(micro, control, totals)
         self.engine.backward(total)
         return means
 
-    def loss(self, micro: MicroBatch, control: Control, tokens: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch's share of the loss, and of the means, of a minibatch of so many response tokens."""
-        weight_L = torch.full_like(micro.logprob_L, 1 / tokens)
+    def loss(self, micro: MicroBatch, control: Control, totals: losses.Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch's share of the loss, and of the means, of its minibatch."""
+        weight_L = losses.token_weights(micro, totals, self.args)
         hidden_LH = self.engine.forward(micro.batch)
         policy = losses.policy_loss(hidden_LH, self.policy.head(), micro, weight_L, control, self.args)
         total, value_loss = policy.loss, torch.zeros_like(policy.loss)
@@ -326,7 +332,7 @@ class SafeTrainer:
             values_KL = self.critic(value_states(hidden_LH, micro.batch, self.args))
             value_loss = losses.value_loss(values_KL, micro, weight_L, self.args)
             total = total + self.args.value_coef * value_loss
-        return total, losses.means(policy, value_loss, micro, weight_L)
+        return total, losses.means(policy, value_loss, micro, totals)
 
     def after_optimizer_step(self, epoch: int, means: Mapping[str, Any]) -> dict[str, float]:
         """Hook after each optimizer step, with its means; returns what else to log."""
@@ -380,5 +386,5 @@ def learned_from(scores: Scores, args: SafeConfig) -> Tensor:
     """
     if args.multi_objective_aggregation != "normalize_then_sum":
         return scores["reward"]
-    normal = {name: losses.group_advantages(scores[name], args.completions_per_prompt) for name in scores.weights}
+    normal = {name: group_advantages(scores[name], args.completions_per_prompt) for name in scores.weights}
     return weighted(normal, scores.weights).sum(0).masked_fill(scores["reward"].isnan(), torch.nan)

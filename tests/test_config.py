@@ -338,7 +338,7 @@ def test_the_table_has_no_name_twice_and_none_of_ours():
         ("actor_rollout_ref.rollout.n", "5", "here it is completions_per_prompt=5"),
         ("critic.optim.lr", "1e-5", "here it is critic_learning_rate=1e-5"),
         ("bf16", "True", "here it is dtype=bfloat16"),
-        ("loss_type", "dr_grpo", "here: the loss is a mean over the minibatch's response tokens"),
+        ("loss_type", "dr_grpo", "here it is loss_aggregation=constant_length"),
         ("lora_dropout", "0.1", "here: refused: the policy that is scored would not be the one that was sampled"),
         ("adv_estimator", "rloo", "here there is no such choice"),
         ("trainer", "{total_epochs: 3}", "settings are flat"),

@@ -8,9 +8,9 @@ import torch
 
 from safe_train import SafeConfig, SafeTrainer
 from safe_train.algorithms import losses
-from safe_train.algorithms.experience import Experience
 from safe_train.cli import main
 from safe_train.run.report import read_metrics
+from safe_train.sampling.experience import Experience
 
 pytestmark = pytest.mark.integration
 

@@ -15,13 +15,13 @@ import torch
 from test_checkpoint import prepare
 
 from safe_train import parallel
-from safe_train.algorithms import experience
 from safe_train.cli import main
 from safe_train.config import CONFIGS, ConfigError, SafeConfig
 from safe_train.data.prompts import PromptDataset
 from safe_train.engines import sharding
 from safe_train.run import checkpoint
 from safe_train.run.signals import Stopped
+from safe_train.sampling import experience
 from safe_train.sampling.rollout import Rollout
 
 CLOCK = ("time/", "memory/", "tokens_per_second")

@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from safe_train import parallel
-from safe_train.algorithms.losses import group_advantages
+from safe_train.algorithms.grpo import group_advantages
 from safe_train.randomness import guest
 from safe_train.rewards.rewards import load_reward
 from safe_train.run.checkpoints import Checkpoints

@@ -7,9 +7,10 @@ import torch
 from torch.nn.functional import huber_loss
 
 from safe_kernels import linear_token_stats
-from safe_train.algorithms import losses
+from safe_train.algorithms import advantages, losses
 from safe_train.algorithms.controller import Control
 from safe_train.algorithms.critic import Critic
+from safe_train.algorithms.grpo import group_advantages
 from safe_train.config import SafeConfig
 
 NO_TERMS = {"entropy_coef": 0.0, "beta": 0.0}
@@ -191,20 +192,20 @@ def test_value_clip_stops_the_gradient_of_a_value_that_moved_far_toward_the_retu
 
 def test_rewards_arrive_on_the_last_token_and_charges_on_every_one():
     boundaries = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
-    rewards = losses.token_rewards(torch.tensor([1.0, 9.0, 3.0]), boundaries, torch.full((5,), 0.5))
+    rewards = advantages.token_rewards(torch.tensor([1.0, 9.0, 3.0]), boundaries, torch.full((5,), 0.5))
     assert rewards.tolist() == [-0.5, 0.5, -0.5, -0.5, 2.5]
 
 
 def test_group_advantages_compare_with_the_group_and_vanish_for_equal_rewards():
-    advantages = losses.group_advantages(torch.tensor([1.0, 3.0, 7.0, 7.0]), 2)
-    assert advantages[:2].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-3)
-    assert advantages[2:].tolist() == [0, 0]
+    found = group_advantages(torch.tensor([1.0, 3.0, 7.0, 7.0]), 2)
+    assert found[:2].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-3)
+    assert found[2:].tolist() == [0, 0]
 
 
 def test_whitening_centres_what_it_cannot_scale():
     for values, expected in (([3.0, 3.0], [0.0, 0.0]), ([1.0, 3.0], [-1.0, 1.0])):
         v = torch.tensor(values)
-        assert losses.whiten(v, v.mean(), v.var(correction=0)).tolist() == pytest.approx(expected)
+        assert advantages.whiten(v, v.mean(), v.var(correction=0)).tolist() == pytest.approx(expected)
 
 
 def test_critic_sends_no_gradient_to_the_policy():

@@ -9,9 +9,10 @@ import pytest
 import tiny
 import torch
 
-from safe_train.algorithms.experience import Experience
+from safe_train.algorithms.losses import Totals
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.paper import PaperController, PaperCritic, PaperMoments, PaperTrainer, value_errors
+from safe_train.sampling.experience import Experience
 from safe_train.settings.limits import PAPER
 from safe_train.trainer import SafeTrainer
 
@@ -205,8 +206,8 @@ def test_the_loss_and_its_gradient_equal_the_formulas_from_logits(algorithm, tmp
     parameters = [*run.trainable, *run.critic.heads.parameters()]
     expected = naive_loss(run, rollout, reward, old)[0]
     gradients = torch.autograd.grad(expected, parameters)
-    tokens = sum(map(len, rollout.completions))
-    losses = [run.loss(micro, control, tokens)[0] for micro in experience]
+    totals = Totals(sum(map(len, rollout.completions)), len(rollout.completions))
+    losses = [run.loss(micro, control, totals)[0] for micro in experience]
     assert len(losses) > 1
     found = torch.autograd.grad(sum(losses), parameters)
     torch.testing.assert_close(sum(losses), expected, rtol=2e-5, atol=2e-6)
@@ -220,9 +221,10 @@ def test_the_penalty_has_no_gradient_and_is_worked_out_in_every_inner_epoch(tmp_
     experience = Experience(run.policy, run.critic, rollout, run.args, run.device)
     control = run.update_controller(experience, rewards["reward"])
     run.compute_advantages(experience, run.training_rewards(rewards["reward"], rollout), control)
-    micro, tokens = experience.minibatches[0][0], sum(map(len, rollout.completions))
+    micro = experience.minibatches[0][0]
+    totals = Totals(sum(map(len, rollout.completions)), len(rollout.completions))
     gradients = [
-        torch.autograd.grad(run.loss(micro, control._replace(kl_penalty=penalty), tokens)[0], run.trainable)
+        torch.autograd.grad(run.loss(micro, control._replace(kl_penalty=penalty), totals)[0], run.trainable)
         for penalty in (0.0, 1e6)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

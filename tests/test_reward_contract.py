@@ -18,13 +18,15 @@ import tiny
 import torch
 from transformers import TrainerState
 
-from safe_train.algorithms.experience import Experience
-from safe_train.algorithms.losses import group_advantages, value_loss
+from safe_train.algorithms.advantages import credit
+from safe_train.algorithms.grpo import group_advantages
+from safe_train.algorithms.losses import value_loss
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.rewards.rewards import Rewards, load_reward
 from safe_train.rewards.server import RewardServer
 from safe_train.run.report import read_rows
 from safe_train.run.start import load_rewards
+from safe_train.sampling.experience import Experience
 from safe_train.settings.limits import PAPER
 from safe_train.trainer import learned_from
 
@@ -483,7 +485,7 @@ def test_normalize_then_sum_is_that_of_trl(tmp_path):
     trainer.reward_moments.update([3.0, 40.0])
     learned_from_B = learned_from(scores, trainer.args)
     experience = Experience(trainer.policy, None, rollout, trainer.args, trainer.device)
-    experience.compute_advantages(trainer.training_rewards(learned_from_B, rollout), 0.0)
+    credit(experience, trainer.training_rewards(learned_from_B, rollout), 0.0, trainer.args)
 
     normal = [
         None if x is None and y is None else u + 0.5 * v - 2.0 * (i % 2)
@@ -512,7 +514,7 @@ def test_a_completion_that_no_reward_applies_to_teaches_nothing(algorithm, tmp_p
     experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
     control = trainer.update_controller(experience, scores["reward"])
     assert trainer.reward_moments.mean == 2.0 and math.isfinite(control.kl_coef)
-    experience.compute_advantages(trainer.training_rewards(scores["reward"], rollout), 0.0)
+    credit(experience, trainer.training_rewards(scores["reward"], rollout), 0.0, trainer.args)
     absent = [i for i, value in enumerate(values) if value is None]
     known = []
     for micro in experience:

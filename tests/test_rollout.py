@@ -19,8 +19,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from safe_train.algorithms.experience import Experience
-from safe_train.algorithms.losses import importance_corrected
+from safe_train.algorithms.advantages import credit
+from safe_train.algorithms.losses import Totals, importance_corrected
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import TokenBatch
 from safe_train.data.prompts import Prompt, PromptDataset
@@ -28,6 +28,7 @@ from safe_train.models.policy import make_policy
 from safe_train.models.scoring import logprobs
 from safe_train.rewards.rewards import Rewards
 from safe_train.run.metrics import sampler_metrics
+from safe_train.sampling.experience import Experience
 from safe_train.sampling.rollout import (
     Mode,
     Rollout,
@@ -223,7 +224,8 @@ def test_importance_weights():
     sampler, trainer = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.3, 0.3])
 
     def weights(cap):
-        return importance_corrected(torch.ones(3), trainer.log(), sampler.log(), SafeConfig(importance_cap=cap))
+        micro = SimpleNamespace(logprob_L=trainer.log(), sampler_logprob_L=sampler.log())
+        return importance_corrected(torch.ones(3), micro, SafeConfig(importance_cap=cap))
 
     torch.testing.assert_close(weights(1.2), torch.tensor([0.8, 1.0, 1.2]))
     value, uncapped = torch.tensor([1.0, -2.0, 3.0]), weights(10.0)
@@ -232,9 +234,10 @@ def test_importance_weights():
 
 
 def test_importance_weights_are_off_unless_asked_for():
-    weight, trainer, sampler = torch.full((2,), 0.5), torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -3.0])
-    assert importance_corrected(weight, trainer, sampler, SafeConfig()) is weight
-    capped = importance_corrected(weight, trainer, sampler, SafeConfig(importance_cap=2.0))
+    weight = torch.full((2,), 0.5)
+    micro = SimpleNamespace(logprob_L=torch.tensor([-1.0, -1.0]), sampler_logprob_L=torch.tensor([-1.0, -3.0]))
+    assert importance_corrected(weight, micro, SafeConfig()) is weight
+    capped = importance_corrected(weight, micro, SafeConfig(importance_cap=2.0))
     torch.testing.assert_close(capped, torch.tensor([0.5, 1.0]))
 
 
@@ -244,11 +247,11 @@ def test_importance_weights_scale_the_surrogate_and_not_the_critics(tmp_path):
     rewards = trainer.rewards(*rollout.for_rewards())["reward"]
     experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
     control = trainer.update_controller(experience, rewards)
-    experience.compute_advantages(trainer.training_rewards(rewards, rollout), 0.0)
+    credit(experience, trainer.training_rewards(rewards, rollout), 0.0, trainer.args)
     micro, results = experience.minibatches[0][0], {}
     for ratio in (1.0, 0.5, 9.0):
         micro.sampler_logprob_L = micro.logprob_L - math.log(ratio)
-        results[ratio] = trainer.backward(micro, control, len(micro.logprob_L))
+        results[ratio] = trainer.backward(micro, control, Totals(len(micro.logprob_L), len(micro.indices)))
     policy, value = (
         {ratio: result[name] for ratio, result in results.items()} for name in ("policy_loss", "value_loss")
     )

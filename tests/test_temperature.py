@@ -12,12 +12,13 @@ import tiny
 import torch
 from architectures import tiny_of
 
-from safe_train.algorithms import losses, preview
-from safe_train.algorithms.experience import Experience
-from safe_train.algorithms.preview import mean_kl
+from safe_train.algorithms import losses
+from safe_train.engines import preview
+from safe_train.engines.preview import mean_kl
 from safe_train.models import scoring
 from safe_train.models.policy import make_policy
 from safe_train.run import self_check
+from safe_train.sampling.experience import Experience
 from safe_train.sampling.rollout import sample
 
 TEMPERATURES = (0.7, 1.3)

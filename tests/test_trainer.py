@@ -13,13 +13,15 @@ import tiny
 import torch
 from accelerate.utils import DistributedType
 
-from safe_train.algorithms.experience import Experience
-from safe_train.algorithms.preview import Preview, mean_kl, step_scale
+from safe_train.algorithms.advantages import credit
+from safe_train.algorithms.losses import Totals
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.prompts import Prompt
 from safe_train.engines.engine import schedule
+from safe_train.engines.preview import Preview, mean_kl, step_scale
 from safe_train.randomness import python_generators
 from safe_train.run.metrics import peak_memory_gb
+from safe_train.sampling.experience import Experience
 from safe_train.sampling.rollout import MODES, Rollout
 
 ALGORITHMS = ("safe", "ppo", "ppo_two_heads", "grpo")
@@ -110,7 +112,7 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path):
         experience, control = tiny.experience_of(trainer)
         (minibatch,) = experience.minibatches
         for micro in minibatch:
-            trainer.backward(micro, control, len(experience.tokens("kl_L")))
+            trainer.backward(micro, control, Totals(len(experience.tokens("kl_L")), experience.count))
         gradients.append([p.grad for p in trainer.trainable])
     assert len(minibatch) == 1
     for small, whole in zip(*gradients, strict=True):
@@ -137,7 +139,7 @@ def test_returns_come_from_the_target_heads_and_advantages_from_the_online_ones(
         for p in getattr(trainer.critic, zeroed).parameters():
             p.zero_()
     experience = Experience(trainer.policy, trainer.critic, trainer.sample(0), trainer.args, trainer.device)
-    experience.compute_advantages(torch.arange(8.0), 0.0)
+    credit(experience, torch.arange(8.0), 0.0, trainer.args)
     (micro,) = experience
     lengths = micro.batch.response_cu_seqlens.diff().tolist()
     expected = torch.tensor(
@@ -169,7 +171,7 @@ def test_empty_completions_train_nothing_and_disturb_nobody(algorithm, tmp_path)
     rollout = rollout_of([[5], [6, 7], [8], [9]], [[], [1], [], [10, 11, 1]])
     experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
     control = trainer.update_controller(experience, torch.arange(4.0))
-    experience.compute_advantages(trainer.training_rewards(torch.arange(4.0), rollout), 0.0)
+    credit(experience, trainer.training_rewards(torch.arange(4.0), rollout), 0.0, trainer.args)
     assert len(experience.tokens("advantage_L")) == 4
     assert all(math.isfinite(value) for value in trainer.update(experience, control).values())
 
@@ -229,7 +231,7 @@ def test_kl_in_reward_charges_the_controllers_coefficient(tmp_path):
             p.zero_()
     experience, _ = tiny.experience_of(trainer)
     plain = [micro.returns_L for micro in experience]
-    experience.compute_advantages(torch.zeros(8), kl_charge=0.5)
+    credit(experience, torch.zeros(8), 0.5, trainer.args)
     for micro, _ in zip(experience, plain, strict=True):
         charges = -0.5 * (micro.logprob_L - micro.ref_logprob_L)
         bounds = micro.batch.response_cu_seqlens.tolist()

@@ -87,11 +87,12 @@ def trainer(output_dir, reward=good_words, policy=None, prompts=PROMPTS, **chang
 
 def experience_of(trainer):
     """What a first step collects, ready for its update, and the controller's decision."""
-    from safe_train.algorithms.experience import Experience
+    from safe_train.algorithms.advantages import credit
+    from safe_train.sampling.experience import Experience
 
     rollout = trainer.sample(0)
     rewards = trainer.rewards(*rollout.for_rewards())["reward"]
     experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
     control = trainer.update_controller(experience, rewards)
-    experience.compute_advantages(trainer.training_rewards(rewards, rollout), 0.0)
+    credit(experience, trainer.training_rewards(rewards, rollout), 0.0, trainer.args)
     return experience, control

@@ -1,1 +1,4 @@
-"""What SAFE, PPO and GRPO are: credit, losses, critic and controller."""
+"""What SAFE, PPO, GRPO and CISPO are: losses, advantages, critic and controller, as functions of tensors and numbers.
+
+`registry` names the algorithms. Nothing here imports another folder of `safe_train`.
+"""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safe_train.config import SafeConfig
+if TYPE_CHECKING:
+    from safe_train.config import SafeConfig
 
 PHASE_SCALE = {"warmup": 1.5, "climbing": 1.2, "plateau": 0.8, "converged": 1.0}
 PHASE_MARGIN = 0.1  # reward standard deviations that count as a change

@@ -6,9 +6,16 @@ Shape legend: L response tokens, H hidden width.
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from safe_train.algorithms.advantages import per_token
+
+if TYPE_CHECKING:
+    from safe_train.config import SafeConfig
+    from safe_train.data.batches import TokenBatch
 
 
 class Head(nn.Sequential):
@@ -55,3 +62,10 @@ class Critic(nn.Module):
         """target <- target + rate (online - target)."""
         for target, online in zip(self.target_heads.parameters(), self.heads.parameters(), strict=True):
             target.lerp_(online, rate)
+
+
+def value_states(hidden_LH: Tensor, batch: TokenBatch, args: SafeConfig) -> Tensor:
+    """The states that V reads: each token's own prediction, or its sequence's first one, which is the prompt's end."""
+    if args.value_level == "token":
+        return hidden_LH
+    return hidden_LH[per_token(batch.response_cu_seqlens[:-1].long(), batch.response_cu_seqlens)]

@@ -1,57 +1,123 @@
-"""Terms of the loss and the targets they regress; no function keeps state.
+"""The loss of an update. Every function is one of tensors and numbers; none keeps state.
 
-Shape legend: L response tokens, B sequences.
+Shape legend: L response tokens of a micro-batch, B its sequences, K value heads, H hidden width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
-from safe_kernels import PolicyLoss, linear_policy_loss
-from safe_train.algorithms.controller import Control
-from safe_train.config import SafeConfig
-from safe_train.data.batches import MicroBatch
-from safe_train.models.scoring import logprobs
+from safe_kernels import PolicyLoss, linear_policy_loss, linear_token_stats
+from safe_train.algorithms.advantages import per_token
+from safe_train.algorithms.algorithm import TokenLoss
+from safe_train.algorithms.ppo import clipped
+from safe_train.algorithms.registry import ALGORITHMS
+
+if TYPE_CHECKING:
+    from safe_train.algorithms.controller import Control
+    from safe_train.config import SafeConfig
+    from safe_train.data.batches import MicroBatch
+
+
+class Totals(NamedTuple):
+    """Of a minibatch, over its micro-batches on all processes."""
+
+    tokens: float
+    completions: float
+
+
+def token_weights(micro: MicroBatch, totals: Totals, args: SafeConfig) -> Tensor:
+    """[L]: how much each response token counts in the sum that is the loss; see `loss_aggregation`."""
+    if args.loss_aggregation == "sequence_mean":
+        boundaries = micro.batch.response_cu_seqlens
+        return per_token(1 / (totals.completions * boundaries.diff().clamp(min=1)), boundaries)
+    if args.loss_aggregation == "constant_length":
+        return torch.full_like(micro.logprob_L, 1 / (totals.completions * args.max_new_tokens))
+    return torch.full_like(micro.logprob_L, 1 / totals.tokens)
 
 
 def policy_loss(
     hidden_LH: Tensor, head: dict[str, Any], micro: MicroBatch, weight_L: Tensor, control: Control, args: SafeConfig
 ) -> PolicyLoss:
-    """PPO's clipped surrogate, entropy bonus, KL and one-sided KL penalty, summed over the tokens with their weights.
+    """The algorithm's loss, entropy bonus, KL and one-sided KL penalty, summed over the tokens with their weights.
 
-    The controller's `kl_coef` multiplies the live KL, so what it decides has a gradient. `importance_cap` weights what
-    is estimated from the sampled token, the surrogate and k2 or k3. Entropy and exact KL are sums over the vocabulary.
+    The controller's `kl_coef` multiplies the live KL, so what it decides has a gradient. Only `loss` carries one.
     """
-
-    def corrected(x_L: Tensor) -> Tensor:
-        return importance_corrected(x_L, micro.logprob_L, micro.sampler_logprob_L, args)
-
-    targets_L = micro.batch.targets_L
     kl_coef = 0.0 if args.kl_in_reward else control.kl_coef
-    exact = args.kl_estimator == "exact"
-    result = linear_policy_loss(
+    if not is_built_in(args):
+        return composed_loss(hidden_LH, head, micro, weight_L, control, kl_coef, args)
+    return linear_policy_loss(
         hidden_LH,
-        tokens=targets_L,
+        tokens=micro.batch.targets_L,
         old_logprob=micro.logprob_L,
-        advantage=corrected(micro.advantage_L),  # a weight >= 0 passes through the minimum of both surrogates
+        advantage=importance_corrected(micro.advantage_L, micro, args),  # a weight >= 0 passes through the minimum
         loss_weight=weight_L,
         ref_hidden=micro.ref_hidden_LH,
         clip_low=args.clip_low,
         clip_high=args.clip_high,
         entropy_coef=args.entropy_coef,
-        kl_coef=kl_coef if exact else 0.0,
+        kl_coef=kl_coef,
         kl_penalty_coef=args.kl_penalty_coef,
         kl_threshold=control.kl_threshold,
         **head,
     )
-    if exact:
-        return result
-    estimate_L = SAMPLED_KL[args.kl_estimator](logprobs(hidden_LH, head, targets_L), micro.ref_logprob_L)
-    return result._replace(loss=result.loss + kl_coef * (corrected(weight_L) * estimate_L).sum())
+
+
+def is_built_in(args: SafeConfig) -> bool:
+    """Whether `linear_policy_loss` has the whole loss, which it then takes in one sweep over the vocabulary."""
+    is_of_tokens = args.kl_estimator == "exact" and args.importance_sampling_level == "token"
+    return ALGORITHMS[args.algorithm].loss is clipped and is_of_tokens
+
+
+def composed_loss(
+    hidden_LH: Tensor,
+    head: dict[str, Any],
+    micro: MicroBatch,
+    weight_L: Tensor,
+    control: Control,
+    kl_coef: float,
+    args: SafeConfig,
+) -> PolicyLoss:
+    """The same of any algorithm: its loss is a function of log-probs, which `linear_token_stats` differentiates."""
+    stats = linear_token_stats(hidden_LH, tokens=micro.batch.targets_L, ref_hidden=micro.ref_hidden_LH, **head)
+    assert stats.kl is not None
+    loss_L, is_clipped_L = token_losses(stats.logprob, micro, kl_coef, args)
+    loss_L = loss_L - args.entropy_coef * stats.entropy
+    if args.kl_estimator == "exact" and kl_coef != 0:
+        loss_L = loss_L + kl_coef * stats.kl
+    if args.kl_penalty_coef != 0:
+        loss_L = loss_L + args.kl_penalty_coef * (stats.kl - control.kl_threshold).relu().square()
+    clip_fraction = is_clipped_L.float().sum() / max(1, len(weight_L))
+    assert stats.ref_logprob is not None
+    constants = [x.detach() for x in (stats.logprob, stats.entropy, stats.ref_logprob, stats.kl, clip_fraction)]
+    return PolicyLoss((weight_L * loss_L).sum(), *constants)
+
+
+def token_losses(logprob_L: Tensor, micro: MicroBatch, kl_coef: float, args: SafeConfig) -> TokenLoss:
+    """The part of the loss that depends on the sampled token's log-prob alone: the algorithm's, and k2 or k3."""
+    ratio_L = importance_ratio(logprob_L, micro, args)
+    loss_L, is_clipped_L = ALGORITHMS[args.algorithm].loss(ratio_L, logprob_L, micro.advantage_L, args)
+    if args.kl_estimator in SAMPLED_KL:
+        loss_L = loss_L + kl_coef * SAMPLED_KL[args.kl_estimator](logprob_L, micro.ref_logprob_L)
+    return TokenLoss(importance_corrected(loss_L, micro, args), is_clipped_L)
+
+
+def importance_ratio(logprob_L: Tensor, micro: MicroBatch, args: SafeConfig) -> Tensor:
+    """p(policy) / p(policy that sampled), of each token, or the geometric mean over the tokens of its sequence.
+
+    Source of the latter: GSPO (arXiv 2507.18071).
+    """
+    difference_L = logprob_L - micro.logprob_L
+    if args.importance_sampling_level == "sequence":
+        boundaries = micro.batch.response_cu_seqlens
+        lengths_B = boundaries.diff().long()
+        sum_B = torch.segment_reduce(difference_L, "sum", lengths=lengths_B, initial=0)
+        difference_L = per_token(sum_B / lengths_B.clamp(min=1), boundaries)
+    return difference_L.exp()
 
 
 def k2(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
@@ -68,17 +134,17 @@ def k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
 SAMPLED_KL = {"k2": k2, "k3": k3}
 
 
-def importance_corrected(x_L: Tensor, logprob_L: Tensor, sampler_logprob_L: Tensor, args: SafeConfig) -> Tensor:
-    """`x_L` of tokens that the sampler drew, whose kernels and rounding are not quite the trainer's.
+def importance_corrected(x_L: Tensor, micro: MicroBatch, args: SafeConfig) -> Tensor:
+    """`x_L`, estimated from tokens that the sampler drew, whose kernels and rounding are not quite the trainer's.
 
     As it is, or with `importance_cap` times min(p(trainer) / p(sampler), cap), where `logprob_L` is the trainer's
     before the first update of the rollout: a mean under the sampler becomes one under the policy. The cap bounds the
-    variance, at the price of some bias.
+    variance, at the price of some bias. Entropy and exact KL need no weight: they are sums over the vocabulary.
     Source: https://fengyao.notion.site/off-policy-rl (truncated importance sampling for mismatched engines).
     """
     if args.importance_cap is None:
         return x_L
-    return x_L * (logprob_L - sampler_logprob_L).exp().clamp(max=args.importance_cap)
+    return x_L * (micro.logprob_L - micro.sampler_logprob_L).exp().clamp(max=args.importance_cap)
 
 
 def value_loss(values_KL: Tensor, micro: MicroBatch, weight_L: Tensor, args: SafeConfig) -> Tensor:
@@ -90,50 +156,19 @@ def value_loss(values_KL: Tensor, micro: MicroBatch, weight_L: Tensor, args: Saf
     clipped_KL = micro.values_KL + (values_KL - micro.values_KL).clamp(-args.value_clip, args.value_clip)
     target_KL = micro.returns_L.expand_as(values_KL)
     plain = huber_loss(values_KL, target_KL, reduction="none", delta=args.huber_delta)
-    clipped = huber_loss(clipped_KL, target_KL, reduction="none", delta=args.huber_delta)
-    return (torch.maximum(plain, clipped).mean(0) * weight_L * micro.is_scored_L).sum()
+    bounded = huber_loss(clipped_KL, target_KL, reduction="none", delta=args.huber_delta)
+    return (torch.maximum(plain, bounded).mean(0) * weight_L * micro.is_scored_L).sum()
 
 
-def means(policy: PolicyLoss, value_loss: Tensor, micro: MicroBatch, weight_L: Tensor) -> dict[str, Tensor]:
-    """What is logged of a loss, as sums over the tokens with their weights."""
+def means(policy: PolicyLoss, value_loss: Tensor, micro: MicroBatch, totals: Totals) -> dict[str, Tensor]:
+    """What is logged of a loss: a micro-batch's share of the minibatch's losses, and of means over its tokens."""
     assert policy.kl is not None
+    share_L = torch.full_like(micro.logprob_L, 1 / totals.tokens)
     return {
         "policy_loss": policy.loss.detach(),
         "value_loss": value_loss.detach(),
-        "clip_fraction": policy.clip_fraction * weight_L.sum(),
-        "ratio_mean": (weight_L * (policy.logprob - micro.logprob_L).exp()).sum(),
-        "approx_kl": (weight_L * k3(micro.logprob_L, policy.logprob)).sum(),
-        "kl_before_step": (weight_L * policy.kl).sum(),
+        "clip_fraction": policy.clip_fraction * share_L.sum(),
+        "ratio_mean": (share_L * (policy.logprob - micro.logprob_L).exp()).sum(),
+        "approx_kl": (share_L * k3(micro.logprob_L, policy.logprob)).sum(),
+        "kl_before_step": (share_L * policy.kl).sum(),
     }
-
-
-def token_rewards(reward_B: Tensor, response_cu_seqlens: Tensor, kl_charge_L: Tensor) -> Tensor:
-    """Minus the charge on every token, plus the sequence's reward on its last one. Empty responses get nothing."""
-    lives = response_cu_seqlens.diff() > 0
-    last = response_cu_seqlens[1:][lives].long() - 1
-    return (-kl_charge_L).index_add(0, last, reward_B[lives])
-
-
-def per_token(values_B: Tensor, response_cu_seqlens: Tensor) -> Tensor:
-    """A number a sequence, repeated for each of its response tokens."""
-    return values_B.repeat_interleave(response_cu_seqlens.diff().long())
-
-
-def group_advantages(reward_B: Tensor, group_size: int) -> Tensor:
-    """GRPO: rewards standardised within the completions of a prompt; 0 where they are all equal.
-
-    A reward that is nan is left out of its group's mean and standard deviation, and gets 0. The first of a group is
-    subtracted before the mean is taken, which would be rounded: equal rewards give exactly 0.
-    """
-    groups = reward_B.view(-1, group_size)
-    known = ~groups.isnan()
-    groups = groups - groups.gather(1, known.int().argmax(1, keepdim=True))
-    centred = (groups - groups.nanmean(1, keepdim=True)).nan_to_num()
-    degrees = (known.sum(1, keepdim=True) - 1).clamp(min=1)
-    return (centred / ((centred.square().sum(1, keepdim=True) / degrees).sqrt() + 1e-4)).view(-1)
-
-
-def whiten(values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """Zero mean and unit variance; centred only where the standard deviation is below 1e-6."""
-    std = variance.sqrt()
-    return torch.where(std < 1e-6, values - mean, (values - mean) / std.clamp(min=1e-6))

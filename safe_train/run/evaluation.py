@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from safe_train import parallel
-from safe_train.algorithms.experience import Experience, gathered, joined
 from safe_train.config import SafeConfig
 from safe_train.data.prompts import Prompt, PromptDataset
 from safe_train.models.policy import Policy
@@ -21,6 +20,7 @@ from safe_train.randomness import guest, own_random_numbers, seeded
 from safe_train.rewards.rewards import Rewards, Scores
 from safe_train.run.metrics import as_rows, completion_columns, logged_metrics, mean_of, reward_metrics
 from safe_train.run.report import strict_json
+from safe_train.sampling.experience import Experience, gathered, joined
 from safe_train.sampling.rollout import Rollout, Sampler
 
 EVALUATION_SEED = 20_250

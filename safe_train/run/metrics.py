@@ -16,9 +16,9 @@ from torch import Tensor
 
 from safe_train import parallel
 from safe_train.algorithms.controller import Control
-from safe_train.algorithms.experience import Experience
 from safe_train.algorithms.losses import k3
 from safe_train.rewards.rewards import Scores, distinct
+from safe_train.sampling.experience import Experience
 from safe_train.sampling.rollout import Rollout
 
 

@@ -26,8 +26,8 @@ from safe_train.randomness import python_generators, seeded, torch_generators
 from safe_train.run.metrics import sampler_metrics
 
 if TYPE_CHECKING:
-    from safe_train.algorithms.experience import Experience
     from safe_train.models.policy import Policy
+    from safe_train.sampling.experience import Experience
     from safe_train.trainer import SafeTrainer
 
 LENGTHS = (9, 16)  # of the sequences: with two, padding and packing show

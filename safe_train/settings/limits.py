@@ -5,23 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from safe_train.algorithms.registry import ALGORITHMS, PUBLISHED
 
 if TYPE_CHECKING:
     from safe_train.config import SafeConfig
 
-# What each algorithm means for the settings that are left to it. In docs/study.md a beta of 0.01 let PPO run away, and
-# 0.1 held it; SAFE's controller adds to its own.
-ALGORITHMS: dict[str, dict[str, Any]] = {
-    "safe": {"critic": "soft_min", "controller": "safe", "beta": 0.01},
-    "ppo": {"critic": "single", "controller": "fixed", "beta": 0.1},
-    "ppo_two_heads": {"critic": "mean", "controller": "fixed", "beta": 0.1},
-    "grpo": {"critic": "none", "controller": "fixed", "beta": 0.1},
-    "safe_paper": {"critic": "soft_min", "controller": "safe_paper", "beta": 0.01},
-    "asymmetric_paper": {"critic": "soft_min", "controller": "asymmetric_paper", "beta": 0.01},
-    "ppo_paper": {"critic": "single", "controller": "ppo_paper", "beta": 0.01},
-}
-PAPER = ("safe_paper", "asymmetric_paper", "ppo_paper")  # as published: see paper.py
+PAPER = tuple(PUBLISHED)  # as published: see paper.py
 
 # Fastest first; transformers' names, and `varlen`: torch.nn.attention.varlen.
 ATTENTION = ("flash_attention_3", "flash_attention_2", "varlen", "sdpa", "flex_attention", "eager")
@@ -32,6 +23,9 @@ CHOICES = {
     "controller": ("auto", "safe", "fixed", *PAPER),
     "value_level": ("token", "sequence"),
     "kl_estimator": ("exact", "k2", "k3"),
+    "loss_aggregation": ("token_mean", "sequence_mean", "constant_length"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
     "prompt_as": ("text", "user"),
     "on_bad_row": ("error", "skip"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum", "min", "mean_minus_variance"),
@@ -55,6 +49,7 @@ NO_FILTERS = (
 NOT_IN_PAPER = """
 beta kl_estimator kl_in_reward kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef entropy_gate gate_min
 gate_max phases window value_level gamma gae_lambda minibatch_size importance_cap warmup_steps lr_scheduler_type
+loss_aggregation importance_sampling_level
 """.split()
 
 
@@ -130,16 +125,23 @@ def check(c: SafeConfig) -> None:
         "eval_pass_at",
         f"numbers from 1 to eval_completions_per_prompt {per_prompt}",
     )
+    compares = ALGORITHMS[c.algorithm].advantages is not None  # the completions of a prompt
     require(
-        c.multi_objective_aggregation != "normalize_then_sum" or c.algorithm == "grpo",
+        c.multi_objective_aggregation != "normalize_then_sum" or compares,
         "multi_objective_aggregation",
-        "sum_then_normalize, min or mean_minus_variance without the groups of algorithm grpo",
+        "sum_then_normalize, min or mean_minus_variance without the groups of grpo or cispo",
+    )
+    require(c.scale_rewards == "group" or compares, "scale_rewards", f"group for {c.algorithm}, which has no groups")
+    require(
+        c.scale_rewards == "group" or c.multi_objective_aggregation != "normalize_then_sum",
+        "scale_rewards",
+        "group with normalize_then_sum, which scales each reward within its group",
     )
     size = c.completions_per_step
     require(c.minibatch_size is None or c.minibatch_size <= size, "minibatch_size", f"at most the {size} of a rollout")
-    if c.algorithm == "grpo":
-        require(c.critic == "none", "critic", "none for grpo, which has no critic")
-        require(c.completions_per_prompt >= 2, "completions_per_prompt", "at least 2 for grpo")
+    if compares:
+        require(c.critic == "none", "critic", f"none for {c.algorithm}, which has no critic")
+        require(c.completions_per_prompt >= 2, "completions_per_prompt", f"at least 2 for {c.algorithm}")
     else:
         require(c.critic != "none", "critic", f"soft_min, mean or single for {c.algorithm}")
     if c.algorithm in PAPER:
@@ -174,7 +176,7 @@ def require_unfiltered(c: SafeConfig, name: str, off: float) -> None:
 
 
 def check_paper(c: SafeConfig, require: Require) -> None:
-    preset = ALGORITHMS[c.algorithm]
+    preset = ALGORITHMS[c.algorithm].preset
     for name in ("critic", "controller"):
         require(getattr(c, name) == preset[name], name, f"{preset[name]} for {c.algorithm}")
     for field in dataclasses.fields(c):

@@ -10,7 +10,17 @@ ROLLOUTS = "total_steps, in rollouts: an epoch has rows / prompts_per_step of th
 LAUNCH = "by `accelerate launch`: docs/scaling.md"
 QUANTISED = "load_in_4bit=true is QLoRA; 8 bits are not offered"
 ALONE = "not offered: the policy is sampled as it is scored; temperature is the one setting of both"
-TOKEN_MEAN = "the loss is a mean over the minibatch's response tokens, as in DAPO; the others are not offered"
+LOSSES = {
+    "dapo": "loss_aggregation=token_mean",
+    "grpo": "loss_aggregation=sequence_mean",
+    "dr_grpo": "loss_aggregation=constant_length",
+    "cispo": "algorithm=cispo completions_per_prompt=8",
+}
+AGGREGATIONS = {
+    "token-mean": "loss_aggregation=token_mean",
+    "seq-mean-token-mean": "loss_aggregation=sequence_mean",
+    "seq-mean-token-sum-norm": "loss_aggregation=constant_length",
+}
 
 
 class Row(NamedTuple):
@@ -29,7 +39,7 @@ TABLE = (
     Row("val_set_size=0.1 test_datasets", note="eval_dataset, such as org/rows:train[-5%:]"),
     Row("reward_funcs=rewards.py:mine reward_model_path reward_model", "reward={}"),
     Row("adv_estimator=grpo", {"grpo": "algorithm=grpo completions_per_prompt=8", "gae": "algorithm=ppo"}),
-    Row("rl=grpo", {"grpo": "algorithm=grpo completions_per_prompt=8"}, "safe, ppo and grpo are trained here"),
+    Row("rl=grpo", {"grpo": "algorithm=grpo completions_per_prompt=8"}, "safe, ppo, grpo and cispo are trained here"),
     Row("default_local_dir=runs/a run_name", "output_dir={}"),
     Row("data_seed=1", "seed={}"),
     Row("max_steps=500 total_training_steps", "total_steps={}", "in rollouts"),
@@ -98,10 +108,8 @@ TABLE = (
     Row("lam=0.95", "gae_lambda={}"),
     Row("whiten_rewards=true", "normalize_rewards={}", "by running moments"),
     Row("target_kl=0.5", "stop_kl={}"),
-    Row("loss_type=dapo", {"dapo": "algorithm=grpo completions_per_prompt=8"}, TOKEN_MEAN),
-    Row("loss_agg_mode=token-mean", note=TOKEN_MEAN),
-    Row("scale_rewards=group", note="algorithm=grpo standardises within the group; the others are not offered"),
-    Row("importance_sampling_level=token", note="token; sequence is not offered"),
+    Row("loss_type=dapo", LOSSES, "dapo, grpo, dr_grpo and cispo are offered"),
+    Row("loss_agg_mode=token-mean", AGGREGATIONS),
     Row("disable_dropout=true", note="dropout is always off"),
     Row("sync_ref_model=true ref_model", note="the reference stays as it is; see reference"),
     # Bookkeeping

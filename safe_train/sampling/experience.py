@@ -1,6 +1,6 @@
-"""From a rollout to what an update needs: micro-batches with statistics, values, advantages and returns.
+"""From a rollout to what credit and update need: micro-batches with log-probs, entropy, KL and values.
 
-Shape legend: L response tokens of a micro-batch, K value heads, B completions of the rollout, H hidden width.
+Shape legend: L response tokens of a micro-batch, K value heads, H hidden width.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from safe_kernels import ValueTargets, soft_min_gae
 from safe_train import parallel
-from safe_train.algorithms import losses
-from safe_train.algorithms.critic import Critic
+from safe_train.algorithms.critic import Critic, value_states
 from safe_train.config import SafeConfig
 from safe_train.data.batches import MicroBatch, TokenBatch, balanced, balanced_rows, microbatches
 from safe_train.models import scoring
@@ -48,35 +46,6 @@ class Experience:
     def tokens(self, name: str) -> Tensor:
         """A field of all micro-batches of all processes, over all response tokens."""
         return parallel.gather(torch.cat([getattr(micro, name) for micro in self], dim=-1))
-
-    def compute_advantages(self, reward_B: Tensor, kl_charge: float) -> None:
-        """Fills in advantages and returns from the completions' rewards and a charge per nat of sampled KL.
-
-        A completion whose reward is nan has advantage 0, is no target of the critic, and is left out of what others
-        are compared with.
-        """
-        if self.critic is None:
-            is_normal = self.args.multi_objective_aggregation == "normalize_then_sum"  # within the groups
-            size = len(reward_B) if is_normal else self.args.completions_per_prompt
-            reward_B = losses.group_advantages(reward_B, size).float().to(self.device)
-        for micro in self:
-            if not micro.indices:
-                continue
-            own_B, boundaries = reward_B[micro.indices], micro.batch.response_cu_seqlens
-            if self.critic is None:
-                micro.advantage_L = losses.per_token(own_B, boundaries)
-            else:
-                charge_L = kl_charge * (micro.logprob_L - micro.ref_logprob_L)
-                rewards_L = losses.token_rewards(own_B.nan_to_num(), boundaries, charge_L)
-                micro.advantage_L, micro.returns_L = value_targets(self.critic, micro, rewards_L, self.args)
-                micro.is_scored_L = losses.per_token(~own_B.isnan(), boundaries)
-        if self.critic is not None:
-            scored = self.tokens("advantage_L")[self.tokens("is_scored_L")]
-            if len(scored):
-                mean, variance = scored.mean(), scored.var(correction=0)
-            for micro in self:
-                whitened_L = losses.whiten(micro.advantage_L, mean, variance) if len(scored) else micro.advantage_L
-                micro.advantage_L = whitened_L.masked_fill(~micro.is_scored_L, 0.0)
 
 
 def gathered(rollout: Rollout) -> Rollout:
@@ -139,26 +108,3 @@ def score(
         returns_L=torch.zeros_like(stats.logprob),
         is_scored_L=torch.ones_like(stats.logprob, dtype=torch.bool),
     )
-
-
-def value_states(hidden_LH: Tensor, batch: TokenBatch, args: SafeConfig) -> Tensor:
-    """The states that V reads: each token's own prediction, or its sequence's first one, which is the prompt's end."""
-    if args.value_level == "token":
-        return hidden_LH
-    return hidden_LH[losses.per_token(batch.response_cu_seqlens[:-1].long(), batch.response_cu_seqlens)]
-
-
-def value_targets(critic: Critic, micro: MicroBatch, rewards_L: Tensor, args: SafeConfig) -> tuple[Tensor, Tensor]:
-    """Advantages under the online heads and returns under the target heads, by one scan of GAE each.
-
-    Each scan has one value function in both of its places: bootstrapping on lagged targets under an online baseline
-    would leave a bias that does not vanish even for a perfect critic.
-    """
-
-    def scan(values_KL: Tensor) -> ValueTargets:
-        lam = 1 - 1 / args.max_new_tokens if args.gae_lambda is None else args.gae_lambda
-        boundaries = micro.batch.response_cu_seqlens
-        v1, v2 = critic.pair(values_KL)
-        return soft_min_gae(v1, v2, rewards_L, None, gamma=args.gamma, lam=lam, alpha=args.alpha, cu_seqlens=boundaries)
-
-    return scan(micro.values_KL).advantage, scan(micro.target_values_KL).returns
