@@ -1,6 +1,6 @@
 """What a kernel spends on one element of the vocabulary, counted in NVIDIA's machine code, without a GPU.
 
-Counted: instructions of the hot loop by what they are for, the widths of its loads and stores. The hot loop is the
+It counts the hot loop's instructions by purpose, and the widths of its loads and stores. The hot loop is the
 longest innermost loop that loads from global memory without a mask. Derived from the counts: warps that fit on a
 multiprocessor, bytes in flight there, and the least time that a GPU's memory and issue slots allow.
 """
@@ -56,7 +56,7 @@ class Instruction(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What it is for; addresses and loop control are `other`."""
+        """Its purpose; addresses and loop control are `other`."""
         return KIND_OF.get(self.name, "other")
 
     @property
@@ -118,6 +118,6 @@ def counts(cubin: bytes, registers: int, num_warps: int, logit_bytes: int, strea
 
 
 def least_seconds(found: dict[str, Any], gpu: Gpu, elements: int) -> dict[str, float]:
-    """What memory and issue slots allow, each for itself: a multiprocessor issues four instructions a cycle."""
+    """The limits of memory and of issue slots, separately: a multiprocessor issues four instructions a cycle."""
     issue = found["instructions"] * elements / WARP / 4 / gpu.multiprocessors / gpu.clock
     return {"memory": found["moved"] * elements / gpu.bandwidth, "issue": issue}

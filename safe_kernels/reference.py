@@ -1,7 +1,7 @@
 """Every public function in plain PyTorch: the definition, the oracle of the tests and the eager baseline.
 
-The signatures are those of `safe_kernels`, less `backend`. Autograd does every gradient but that of a product, nothing
-is chunked, any floating dtype works: float64 inputs are computed in float64, all others in float32.
+The signatures are those of `safe_kernels` without `backend`. Autograd does every gradient except that of a product,
+nothing is chunked, and any floating dtype works: float64 inputs are computed in float64, all others in float32.
 """
 
 import math
@@ -19,13 +19,13 @@ from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
 def token_stats(
     logits, tokens, *, ref_logits=None, temperature=1.0, mask=None, inplace_backward=False, process_group=None
 ) -> TokenStats:
-    """`inplace_backward` is a permission that the reference does not use."""
+    """`inplace_backward` is ignored: the reference never overwrites the logits."""
     if process_group is not None:
         logits = _Whole.apply(logits, process_group)
         ref_logits = None if ref_logits is None else _Whole.apply(ref_logits.detach(), process_group)
     logp = _log_softmax(logits, temperature, mask)
     p = logp.exp()
-    # A probability of 0 contributes 0, whatever it is multiplied with.
+    # A probability of 0 contributes 0, whatever its factor is.
     entropy = -(p * logp.masked_fill(p == 0, 0)).sum(-1)
     logprob = _at_token(logp, tokens)
     if ref_logits is None:
@@ -171,7 +171,7 @@ def _compute(x: Tensor) -> Tensor:
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight.T in float32, or float64. NVIDIA's GPUs multiply 16-bit factors as they do in any trainer."""
+    """hidden @ weight.T in float32 or float64. On NVIDIA's GPUs 16-bit factors use tensor cores, as in any trainer."""
     low_precision = hidden.dtype == weight.dtype and hidden.dtype in (torch.float16, torch.bfloat16)
     if low_precision and hidden.is_cuda and torch.version.hip is None:
         return _TensorCoreProduct.apply(hidden, weight)
@@ -261,7 +261,7 @@ class _Whole(torch.autograd.Function):
 
 
 class _Shared(torch.autograd.Function):
-    """Hidden states [..., H] that all ranks have; each rank's columns of the logits add to their gradient."""
+    """Hidden states [..., H], the same on all ranks; their gradient sums over the ranks' columns of the logits."""
 
     @staticmethod
     def forward(ctx, hidden, group):

@@ -1,9 +1,9 @@
-"""OpenRLHF on these kernels: `python -m safe_kernels.integrations.openrlhf train_ppo_ray ...` in the place of
+"""OpenRLHF on these kernels: `python -m safe_kernels.integrations.openrlhf train_ppo_ray ...` instead of
 `python -m openrlhf.cli.train_ppo_ray ...`, or `apply()` in each process that runs an `Actor`.
 
 `Actor.forward` gets log-probs and entropy from the hidden states, inside its model's own call of the head: float32
-logits are never made, and whoever gathers a sharded head around that call (ZeRO-3's hooks) gathers it for us too, in
-the forward and in the backward. These calls stay OpenRLHF's, with our functions of logits in them:
+logits are never made, and the hooks that gather a sharded head around that call (ZeRO-3) gather it for us too, in
+the forward and in the backward. OpenRLHF still runs these calls, with our functions of logits in them:
 
 - those that ask for the logits themselves, or bring images;
 - a head that is not a plain Linear layer (LoRA on it, 4 bits, tensor parallel), or that others have wrapped;
@@ -105,7 +105,7 @@ def _is_plain_linear(head: nn.Module | None) -> bool:
 def _layout(
     packing: bool, sequences: Tensor, attention_mask: Any, ring_attn_group: Any
 ) -> tuple[dict[str, Any], Tensor, Callable[[Tensor], Tensor]]:
-    """The model's arguments, the token that each position predicts, and what makes [B, T] of a result by position."""
+    """The model's arguments, the token that each position predicts, and the function that makes a result [B, T]."""
     if not packing:
         position_ids = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 1)
         inputs = {"input_ids": sequences, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -123,7 +123,7 @@ def _layout(
 
 @contextmanager
 def _head_returns_statistics(head: nn.Linear, labels: Tensor, temperature: float) -> Iterator[list[Tensor]]:
-    """In the block the head gives log-prob and entropy, [..., 2], in place of logits; a list of what it returned."""
+    """Inside, the head returns log-prob and entropy [..., 2] instead of logits. Yields a list of its results."""
     returned: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def apply_when_imported() -> None:
-    """For processes that may never need it: OpenRLHF keeps DeepSpeed, which its models import, out of vLLM's."""
+    """Apply the patch once OpenRLHF's models are imported: they import DeepSpeed, which vLLM's workers must not."""
     if "openrlhf.models" in sys.modules:
         apply()
     else:

@@ -27,13 +27,13 @@ class Replacement(NamedTuple):
 
 
 class Patch:
-    """The replacements in one package. `apply`, `revert`, or a `with` block; applying twice is applying once, and a
-    block inside of what is applied already undoes nothing.
+    """The replacements in one package. `apply`, `revert`, or a `with` block; applying twice has the effect of once,
+    and a block inside an applied patch undoes nothing.
 
-    What the package does not have is left out. A signature that is not known means that its version is not: then
-    nothing is replaced, with one warning. What another library has replaced already is refused with RuntimeError,
-    since the two would train wrong together without a word. SAFE_KERNELS_<PACKAGE>=0 in the environment switches the
-    patch off. What was replaced is logged as INFO of the logger "safe_kernels".
+    A function that the package lacks is skipped. An unknown signature means an unknown version: then nothing is
+    replaced, with one warning. If another library has already replaced a function, `apply` raises RuntimeError,
+    since the two together would silently train wrong. SAFE_KERNELS_<PACKAGE>=0 in the environment switches the
+    patch off. The replaced names are logged at INFO by the logger "safe_kernels".
     """
 
     def __init__(self, package: str, replacements: Sequence[Replacement]):
@@ -120,7 +120,7 @@ class Patch:
 
 
 def _find(what: Replacement) -> Any:
-    """None where this version of the package does not have it."""
+    """None if this version of the package does not have it."""
     try:
         module = importlib.import_module(what.module)
     except ModuleNotFoundError as error:

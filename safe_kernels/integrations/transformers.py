@@ -1,4 +1,4 @@
-"""Causal language models of transformers, as the kernels take them: the states their head receives, and the head.
+"""Causal language models of transformers, in the form the kernels take: the states their head receives, and the head.
 
     hidden_BTH = head_inputs(model, input_ids=ids, attention_mask=mask)   # no logits are made
     stats = linear_token_stats(hidden_BTH, tokens=labels, **output_head(model), **logit_transform(model))
@@ -38,7 +38,7 @@ def head_module(model: Any) -> nn.Linear:
     """The layer that makes logits of hidden states.
 
     Raises:
-        ValueError: the model has none, or one that is no plain linear layer.
+        ValueError: the model has none, or one that is not a plain linear layer.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
@@ -76,7 +76,7 @@ def head_inputs(model: Any, **inputs: Any) -> Tensor:
 
 
 def text_only(model: Any, input_ids: Tensor) -> dict[str, Tensor]:
-    """What a composite model asks for in training: that no token is of an image."""
+    """The argument a composite model requires in training; it says that no token belongs to an image."""
     if not model.training or text_config(model) is model.config:
         return {}
     names = inspect.signature(model.forward).parameters.keys() & {"token_type_ids", "mm_token_type_ids"}
@@ -85,7 +85,7 @@ def text_only(model: Any, input_ids: Tensor) -> dict[str, Tensor]:
 
 @contextmanager
 def head_replaced(model: Any, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, the head calls `forward`. Its module stays, and with it the hooks of FSDP and DeepSpeed."""
+    """Inside, the head calls `forward`. Its module stays in place, with the hooks of FSDP and DeepSpeed."""
     head = head_module(model)
     own = head.__dict__.get("forward")  # accelerate puts one there
     head.forward = forward  # type: ignore[method-assign, assignment]
@@ -130,7 +130,7 @@ def logit_transform(model: Any) -> dict[str, Any]:
     """What the model does to its logits after the head: `logit_scale` and `softcap` of the `linear_*` functions.
 
     The model runs over a few tokens with known logits in place of its head's. The config's numbers are candidates only:
-    `logits_scaling` divides in Granite and multiplies in HyperCLOVA X. What gives the model's own result is taken.
+    `logits_scaling` divides in Granite and multiplies in HyperCLOVA X. The one that gives the model's own result wins.
 
     Raises:
         ValueError: no reading of the config gives the model's own log-probs within 1e-3 nats.
@@ -193,9 +193,9 @@ def plain_ids(model: Any, count: int) -> list[int]:
 
 @torch.no_grad()
 def silent_modules(model: Any) -> dict[str, nn.Module]:
-    """What a text does not pass through, by name: of a composite model the vision tower and its projector.
+    """The names of the parts that text does not use: in a composite model, the vision tower and its projector.
 
-    The model runs over a few tokens, and says what it calls. An expert that no token was sent to is not silent.
+    Found by running the model over a few tokens. An expert that received no token does not count as unused.
     """
     if not model.config.sub_configs:
         return {}
@@ -210,7 +210,7 @@ def silent_modules(model: Any) -> dict[str, nn.Module]:
 
 
 def outermost(module: nn.Module, called: set[nn.Module], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The largest parts of which nothing was called."""
+    """The largest parts in which nothing was called."""
     for name, child in module.named_children():
         if called.isdisjoint(child.modules()):
             if not isinstance(module, nn.ModuleList):  # of experts

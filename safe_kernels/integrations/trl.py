@@ -3,7 +3,7 @@
     from safe_kernels.integrations import trl as trl_patch
     trl_patch.apply()
 
-or, for TRL's own scripts, `python -m safe_kernels.integrations.trl grpo --model_name_or_path ...` in the place of
+or, for TRL's own scripts, `python -m safe_kernels.integrations.trl grpo --model_name_or_path ...` instead of
 `trl grpo ...`, and `accelerate launch -m safe_kernels.integrations.trl grpo ...` on several GPUs.
 
 Shapes: N tokens, V vocabulary, H hidden width, K tokens that are asked for in one row.
@@ -30,7 +30,7 @@ from ..logits import flat_inputs, token_stats, token_stats_backward_op, token_st
 from .patch import Patch, Replacement
 
 UTILS = "trl.trainer.utils"
-METRICS = ("log_sum_sq_probs", "mean_logits", "is_top1")  # of one token each, without gradient
+METRICS = ("log_sum_sq_probs", "mean_logits", "is_top1")  # one number a token, without gradient
 TIE = 4  # ulps: two log-probs so close are equal
 MEAN_COLUMNS, MEAN_ROWS = 8192, 4096  # of the weight and of tokens at a time, where a mean over V is taken
 
@@ -50,7 +50,7 @@ def revert() -> None:
 
 
 class LinearLogprob(torch.autograd.Function):
-    """In the place of TRL's chunked log-prob: `linear_token_stats`, and what TRL's metrics want. Equivalent to
+    """Replaces TRL's chunked log-prob: `linear_token_stats` and the quantities of TRL's metrics. Equivalent to
 
         z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature       (softcap None: none)
         logprob = log_softmax(z)[targets];  entropy = -(p * log p).sum(-1), with p = softmax(z)
@@ -62,13 +62,13 @@ class LinearLogprob(torch.autograd.Function):
 
     Args:
         hidden, weight, bias: [N, H], [V, H] and [V] or None.
-        targets: [N]. An id outside 0..V-1 has a NaN log-prob; TRL leaves out or replaces -100 before.
-        outputs: what to return beyond the log-prob; the rest is None.
+        targets: [N]. An id outside 0..V-1 has a NaN log-prob; TRL removes or replaces -100 first.
+        outputs: the results to return besides the log-prob; the others are None.
         chunk_size: unused.
 
     Returns:
-        (logprob, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N]; the first two are differentiable. A tie
-        for the most likely token makes each of the tied is_top1.
+        (logprob, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N]; the first two are differentiable. If
+        several tokens tie for the most likely, each of them is_top1.
     """
 
     @staticmethod
@@ -165,7 +165,7 @@ def selective_log_softmax_and_entropy(
 
 
 class SelectedLogprobs(torch.autograd.Function):
-    """Log-probs of K tokens in each row: that of the most likely of them, and the others by their distance to it.
+    """Log-probs of K tokens in each row: of the most likely directly, of the others by their distance to it.
 
     The gradient to the logits is one tensor: sum(g) * (onehot of that token - p), and in the K places g - sum(g) * p.
     """
@@ -196,7 +196,7 @@ class SelectedLogprobs(torch.autograd.Function):
         inputs = flat_inputs(logits, token, None, ctx.temperature, rows)
         found = token_stats_backward_op(*inputs, stats, total.reshape(-1), None, None, ctx.backend)
         total = total.unsqueeze(-1)
-        share = torch.where(total == 0, 0, total * result.exp())  # a row that is left out may hold NaN
+        share = torch.where(total == 0, 0, total * result.exp())  # a row without gradient may hold NaN
         values = (_sum_of_equal(index, grad) - share) / ctx.temperature
         index_NK, found_NV = index.reshape(-1, index.shape[-1]), found.view(-1, found.shape[-1])
         row_N1 = torch.arange(len(index_NK), device=index.device)[:, None]

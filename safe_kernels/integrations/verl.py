@@ -25,7 +25,7 @@ def fused_linear_for_ppo(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy [...] of hidden_states [..., H], and of input_ids [...] that verl has shifted already.
 
-    0 where an id is -100, as verl has it of Liger.
+    0 where an id is -100, as verl gets from Liger.
     """
     live = input_ids.long() != -100  # uint8 would compare with 156
     stats = linear_token_stats(hidden_states, vocab_weights, input_ids, temperature=temperature, mask=live)
@@ -55,8 +55,8 @@ def _linear_cross_entropy(original: Any) -> Callable[..., tuple[Tensor, Tensor]]
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """[...] of logits [..., V]; as verl flattens both, labels may have any shape of as many ids, such as [1, N].
 
-    `inplace_backward` permits what this does not do, to write the gradient over the logits: in the backward nothing
-    tells whether another consumer, whose turn is yet to come, will read them.
+    `inplace_backward` permits writing the gradient over the logits. This does not: the backward cannot know whether
+    another consumer has yet to read them.
     """
     leading = logits.shape[:-1]
     labels = labels.reshape(leading) if labels.numel() == leading.numel() else labels

@@ -8,6 +8,6 @@ if os.environ.get("SAFE_KERNELS_VERL") == "1":
         from safe_kernels.integrations import verl
 
         verl.apply()
-    except Exception as error:  # verl itself would drop it without a word
+    except Exception as error:  # verl itself would drop it silently
         warnings.warn(f"SAFE_KERNELS_VERL=1 has no effect: {error}", stacklevel=1)
         raise

@@ -1,6 +1,6 @@
-"""Statistics from hidden states: the logits of some rows are computed, used and forgotten.
+"""Statistics from hidden states: the logits of some rows are computed, used and dropped.
 
-At most PRODUCT_BYTES of logits are in memory at a time, and no whole float32 copy of a low-precision weight.
+At most PRODUCT_BYTES of logits are ever in memory, and never a whole float32 copy of a low-precision weight.
 
 Shapes: N tokens, R rows of a tile, V vocabulary, C columns of a weight tile, H hidden width.
 """
@@ -15,7 +15,7 @@ from ..formulas import Objective
 from ..inputs import LinearInputs, RowStats, StatsGrad, compute_dtype, take
 from .rows import RowInputs, Tile, logit_gradient, restore, row_statistics, tiles, write
 
-PRODUCT_BYTES = 64 << 20  # the logits of the rows that are multiplied together; a reference doubles it
+PRODUCT_BYTES = 64 << 20  # logits of the rows of one product; a reference doubles it
 WEIGHT_TILE_BYTES = 16 << 20
 
 
@@ -71,7 +71,7 @@ def linear_loss(
 
 
 def without_masked_rows(inputs: LinearInputs) -> tuple[Tensor | None, LinearInputs]:
-    """The inputs of live tokens, and their indices, where leaving the others out costs no synchronisation: on a CPU."""
+    """On a CPU, the inputs of the live tokens and their indices. On a GPU, selecting them would synchronise."""
     if inputs.mask_N is None or inputs.mask_N.device.type != "cpu":
         return None, inputs
     kept = inputs.mask_N.nonzero().squeeze(1)
@@ -81,7 +81,7 @@ def without_masked_rows(inputs: LinearInputs) -> tuple[Tensor | None, LinearInpu
 
 
 def among_masked(x: Tensor, axis: int, kept: Tensor | None, count: int) -> Tensor:
-    """Rows of live tokens in their places among the masked ones, which are 0."""
+    """Scatter the rows of live tokens to their places; masked rows are 0."""
     if kept is None:
         return x
     shape = [*x.shape[:axis], count, *x.shape[axis + 1 :]]
@@ -163,7 +163,7 @@ class Product(NamedTuple):
 
 
 def products(inputs: LinearInputs, per_row: RowInputs, with_reference: bool) -> Iterator[Product]:
-    """So many rows that reading the weight is worth it. All share one memory."""
+    """Enough rows at a time to make reading the weight worth it. All share one buffer."""
     count, vocabulary, like = len(per_row.index_N), len(inputs.weight_VH), per_row.known_N
     height = 1 if inputs.batch_invariant else max(1, PRODUCT_BYTES // (vocabulary * like.dtype.itemsize))
     buffers = [like.new_empty(min(height, count), vocabulary) for _ in range(1 + with_reference)]
@@ -178,7 +178,7 @@ def products(inputs: LinearInputs, per_row: RowInputs, with_reference: bool) -> 
 
 
 class GradientSums:
-    """Gradients of hidden, weight and bias in the compute dtype, as far as they are needed."""
+    """Gradients of hidden, weight and bias in the compute dtype, each only if needed."""
 
     def __init__(self, inputs: LinearInputs, needed: Sequence[bool]) -> None:
         self.head, like = head_of(inputs), per_row_of(inputs).known_N
@@ -186,7 +186,7 @@ class GradientSums:
         self.sums = [like.new_zeros(x.shape) if x is not None and need else None for x, need in leaves]
 
     def add(self, product: Product) -> None:
-        """Add those of a product whose logits have become their gradient."""
+        """Add the contribution of a product whose logits now hold their gradient."""
         du_RV, (grad_hidden_NH, grad_weight_VH, grad_bias_V) = product.logits_RV, self.sums
         if grad_hidden_NH is not None:
             grad_hidden_NH[product.rows] = self.head.hidden_gradient(du_RV)
@@ -201,7 +201,7 @@ class GradientSums:
 
 
 def _product(rows_RK: Tensor, matrix: Tensor) -> Tensor:
-    """A lone row is taken twice: as a vector its product would be summed serially, ten times less precisely."""
+    """Duplicates a single row: the product of a vector is summed serially, ten times less precisely."""
     return rows_RK @ matrix if len(rows_RK) > 1 else (rows_RK.expand(2, -1) @ matrix)[:1]
 
 

@@ -52,7 +52,7 @@ def _loader(
 
 
 def _rows(x: Tensor, rows: slice) -> Tensor:
-    """Rows of `x` [..., V] counted over its leading shape: a view where the strides allow one, else a copy."""
+    """Rows of `x` [..., V] counted over its leading shape: a view if the strides allow one, otherwise a copy."""
     try:
         return x.view(-1, x.shape[-1])[rows]
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Statistics of full rows of logits, and the gradient back to them: each written once, for every entrance.
+"""Statistics of full rows of logits, and their gradient: each written once, for logits and for hidden states.
 
 A tile holds R full rows in the compute dtype (float32, or float64 for float64 inputs), few enough for the cache:
 
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ..inputs import LinearInputs, LogitsInputs, RowStats, StatsGrad, take, without_masked
 
-TILE_BYTES = 2 << 20  # one buffer of a tile: its three, or four with a reference, stay in the caches of two cores
-GPU_TILE_BYTES = 64 << 20  # where every operation of a tile is a launch; not measured yet
-FLOOR = -1e30  # in place of -inf, which times a probability of 0 would be NaN
+TILE_BYTES = 2 << 20  # one buffer; a tile's three (four with a reference) stay in the caches of two cores
+GPU_TILE_BYTES = 64 << 20  # every operation of a tile is a launch there; not measured yet
+FLOOR = -1e30  # replaces -inf, which would give NaN times a probability of 0
 
 
 class RowInputs(NamedTuple):
-    """What is asked of the rows, with one entry a row."""
+    """The inputs of each row."""
 
     index_N: Tensor  # int64, inside the vocabulary
     known_N: Tensor  # 1, or NaN where the id was outside the vocabulary, or in another rank's part of it
@@ -70,7 +70,7 @@ class Tile(NamedTuple):
 def tiles(
     per_row: RowInputs, vocabulary: int, load: Callable[[slice], tuple[Tensor, Tensor | None]]
 ) -> Iterator[tuple[slice, RowInputs, Tile]]:
-    """Yield (rows, what is asked of them, a tile). `load` gives logits, and the reference's, to be written over."""
+    """Yield (rows, their inputs, a tile). `load` gives logits, and the reference's, that may be overwritten."""
     count, like = len(per_row.index_N), per_row.known_N
     height = tile_height(vocabulary, like)
     e, scratch = (like.new_empty(min(height, count), vocabulary) for _ in range(2))
@@ -81,13 +81,13 @@ def tiles(
 
 
 def tile_height(vocabulary: int, like: Tensor) -> int:
-    """It does not depend on N: functions that are given the same rows see them in the same tiles."""
+    """Independent of N, so that functions given the same rows see them in the same tiles."""
     size = TILE_BYTES if like.device.type == "cpu" else GPU_TILE_BYTES
     return max(2, size // (vocabulary * like.dtype.itemsize))
 
 
 def row_statistics(tile: Tile, per_row: RowInputs) -> RowStats:
-    """Statistics of a loaded tile, which is left centred: 0 where masked, NaN log-probs of an id outside.
+    """Statistics of a loaded tile, which is left centred: 0 where masked, NaN log-probs of unknown ids.
 
     With s = sum e^x:  logprob = x_token - log s,  entropy = log s - sum(e^x x) / s,
     kl = sum(e^x y) / s - log s + log r,  where y = x - x_ref and r = sum e^x_ref.
@@ -109,14 +109,14 @@ def row_statistics(tile: Tile, per_row: RowInputs) -> RowStats:
     ref_logprob = per_row.known(((a_token_R1 - ref_peak_R1) / temperature).squeeze(1) - ref_log_total)
     _log_ratio(tile.x, tile.y)
     kl = _row_sum(torch.mul(tile.e, tile.y, out=tile.scratch)) / total - log_total + ref_log_total
-    # Of numbers, only a probability too small for its dtype times an infinite ratio is NaN.
+    # With finite inputs, only a probability that underflowed times an infinite ratio is NaN.
     kl = kl.masked_fill(kl.isnan() & ~(total + ref_total).isnan(), math.inf)
     policy = (logprob, entropy, *_saved(peak_R1, log_total))
     return RowStats(*policy, ref_logprob, per_row.live(kl), *_saved(ref_peak_R1, ref_log_total))
 
 
 def restore(tile: Tile, per_row: RowInputs, stats: RowStats) -> None:
-    """Centre a loaded tile again, as `row_statistics` left it, from the statistics that it returned."""
+    """Centre a loaded tile as `row_statistics` did, from the statistics that it returned."""
     _centre_policy(tile, stats.peak[:, None], per_row.temperature_N1)
     if tile.y is not None and stats.ref_peak is not None:
         _centre(tile.y, stats.ref_peak[:, None], per_row.temperature_N1)
@@ -146,18 +146,18 @@ def logit_gradient(tile: Tile, per_row: RowInputs, stats: RowStats, grads: Stats
         factor = torch.add(tile.y.mul_(grads.kl[:, None] * per_total_R1), factor, out=tile.scratch)
     tile.e.mul_(factor)
     if grads.logprob is not None:
-        at_token = grads.logprob.masked_fill(per_row.known_N.isnan(), 0)  # of an id that another rank holds
+        at_token = grads.logprob.masked_fill(per_row.known_N.isnan(), 0)  # another rank holds the id, or none does
         tile.e.scatter_add_(1, per_row.index_N[:, None], at_token[:, None] * per_temperature)
     return tile.e
 
 
 def write(stats_R: RowStats, stats: Tensor, rows: slice) -> None:
-    """Into the rows of `RowStats`."""
+    """Write to the rows of `RowStats`."""
     stats[:, rows] = torch.stack([x for x in stats_R if x is not None])
 
 
 def _saved(peak_R1: Tensor, log_total_R: Tensor) -> tuple[Tensor, Tensor]:
-    """(peak, log total); -inf both for a part of the vocabulary that is -inf alone, which has no mass."""
+    """(peak, log total); both -inf for a part of the vocabulary that is all -inf, which has no mass."""
     peak_R = peak_R1.squeeze(1)
     return peak_R, log_total_R.masked_fill(peak_R == -math.inf, -math.inf)
 
@@ -172,10 +172,10 @@ def _centre_policy(tile: Tile, peak_R1: Tensor, temperature: float | Tensor) -> 
 
 
 def _log_ratio(x_RV: Tensor, y_RV: Tensor) -> None:
-    """y = x - y, but 0 where the policy is -inf; inf where the reference alone is."""
+    """y = x - y, but 0 where the policy is -inf; inf where only the reference is."""
     torch.sub(x_RV, y_RV, out=y_RV).masked_fill_(x_RV <= FLOOR, 0)
 
 
 def _row_sum(x_RV: Tensor) -> Tensor:
-    """Row sums in an order that does not depend on R: a lone row would be split over the threads, two are not."""
+    """Row sums in an order that does not depend on R: PyTorch splits a single row over its threads, but not two."""
     return x_RV.sum(1) if len(x_RV) > 1 else x_RV.expand(2, -1).sum(1)[:1]

@@ -1,6 +1,6 @@
 """Soft-min of two critics, its one-step targets and its advantages, without a loop over time.
 
-Every layout is flattened to M tokens of packed sequences, so that one code serves [..., T] and cu_seqlens.
+Every layout is flattened to M tokens of packed sequences, so that the same code serves [..., T] and cu_seqlens.
 """
 
 from typing import NamedTuple
@@ -58,7 +58,7 @@ class TimeOrder(NamedTuple):
 
     @classmethod
     def of(cls, like: Tensor, length: int, mask_M: Tensor | None, cu_seqlens: Tensor | None) -> "TimeOrder":
-        """Of tokens as many as `like` has, in sequences of `length` unless they are packed."""
+        """The links among the tokens of `like`, in sequences of `length` unless they are packed."""
         count = like.numel()
         position = torch.arange(count, device=like.device)
         if cu_seqlens is None:

@@ -42,7 +42,7 @@ from .rows import (
     store_reference_stats,
 )
 
-POLICY_CARRY = CARRY.index("n")  # the rows of CARRY that there are without a reference
+POLICY_CARRY = CARRY.index("n")  # number of rows of CARRY without a reference
 
 NOT_SPECIALIZED = ["N", "temperature", "logit_scale", "stride_stats", "splits"]
 STRIDES = ["stride_hidden", "stride_weight", "stride_ref_hidden", "stride_ref_weight"]
@@ -50,7 +50,7 @@ STRIDES = ["stride_hidden", "stride_weight", "stride_ref_hidden", "stride_ref_we
 
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, *STRIDES])
 def fused_kernel(
-    hidden,  # [N, H], rows stride_hidden apart, or its descriptor; so the three that follow
+    hidden,  # [N, H], rows stride_hidden apart, or its descriptor; the same for the next three
     weight,  # [V, H]
     ref_hidden,  # [N, ref_H], or None: no reference
     ref_weight,  # [V, ref_H], or None: the reference shares the policy's head
@@ -59,7 +59,7 @@ def fused_kernel(
     tokens,  # [N]
     temperatures,  # [N], or None: temperature
     mask,  # [N], or None
-    carry,  # [splits, 9 or without a reference 4, N]
+    carry,  # [splits, 9, N]; without a reference [splits, 4, N]
     stride_hidden,
     stride_weight,
     stride_ref_hidden,
@@ -85,7 +85,7 @@ def fused_kernel(
     inside = row < N
     live = (load_rows(mask, 1.0, row, inside) != 0) & inside
     inverse = 1.0 / tl.where(live, load_rows(temperatures, temperature, row, inside), 1.0)
-    token = tl.load(tokens + row, mask=inside, other=0).to(tl.int32)  # merge_kernel tells which ids are none
+    token = tl.load(tokens + row, mask=inside, other=0).to(tl.int32)  # merge_kernel handles ids outside the vocabulary
     first, end = split * SPLIT, tl.minimum((split + 1) * SPLIT, vocabulary)
     end = tl.where(tl.max(live.to(tl.int32), axis=0) > 0, end, first)  # rows that are all masked cost nothing
     x = rows_of(hidden, row_tile * M, N, stride_hidden, H, M)
@@ -186,7 +186,7 @@ def matrices_of(inputs: LinearInputs) -> list[Tensor | None]:
 
 
 def choice_for(matrices: Sequence[Tensor | None], plain: bool) -> launch.GemmChoice:
-    """By widths and dtypes alone: bits do not depend on where a tensor begins."""
+    """Depends only on widths and dtypes, so that bits do not depend on where a tensor begins."""
     kind = kind_of(matrices)
     may_load_in_bulk = all(x is None or x.shape[1] * x.element_size() % 16 == 0 for x in matrices)
     larger = launch.plain_choice(*kind) if plain and may_load_in_bulk else None
@@ -194,7 +194,7 @@ def choice_for(matrices: Sequence[Tensor | None], plain: bool) -> launch.GemmCho
 
 
 def is_fastest(inputs: LinearInputs) -> bool:
-    """Whether the fused kernel beats a product and the row kernel: with the larger tiles, loaded in bulk."""
+    """Whether the fused kernel beats a product and the row kernel: if it can load the larger tiles in bulk."""
     matrices = matrices_of(inputs)
     in_bulk = all(x is None or (x.stride(1) == 1 and takes_descriptor(x)) for x in matrices)
     return in_bulk and is_plain(inputs) and launch.plain_choice(*kind_of(matrices)) is not None

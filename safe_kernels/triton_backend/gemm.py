@@ -1,6 +1,6 @@
-"""Matrix products of our own, whose sums each have one order.
+"""Batch-invariant matmuls: every row is summed in a fixed order.
 
-A row's bits depend neither on the other rows, nor on their number, nor on where the row lies. `product` is a plain
+A row's bits depend neither on the other rows, nor on their number, nor on its position. `product` is a plain
 product; `fused.py` builds on the same parts.
 
 Shapes: M rows, C columns and K of the inner width at a time.
@@ -20,9 +20,9 @@ class Matrix(NamedTuple):
     """Some rows of a matrix: a tensor descriptor, or a pointer and a stride."""
 
     source: tl.tensor
-    first: tl.tensor  # of the rows
-    row: tl.tensor  # all of them
-    rows: tl.tensor  # that the whole matrix has
+    first: tl.tensor  # index of the first row
+    row: tl.tensor  # indices of all rows
+    rows: tl.tensor  # number of rows in the whole matrix
     stride: tl.tensor
     width: tl.tensor
 
@@ -34,7 +34,7 @@ def rows_of(source, first, rows, stride, width, R: tl.constexpr):
 
 @triton.jit
 def load_block(matrix, start, LOADS: tl.constexpr, BY_ROW: tl.constexpr, K: tl.constexpr):
-    """[R, K] of a matrix from column `start`, 0 outside of it. BY_ROW: its rows are contiguous, else its columns."""
+    """[R, K] of a matrix from column `start`, 0 outside. BY_ROW: rows are contiguous, otherwise columns."""
     if LOADS == "descriptors":
         if BY_ROW:
             block = matrix.source.load([matrix.first, start])
@@ -42,7 +42,7 @@ def load_block(matrix, start, LOADS: tl.constexpr, BY_ROW: tl.constexpr, K: tl.c
             block = matrix.source.load([start, matrix.first]).T
     else:
         rows, stride, width = matrix.rows, matrix.stride, matrix.width
-        if LOADS == "aligned":  # the same numbers, and the compiler knows: it loads 16 bytes at a time
+        if LOADS == "aligned":  # the same values, but now the compiler sees that it can load 16 bytes at a time
             stride = stride // 16 * 16
             if BY_ROW:
                 width = width // 16 * 16
@@ -59,7 +59,7 @@ def load_block(matrix, start, LOADS: tl.constexpr, BY_ROW: tl.constexpr, K: tl.c
 
 @triton.jit
 def add_product(total, x, y):
-    """total + x y^T in float32; two dtypes of bf16, fp16 and fp32 meet in fp32."""
+    """total + x y^T in float32; two different dtypes (bf16, fp16, fp32) are multiplied in fp32."""
     if x.dtype != y.dtype:
         x = x.to(tl.float32)
         y = y.to(tl.float32)
@@ -77,7 +77,7 @@ def add_products(total, x, y, LOADS: tl.constexpr, Y_BY_ROW: tl.constexpr, K: tl
 
 @triton.jit
 def add_products_of_two(total, ref_total, x, x_ref, y, LOADS: tl.constexpr, K: tl.constexpr):
-    """The same for two x, with each block of y loaded once."""
+    """`add_products` for two x, loading each block of y once."""
     for start in range(0, x.width, K):
         y_block = load_block(y, start, LOADS, True, K)
         total = add_product(total, load_block(x, start, LOADS, True, K), y_block)
@@ -155,18 +155,18 @@ def product(x_MK: Tensor, y_KN: Tensor, out_MN: Tensor) -> None:
 
 
 def by_row(x: Tensor) -> Tensor:
-    """Contiguous along the last axis; a copy where it is not."""
+    """Contiguous along the last axis; copied if it is not."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def operand_bits(*matrices: Tensor) -> int:
-    """32 as soon as two dtypes meet, or one is float32."""
+    """32 if dtypes differ or one is float32."""
     dtypes = {x.dtype for x in matrices}
     return 8 * dtypes.pop().itemsize if len(dtypes) == 1 else 32
 
 
 def loads_of(choice: launch.GemmChoice, *matrices: Tensor) -> str:
-    """How all of them can be loaded."""
+    """The fastest way to load that all of them allow."""
     if choice.descriptors and all(takes_descriptor(x) for x in matrices):
         return "descriptors"
     return "aligned" if all(x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0 for x in matrices) else "any"

@@ -18,7 +18,7 @@ class RowChoice:
 
 
 # By the width of a warp: each thread loads 16 bytes at a time. On an H200 1024, 2048 and 4096 columns take the same
-# time to 2 %, at the rate of a copy; 1024 with 4 warps do not spill with any arguments; the others do with all.
+# time to 2 %, at the rate of a copy. 1024 with 4 warps never spill; the others spill with all arguments given.
 ROWS_BY_WARP = {32: RowChoice(rows=1, columns=1024, num_warps=4), 64: RowChoice(rows=1, columns=2048, num_warps=4)}
 ROWS = ROWS_BY_WARP[32 if torch.version.hip is None else 64]
 
@@ -33,7 +33,7 @@ class ScanChoice:
 
 # Not measured yet: chosen by compilation alone (80 registers at most; with 4 warps 128).
 SCAN = ScanChoice(tokens=1024, num_warps=8)
-LOOK_UP = ScanChoice(tokens=16, num_warps=2)  # programs that look up the next live token of each; likewise
+LOOK_UP = ScanChoice(tokens=16, num_warps=2)  # programs that look up the next live token; not measured either
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ ROW_TILES_TOGETHER = 16  # with H = 4096 in bf16 and 128 rows, 16 MB of hidden s
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The class of choices; what is neither Hopper nor datacentre Blackwell nor AMD gets the smallest."""
+    """The key of GEMMS; anything but Hopper, datacentre Blackwell and AMD gets the smallest tiles."""
     if device.type != "cuda":
         return "sm_80"
     if torch.version.hip is not None:
@@ -96,7 +96,7 @@ def gemm_choice(device: torch.device, work: str, bits: int) -> GemmChoice:
 
 
 def plain_choice(device: torch.device, work: str, bits: int) -> GemmChoice | None:
-    """Of logits that have neither bias nor softcap, where that is a choice of its own."""
+    """The choice for logits without bias and softcap, if they have a separate one."""
     return PLAIN.get((architecture(device), work, bits))
 
 
@@ -111,11 +111,11 @@ class MergeChoice:
 MERGE = MergeChoice(rows=32, num_warps=1)
 
 # Workspaces of `linear.py`: a tile of float32 logits, and the whole rows of the closed form. A reference doubles them,
-# low-precision inputs add half of one: less than 400 MB, and 1.2 GB, at 8192 tokens of width 2048. Tiles are wide, so
-# that sums of products over the vocabulary are added to seldom; for a trained head, whose sums are over rows, high.
+# low-precision inputs add half of one: less than 400 MB, and 1.2 GB, at 8192 tokens of width 2048. Tiles are wide,
+# so that few products are added to each sum over the vocabulary; for a trained head, whose sums are over rows, high.
 ROWS_OF_A_TILE = 2048
 ROWS_OF_A_TRAINED_TILE = 8192
 TILE_BYTES = 96 << 20
 SWEEP_BYTES = 384 << 20
-PART_BYTES = 64 << 20  # of a product on its way to a float32 sum
+PART_BYTES = 64 << 20  # of a product that is then added to a float32 sum
 INNER = 8192  # terms of a float32 product that are summed one after another; 50,000 lose two bits on an H200

@@ -1,7 +1,7 @@
 """Statistics and losses from hidden states: tiles of float32 logits from the BLAS library, read by the row kernels.
 
-A tile has some of the rows and some of the vocabulary. The statistics travel from tile to tile of a row, and in the
-backward a tile is turned into its gradient and multiplied back. One tile of logits is in memory at a time.
+A tile covers some rows and some of the vocabulary. The forward carries the statistics of a row from tile to tile; the
+backward turns a tile into its gradient and multiplies it back. Only one tile of logits is ever in memory.
 
 Shapes: N tokens, R rows and W columns of a tile, V vocabulary, H hidden width.
 """
@@ -23,7 +23,7 @@ from .logits import RowInputs, gradient, statistics
 from .rows import CARRY
 
 ADDS_IN_FLOAT32 = torch.__version__ >= "2.10"  # torch.addmm of 16-bit factors to a float32 sum
-MOST = 100  # the largest power of two that a row of float16 is scaled by
+MOST = 100  # a float16 row is scaled by at most 2^100
 
 
 def linear_statistics(inputs: LinearInputs) -> Tensor:
@@ -53,7 +53,7 @@ def linear_gradients(
 def linear_loss(
     inputs: LinearInputs, objective: Objective, needed: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """One product forward, one back: the logits of whole rows become their gradient while they are there."""
+    """One product forward, one back: the logits of whole rows become their gradient while still in memory."""
     with_reference, vocabulary = inputs.ref_hidden_NH is not None, len(inputs.weight_VH)
     per_row = RowInputs.of(inputs)
     stats = torch.empty(8 if with_reference else 4, per_row.N, dtype=torch.float32, device=per_row.tokens.device)
@@ -77,9 +77,9 @@ class Tile(NamedTuple):
     weight_WH: Tensor
 
     def gradient(self, inputs: LinearInputs, stats: Tensor, grads: StatsGrad) -> tuple[Tensor, Tensor | None]:
-        """d loss / d (hidden @ weight.T) of the tile in the dtype of the products, and what its rows are scaled by.
+        """d loss / d (hidden @ weight.T) of the tile in the dtype of the products, and the scale of each row.
 
-        float32 goes over the tile, as it is. float16 would lose the small entries, so it holds each row scaled up.
+        In float32 it overwrites the tile, unscaled. float16 would lose small entries, so each row is scaled up.
         """
         dtype, scale_R = self.weight_WH.dtype, None
         out = self.logits_RW if dtype == torch.float32 else torch.empty_like(self.logits_RW, dtype=dtype)
@@ -92,7 +92,7 @@ class Tile(NamedTuple):
 
 
 def row_scales(inputs: LinearInputs, grads: StatsGrad, rows: slice) -> Tensor:
-    """Powers of two that bring the largest slope of each row, on its way to the product, to between 64 and 128."""
+    """Powers of two that bring the largest slope of each row to between 64 and 128 before the product."""
     temperature = inputs.temperature if inputs.temperatures_N is None else inputs.temperatures_N[rows]
     largest = torch.stack([x.abs() for x in grads if x is not None]).amax(0) * abs(inputs.logit_scale) / temperature
     usable = (largest > 0) & largest.isfinite()
@@ -105,12 +105,12 @@ def row_scales(inputs: LinearInputs, grads: StatsGrad, rows: slice) -> Tensor:
 def tiles(
     inputs: LinearInputs, per_row: RowInputs, with_reference: bool, row_limit: int, tile_bytes: int | None
 ) -> Iterator[Tile]:
-    """Tiles with their products, row by row of tiles; `tile_bytes` None takes whole rows. All share one memory."""
+    """Tiles with their products, one row of tiles after another; `tile_bytes` None: whole rows. All share a buffer."""
     count, vocabulary = len(inputs.tokens_N), len(inputs.weight_VH)
-    # Whole tiles of a product; vectors of a tile's rows begin at 16 bytes.
+    # A multiple of the product's tile; a tile's slice of a per-row vector begins at a multiple of 16 bytes.
     row_limit = row_limit // 128 * 128 or row_limit // 16 * 16 or max(1, row_limit)
     row_step = max(1, min(row_limit, count))
-    height = row_limit if inputs.batch_invariant else row_step  # then the columns of a tile do not depend on N either
+    height = row_limit if inputs.batch_invariant else row_step  # so that a tile's columns do not depend on N
     widest = vocabulary if tile_bytes is None else max(16, tile_bytes // (4 * height) // 16 * 16)
     column_step = min(widest, vocabulary)
     product = product_of_rows if inputs.batch_invariant else blas_product
@@ -123,7 +123,7 @@ def tiles(
         rows = slice(start, min(start + row_step, count))
         per_row_R = per_row if row_step == count else per_row.take(rows)
         hidden = [x[rows].to(dtype) for (x, _), dtype in zip(heads, dtypes, strict=True)]
-        if inputs.mask_N is not None:  # whatever stands in a masked row must not reach a product
+        if inputs.mask_N is not None:  # NaNs in masked rows must not reach a product
             hidden = [x_RH.where(inputs.mask_N[rows, None], 0) for x_RH in hidden]
         for first in range(0, vocabulary, column_step):
             columns = slice(first, min(first + column_step, vocabulary))
@@ -138,7 +138,7 @@ def tiles(
 
 
 def blas_product(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """out = x @ y with float32 sums: of 16-bit factors by PyTorch on NVIDIA's GPUs, elsewhere by our own product."""
+    """out = x @ y with float32 sums; 16-bit factors by PyTorch on NVIDIA's GPUs, by our own product elsewhere."""
     if x.dtype == torch.float32:
         torch.mm(x, y, out=out)
     elif x.is_cuda and torch.version.hip is None:
@@ -150,7 +150,7 @@ def blas_product(x: Tensor, y: Tensor, out: Tensor) -> None:
 
 
 class GradientSums:
-    """Gradients of hidden, weight and bias in float32, as far as they are needed."""
+    """Gradients of hidden, weight and bias in float32, each only if needed."""
 
     def __init__(self, inputs: LinearInputs, needed: Sequence[bool]) -> None:
         leaves = zip((inputs.hidden_NH, inputs.weight_VH, inputs.bias_V), needed, strict=True)
@@ -161,7 +161,7 @@ class GradientSums:
         self.product = product_of_rows if inputs.batch_invariant else blas_product
 
     def add(self, tile: Tile, du_RW: Tensor, scale_R: Tensor | None) -> None:
-        """Add those of a tile's gradient `du_RW`, which is scaled by `scale_R` if that is given."""
+        """Add the contribution of a tile's gradient `du_RW`, whose rows are scaled by `scale_R` if given."""
         grad_hidden_NH, grad_weight_VH, grad_bias_V = self.sums
         if grad_hidden_NH is not None:
             factor_R = None if scale_R is None else 1 / scale_R
@@ -179,7 +179,7 @@ class GradientSums:
 
 
 def add_product(total: Tensor, product: Callable[..., None], x: Tensor, y: Tensor, factor: Tensor | None) -> None:
-    """total += factor * (x @ y), some rows at a time: a float32 product of all would be as large as a head's gradient.
+    """total += factor * (x @ y), some rows at a time: the whole float32 product would be as large as a head's gradient.
 
     `factor` has an entry for each row, or is 0-dim.
     """

@@ -17,17 +17,17 @@ from .rows import gradient_kernel, statistics_kernel
 
 
 class Rows(NamedTuple):
-    """A tensor [..., W] as N rows in two levels, so that a slice such as `logits[:, :-1]` is read where it lies."""
+    """A tensor [..., W] as N rows in two levels of strides, so that `logits[:, :-1]` is read without a copy."""
 
     tensor: Tensor
     inner: int
     stride_outer: int
     stride_inner: int
-    is_aligned: bool  # rows have a multiple of 16 entries, and begin at one; by axes of size 1, too
+    is_aligned: bool  # rows start at multiples of 16 entries, and have as many; axes of size 1 count, too
 
     @classmethod
     def of(cls, x: Tensor) -> Rows:
-        """A view where the strides allow one, else a contiguous copy."""
+        """A view if the strides allow one, otherwise a contiguous copy."""
         if x.numel() == 0:
             return cls(x, 1, 0, 0, True)
         width = x.shape[-1]
@@ -46,7 +46,7 @@ class Rows(NamedTuple):
 
 
 class RowInputs(NamedTuple):
-    """What is asked of the rows, with one entry a row, and how tiles become logits: as the kernels name it."""
+    """The inputs of each row, and how tiles become logits, under the kernels' argument names."""
 
     tokens: Tensor
     temperature: float
@@ -60,7 +60,7 @@ class RowInputs(NamedTuple):
 
     @classmethod
     def of(cls, inputs: LogitsInputs | LinearInputs) -> RowInputs:
-        """Kernels step through the vectors by one."""
+        """Makes the vectors contiguous: kernels read them with stride 1."""
         temperatures, mask = inputs.temperatures_N, inputs.mask_N
         head: tuple[Any, ...] = ()
         if isinstance(inputs, LinearInputs):
@@ -103,7 +103,7 @@ def statistics(
     carry: Tensor | None = None,
     first_column: int = 0,
 ) -> None:
-    """Fill `stats` from a tile; with `carry` [9, N], from the state of the tile before, for the tile after."""
+    """Fill `stats` from a tile; with `carry` [9, N], continue the state of the previous tile."""
     x, width, choice = Rows.of(logits), logits.shape[-1], launch.ROWS
     reference = x if ref_logits is None else Rows.of(ref_logits)
     statistics_kernel[(triton.cdiv(per_row.N, choice.rows),)](
@@ -173,5 +173,5 @@ def gradient(
         num_warps=choice.num_warps,
         **per_row._asdict(),
     )
-    if written.tensor is not out:  # strides that no view in rows can follow
+    if written.tensor is not out:  # its strides allow no view as rows
         out.copy_(written.tensor)

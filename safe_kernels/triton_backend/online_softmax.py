@@ -8,10 +8,10 @@ their `union`. With T the temperature, a row's state after any set of its column
     reference  n = max a_ref,  r = sum 2^y                             y = (a_ref - n) / (T ln 2)
     both       c = sum 2^x (x - y)
 
-and at the end logprob = (a_token - m) / T - ln s, entropy = ln s - ln 2 b / s, kl = ln 2 c / s - ln s + ln r. Powers of
-two are what the hardware has. Maxima are kept on `a`, and 1/T acts on differences: a large common offset costs no
-precision. An exponent that is multiplied is LEAST at least, so that one whose weight 2^x is 0 adds 0. A NaN logit makes
-every statistic of its row NaN, and a row of -inf alone too.
+and at the end logprob = (a_token - m) / T - ln s, entropy = ln s - ln 2 b / s, kl = ln 2 c / s - ln s + ln r. The
+hardware has only powers of two. Maxima are kept on `a`, and 1/T acts on differences: a large common offset costs no
+precision. Exponents are clamped at LEAST before they are multiplied, so a weight 2^x of 0 adds 0. A NaN logit makes
+every statistic of its row NaN; so does a row that is all -inf.
 """
 
 from typing import NamedTuple
@@ -21,11 +21,11 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LEAST = tl.constexpr(-1e20)  # of an exponent that is multiplied: the product with a weight of 0 is 0
+LEAST = tl.constexpr(-1e20)  # clamp of an exponent before it is multiplied: with a weight of 0 the product is 0
 
 
 class Policy(NamedTuple):
-    m: tl.tensor  # [R] or [R, L] float32, all of them
+    m: tl.tensor  # all fields are float32 [R] or [R, L]
     s: tl.tensor
     b: tl.tensor
 
@@ -57,7 +57,7 @@ def centred(a, peak, inverse_temperature):
 
 @triton.jit
 def moved(old, new, total, inverse_temperature):
-    """What a moved maximum adds to every exponent so far, which is multiplied; 0 as long as there is none."""
+    """What a new maximum adds to every exponent so far, clamped at LEAST; 0 while the sum is empty."""
     return tl.where(total > 0, tl.maximum((old - new) * (inverse_temperature * LOG2_E), LEAST), 0.0)
 
 
@@ -78,7 +78,7 @@ def update(policy, reference, a, a_ref, inverse_temperature):
     inverse = tl.expand_dims(inverse_temperature, -1)
     x, y = centred(a, tl.expand_dims(after.m, -1), inverse), centred(a_ref, tl.expand_dims(n, -1), inverse)
     terms = tl.exp2(x) * (tl.maximum(x, LEAST) - tl.maximum(y, LEAST))
-    # inf where the reference alone is -inf; NaN, which a maximum leaves out, where both are.
+    # inf where only the reference is -inf; where both are it is NaN, which the maximum ignores.
     outside = tl.maximum(reference.outside, tl.max(a - a_ref, axis=-1))
     before = moved_reference(policy, reference, after.m, n, inverse_temperature)
     return after, Reference(n, before.r + tl.sum(tl.exp2(y), axis=-1), before.c + tl.sum(terms, axis=-1), outside)
@@ -86,7 +86,7 @@ def update(policy, reference, a, a_ref, inverse_temperature):
 
 @triton.jit
 def merge_policy(state, other, inverse_temperature):
-    """The states of two disjoint sets of columns, as the state of their union."""
+    """The state of the union of two disjoint sets of columns."""
     m = tl.maximum(state.m, other.m)
     left, right = moved_policy(state, m, inverse_temperature), moved_policy(other, m, inverse_temperature)
     return Policy(m, left.s + right.s, left.b + right.b)
@@ -94,7 +94,7 @@ def merge_policy(state, other, inverse_temperature):
 
 @triton.jit
 def merge(policy, reference, other_policy, other_reference, inverse_temperature):
-    """Both states of two disjoint sets of columns, as those of their union."""
+    """Both states of the union of two disjoint sets of columns."""
     merged = merge_policy(policy, other_policy, inverse_temperature)
     n = tl.maximum(reference.n, other_reference.n)
     left = moved_reference(policy, reference, merged.m, n, inverse_temperature)
@@ -105,7 +105,7 @@ def merge(policy, reference, other_policy, other_reference, inverse_temperature)
 
 @triton.jit
 def moved_policy(state, m, inverse_temperature):
-    """The same columns under a maximum that is no smaller."""
+    """The state of the same columns under a larger maximum, or the same one."""
     shift = moved(state.m, m, state.s, inverse_temperature)
     scale = tl.exp2(shift)
     return Policy(m, state.s * scale, (state.b + shift * state.s) * scale)
@@ -121,7 +121,7 @@ def moved_reference(policy, reference, m, n, inverse_temperature):
 
 @triton.jit
 def union_policy(state, inverse_temperature):
-    """The states [R, L] of the lanes of each row, as the states [R] of the rows. `inverse_temperature` is [R, 1]."""
+    """Merge the states [R, L] of each row's lanes into states [R] of the rows. `inverse_temperature` is [R, 1]."""
     m = tl.max(state.m, axis=-1)
     parts = moved_policy(state, tl.expand_dims(m, -1), inverse_temperature)
     return Policy(m, tl.sum(parts.s, axis=-1), tl.sum(parts.b, axis=-1))
@@ -148,20 +148,20 @@ def finish_reference(policy, reference, a_ref_token, inverse_temperature):
     """(ref_logprob, kl, log r)."""
     log_r = tl.log(reference.r)
     kl = (reference.c / policy.s) * LN_2 - tl.log(policy.s) + log_r
-    infinity = tl.where(reference.r > 0, float("inf"), float("nan"))  # a reference that is -inf alone has no KL
+    infinity = tl.where(reference.r > 0, float("inf"), float("nan"))  # a reference that is all -inf has no KL
     kl = tl.where((reference.outside == float("inf")) & (kl == kl), infinity, kl)
     return (a_ref_token - reference.n) * inverse_temperature - log_r, kl, log_r
 
 
 @triton.jit
 def log2_probabilities(a, peak, log_total, inverse_temperature):
-    """log2 p of a row from its maximum and log of its sum; their sum, the usual log-sum-exp, would cancel."""
+    """log2 p of a row from its maximum and the log of its sum. Adding the two first would lose digits."""
     return centred(a, peak, inverse_temperature) - log_total * LOG2_E
 
 
 @triton.jit
 def constant_slope(entropy, kl, grad_logprob, grad_entropy, grad_kl):
-    """What every entry of a row's gradient has in common, divided by its p; None is no gradient."""
+    """The part of gradient / p that is the same for every entry of a row; None is no gradient."""
     constant = tl.zeros_like(entropy)
     if grad_logprob is not None:
         constant -= grad_logprob

@@ -1,4 +1,4 @@
-"""Kernels that LOAD logits: a program takes a few rows, on the GPU mostly one, and streams over their columns.
+"""Kernels that LOAD logits: a program takes a few rows (on the GPU mostly one) and streams over their columns.
 
 The same two kernels serve logits that the caller has (one tile, the whole vocabulary) and the float32 tiles that
 `linear.py` computes (part of the vocabulary: the state is carried from tile to tile, the backward writes over it).
@@ -47,7 +47,7 @@ def tanh(x):
 
 @triton.jit
 def load(pointer, inside):
-    """As float32, 0 where not `inside`; None is everywhere."""
+    """Load as float32, 0 where not `inside`; `inside` None loads everything."""
     if inside is None:
         value = tl.load(pointer)
     else:
@@ -57,13 +57,13 @@ def load(pointer, inside):
 
 @triton.jit
 def load_logits(pointer, columns, inside, bias, first_column, logit_scale, softcap):
-    """Logits of some columns of a tile, -inf where not `inside`. `pointer` is that of the row, of as many axes."""
+    """Logits of some columns of a tile, -inf where not `inside`. `pointer` points at the row and has as many axes."""
     return logits_of(load(pointer + columns, inside), first_column + columns, inside, bias, logit_scale, softcap)
 
 
 @triton.jit
 def logits_of(u, columns, inside, bias, logit_scale, softcap):
-    """softcap tanh(logit_scale (u + bias) / softcap), -inf where not `inside`. None is no bias, scale, softcap."""
+    """softcap tanh(logit_scale (u + bias) / softcap), -inf where not `inside`. None: no bias, scale, softcap."""
     a = u
     if bias is not None:
         a += load(bias + columns, inside)
@@ -89,17 +89,17 @@ def lane_columns(L: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def row_pointers(base, row_R, rows_inner, stride_outer, stride_inner, ALIGNED: tl.constexpr):
-    """Two levels of rows, so that a slice such as logits[:, :-1] is read where it lies."""
+    """Rows have two levels of strides, so that a slice such as logits[:, :-1] is read without a copy."""
     outer_R, inner_R = row_R // rows_inner, row_R % rows_inner
     offset_R = outer_R * stride_outer.to(tl.int64) + inner_R * stride_inner.to(tl.int64)
     if ALIGNED:
-        offset_R = offset_R // 16 * 16  # the same number, and the compiler knows: it loads 16 bytes at a time
+        offset_R = offset_R // 16 * 16  # the same value, but now the compiler sees that it can load 16 bytes at a time
     return base + offset_R
 
 
 @triton.jit
 def load_rows(pointer, default, row_R, inside_R):
-    """A vector's entries as float32, or the default where there is no vector."""
+    """A vector's entries as float32, or the default if the vector is None."""
     value_R = tl.zeros_like(row_R).to(tl.float32) + default
     if pointer is not None:
         value_R = tl.load(pointer + row_R, mask=inside_R, other=0).to(tl.float32)
@@ -143,7 +143,7 @@ def store_reference(state, stride, reference, a_ref_token, inside):
 
 @triton.jit
 def store_policy_stats(out, stride, policy, a_token, inverse, known, live, inside):
-    """A masked row gets zeros, and the logprob of an id that is no token is NaN."""
+    """A masked row gets zeros; an id outside the vocabulary gets a NaN logprob."""
     logprob, entropy, log_s = finish_policy(policy, a_token, inverse)
     tl.store(out, tl.where(live, tl.where(known, logprob, float("nan")), 0.0), mask=inside)
     tl.store(out + stride, tl.where(live, entropy, 0.0), mask=inside)
@@ -269,7 +269,7 @@ def gradient_kernel(
     grad_logprob,  # [N], or None
     grad_entropy,  # [N], or None
     grad_kl,  # [N], or None
-    grad_logits,  # rows as those of logits, with strides of their own; may be the logits
+    grad_logits,  # rows like those of logits, with their own strides; may be the logits
     rows_inner,
     stride_outer,
     stride_inner,
@@ -295,11 +295,11 @@ def gradient_kernel(
     inside = row < N
     live = (load_rows(mask, 1.0, row, inside) != 0) & inside
     inverse = 1.0 / tl.where(live, load_rows(temperatures, temperature, row, inside), 1.0)
-    token = tl.load(tokens + row, mask=inside, other=0)  # where it lies in another rank's part, in no column
+    token = tl.load(tokens + row, mask=inside, other=0)  # matches no column if another rank's part holds it
     saved = stats + row
     entropy, peak = tl.load(saved + stride_stats, mask=inside), tl.load(saved + 2 * stride_stats, mask=inside)
     log_total = tl.load(saved + 3 * stride_stats, mask=inside)
-    scale = inverse  # of u in a / T
+    scale = inverse  # the factor of u in a / T
     if logit_scale is not None:
         scale *= logit_scale
     g_logprob, g_entropy, g_kl, kl = grad_logprob, grad_entropy, None, entropy

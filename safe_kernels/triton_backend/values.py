@@ -1,4 +1,4 @@
-"""Soft-min of two critics: its advantages, one program a sequence, and its one-step targets, a few tokens at a time.
+"""Soft-min of two critics: advantages with one program a sequence, one-step targets a few tokens at a time.
 
 Shapes: S sequences, T the time axis (of one sequence, or of all when packed), N tokens, R of them in a program, B
 tokens a block. Inside a sequence a token has a place, counted from the end: place 0 is the last token, and time runs
@@ -20,7 +20,7 @@ from . import launch
 def soft_min(v1, v2, alpha):
     """-alpha log((e^(-v1 / alpha) + e^(-v2 / alpha)) / 2), for any gap.
 
-    From the minimum; or, where that would cancel, from the mean: less alpha log cosh(gap / 2) as a series.
+    From the minimum; for a small gap, where that loses digits, the mean minus a series of alpha log cosh(gap / 2).
     """
     gap = tl.abs(v1 - v2) / alpha
     far = tl.minimum(v1, v2) - alpha * tl.log(0.5 + 0.5 * tl.exp(-gap))
@@ -31,7 +31,7 @@ def soft_min(v1, v2, alpha):
 
 @triton.jit
 def load_value(v1, v2, at, wanted, alpha):
-    """The value of tokens that are wanted, 0 elsewhere; what is not wanted is not read."""
+    """The value of the wanted tokens, 0 elsewhere. Other tokens are not read."""
     low = tl.load(v1 + at, mask=wanted, other=0.0).to(tl.float32)
     return soft_min(low, tl.load(v2 + at, mask=wanted, other=0.0).to(tl.float32), alpha)
 
@@ -59,7 +59,7 @@ def end_of_sequence(row_R, cu_seqlens, sequences, length, N, B: tl.constexpr):
 
 @triton.jit
 def follower_of(row_R, live_R, end_R, mask, B: tl.constexpr):
-    """The next live token of a live one, if that comes before the end."""
+    """The next live token after each live one; at or past `end_R` if the sequence has none."""
     next_R = row_R + 1
     if mask is not None:
         searching_R = live_R & (next_R < end_R)
@@ -74,7 +74,7 @@ def follower_of(row_R, live_R, end_R, mask, B: tl.constexpr):
 
 @triton.jit(do_not_specialize=["threshold", "alpha", "gamma", "sequences", "length", "N"])
 def terms_kernel(
-    kl,  # [N], as the next five
+    kl,  # [N], like the next five
     v1,
     v2,
     rewards,
@@ -92,7 +92,7 @@ def terms_kernel(
     terms,  # [3, N]: kl_penalty, value, value_target
     R: tl.constexpr,
 ):
-    """What `safe_terms` asks of a token whose KL is known."""
+    """The results of `safe_terms` for tokens whose KL is known."""
     B: tl.constexpr = 32
     row_R = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     inside_R = row_R < N
@@ -120,7 +120,7 @@ def larger(earlier, later):
 
 @triton.jit
 def then(decay, total, next_decay, next_total):
-    """Two maps A -> total + decay A, the second after the first, as one."""
+    """The composition of two maps A -> total + decay A, the first one first."""
     return next_decay * decay, next_total + next_decay * total
 
 
@@ -143,7 +143,7 @@ def gae_kernel(
 ):
     sequence = tl.program_id(0).to(tl.int64)
     first, end = sequence * T, sequence * T + T
-    if cu_seqlens is not None:  # wrong bounds reach nothing outside the tensors
+    if cu_seqlens is not None:  # clamped: wrong bounds must not read outside the tensors
         first = tl.maximum(tl.load(cu_seqlens + sequence), 0).to(tl.int64)
         end = tl.minimum(tl.load(cu_seqlens + sequence + 1), T).to(tl.int64)
     after_last = 0.0
@@ -208,7 +208,7 @@ def soft_min_gae(
     cu_seqlens: Tensor | None,
     bootstrap: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    new = v1.new_empty if cu_seqlens is None else v1.new_zeros  # no program comes to a token outside of the bounds
+    new = v1.new_empty if cu_seqlens is None else v1.new_zeros  # no program visits tokens outside the bounds
     value, advantage, returns = (new(v1.shape, dtype=torch.float32) for _ in range(3))
     if v1.numel() > 0:
         gae_kernel[(v1.shape[:-1].numel() if cu_seqlens is None else len(cu_seqlens) - 1,)](
