@@ -1,4 +1,4 @@
-"""Train language models with SAFE, PPO or GRPO on the fused losses of `safe_kernels`."""
+"""Train language models with SAFE, PPO, GRPO or CISPO on the fused losses of `safe_kernels`."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

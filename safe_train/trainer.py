@@ -57,7 +57,7 @@ REWARDS = 0  # whose random numbers, beside those of the callbacks
 
 
 class SafeTrainer:
-    """Trains a causal language model with SAFE, PPO or GRPO.
+    """Trains a causal language model with SAFE, PPO, GRPO or CISPO.
 
     Args:
         model: a causal language model of transformers, a `PeftModel` around one, or the name of one. What is handed

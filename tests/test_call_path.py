@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from triton.runtime.interpreter import InterpretedFunction
 import safe_kernels
 
 PACKAGE = os.path.dirname(safe_kernels.__file__)
+PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 LONGEST, FILES = 20, 5
 
 
@@ -50,6 +52,7 @@ def test_from_hidden_states_to_the_launch(wants_gradient, monkeypatch):
     call()
     monkeypatch.setattr(InterpretedFunction, "run", launched)
     found = functions_before_the_launch(call)
-    table = "\n".join(f"safe_kernels/{file}:{line} {name}" for file, name, line in found)
+    table = "\n".join(f"| `safe_kernels/{file}:{line}` | `{name}` |" for file, name, line in found)
     assert len(found) <= LONGEST + wants_gradient, table  # autograd's own forward
     assert len({file for file, _, _ in found}) <= FILES, table
+    assert wants_gradient or table in PAGE.read_text(), f"docs/architecture.md needs this table:\n{table}"
