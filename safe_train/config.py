@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from safe_train.algorithms.registry import preset_of
 from safe_train.settings import other_names, written
-from safe_train.settings.limits import ALGORITHMS, CHOICES, ConfigError, check
+from safe_train.settings.limits import CHOICES, ConfigError, check
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -45,10 +46,6 @@ def group(name: str) -> Callable[[Any, str], Any]:
 
 
 BY_ALGORITHM = ("critic", "controller", "beta")
-
-
-def preset_of(algorithm: str) -> dict[str, Any]:
-    return ALGORITHMS[algorithm].preset if algorithm in ALGORITHMS else {}
 
 
 class Followed:
@@ -172,6 +169,7 @@ class SafeConfig:
     option = group("Rollout")
     prompts_per_step: int = option(16, "distinct prompts a rollout")
     completions_per_prompt: int = option(1, "completions of each prompt")
+    dynamic_sampling: int = option(0, "grpo, cispo: rounds at most in which groups of equal rewards are redrawn (DAPO)")
     max_prompt_tokens: int = option(512, "longer prompts lose their beginning: chats their first turns")
     max_new_tokens: int = option(128, "longest completion")
     temperature: float = option(
@@ -390,7 +388,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if found is None:
         shipped = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
         raise ConfigError(f"no config file {str(path)!r}; shipped ones are: {shipped}")
-    return written.read(found)
+    return other_names.without_gone(written.read(found))
 
 
 def parse(name: str, text: str) -> Any:

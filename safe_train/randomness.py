@@ -63,15 +63,15 @@ def restore_generators(states: dict[str, Tensor], numbers: dict[str, Any]) -> No
 
 
 @contextmanager
-def own_random_numbers(seed: int, step: int) -> Iterator[None]:
-    """Random numbers that the seed, the step and this process's rank decide; afterwards the shared ones go on.
+def own_random_numbers(*numbers: int) -> Iterator[None]:
+    """Random numbers that `numbers` and this process's rank decide; afterwards the shared ones go on.
 
     What all processes draw outside of it is the same on all of them. A process that is alone has one stream for all.
     """
     if parallel.size() == 1:
         yield
         return
-    with seeded(seed_of(seed, step, parallel.rank())):
+    with seeded(seed_of(*numbers, parallel.rank())):
         yield
 
 

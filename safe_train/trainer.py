@@ -25,7 +25,6 @@ from safe_train.algorithms import losses
 from safe_train.algorithms.advantages import credit
 from safe_train.algorithms.controller import Control, Controller, Moments
 from safe_train.algorithms.critic import Critic, value_states
-from safe_train.algorithms.grpo import group_advantages
 from safe_train.algorithms.registry import ALGORITHMS
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import MicroBatch
@@ -38,7 +37,8 @@ from safe_train.models.policy import Policy
 from safe_train.models.reference import identity
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards.calls import RewardFunction
-from safe_train.rewards.rewards import Scores, weighted
+from safe_train.rewards.groups import learned_from, refilled, without_spread
+from safe_train.rewards.rewards import Scores
 from safe_train.run import events, start
 from safe_train.run.evaluation import Evaluation, evaluate
 from safe_train.run.folder_lock import FolderLock, releasing
@@ -157,6 +157,7 @@ class SafeTrainer:
         self.step = self.bad_steps = 0
         self.best_reward: float | None = None  # of an evaluation
         self.known_position = 0, 0  # of a step, in the stream of prompts; a resumed run knows that of its checkpoint
+        self.drawn = args.prompts_per_step  # prompts that the last step was given
         self.times: dict[str, float] = {}
 
     def build_critic(self) -> None:
@@ -197,7 +198,8 @@ class SafeTrainer:
             self.compute_advantages(experience, learned_B, control)
             with self.timed("update"):
                 update = self.update(experience, control)
-        return rollout, rewards, step_metrics(rollout, rewards, experience, control, update, self.times)
+        metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
+        return rollout, rewards, metrics | {"prompts/drawn": self.drawn}
 
     def evaluate(self) -> Evaluation:
         """Samples on the held-out prompts, always with the same random numbers, and leaves training's alone.
@@ -214,24 +216,40 @@ class SafeTrainer:
     def collect(self, step: int) -> tuple[Rollout, Scores]:
         """The rollout and the rewards of all processes, on each of them."""
         events.update(self)
-        with own_random_numbers(self.args.seed, step):
-            with self.timed("rollout"):
-                own = self.sample(step)
-        with self.timed("reward"), parallel.together(f"the rewards of step {step + 1}"):
-            with guest(self.args.seed, step, REWARDS):
-                rewards = self.rewards(*own.for_rewards())
-        self.times |= {f"reward/{name}": seconds for name, seconds in rewards.seconds.items()}
-        scores = rewards.gathered()
+        args, size = self.args, self.args.completions_per_prompt
+        self.drawn = args.prompts_per_step
+        rollout, scores = self.draw(step, self.position(step), self.drawn)
+        for again in range(1, args.dynamic_sampling + 1):
+            flat = int(without_spread(scores["reward"], size).sum())
+            if flat == 0:
+                break
+            seconds, count = dict(self.times), max(flat, parallel.size())
+            more = self.draw(step, self.position(step) + self.drawn, count, again)
+            self.times |= {name: seconds[name] + self.times[name] for name in ("rollout", "reward")}
+            rollout, scores = refilled(rollout, scores, *more, size)
+            self.drawn += count
+        self.times |= {f"reward/{name}": seconds for name, seconds in scores.seconds.items()}
         if scores["reward"].isnan().all() and parallel.is_main():
             tqdm.write(f"step {step + 1}: every reward is None, so this step learns from KL and entropy alone")
-        return gathered(own), scores
+        return rollout, scores
+
+    def draw(self, step: int, position: int, count: int, *again: int) -> tuple[Rollout, Scores]:
+        """Completions of all processes, of so many prompts from a position of their stream, and their scores."""
+        with own_random_numbers(self.args.seed, step, *again):
+            with self.timed("rollout"):
+                own = self.complete_prompts(position, count)
+        with self.timed("reward"), parallel.together(f"the rewards of step {step + 1}"):
+            with guest(self.args.seed, step, REWARDS, *again):
+                scores = self.rewards(*own.for_rewards())
+        return gathered(own), scores.gathered()
 
     def sample(self, step: int) -> Rollout:
         """Completions of this process's share of the step's prompts."""
-        args = self.args
-        prompts = parallel.share(self.prompts.at(self.position(step), args.prompts_per_step))
-        repeated = [prompt for prompt in prompts for _ in range(args.completions_per_prompt)]
-        return self.complete(repeated)
+        return self.complete_prompts(self.position(step), self.args.prompts_per_step)
+
+    def complete_prompts(self, position: int, count: int) -> Rollout:
+        prompts = parallel.share(self.prompts.at(position, count))
+        return self.complete([prompt for prompt in prompts for _ in range(self.args.completions_per_prompt)])
 
     def position(self, step: int) -> int:
         """How many prompts the steps before this one were given: since the run began, or its data set was replaced."""
@@ -375,16 +393,3 @@ class SafeTrainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.times[name] = perf_counter() - started
-
-
-def learned_from(scores: Scores, args: SafeConfig) -> Tensor:
-    """What advantages [B] are made of, from the scores of a whole rollout.
-
-    It is "reward", or for `normalize_then_sum` the weighted sum of scores that are standardised within the completions
-    of a prompt, each reward by itself.
-    Source of the latter: GDPO (arXiv 2601.05242).
-    """
-    if args.multi_objective_aggregation != "normalize_then_sum":
-        return scores["reward"]
-    normal = {name: group_advantages(scores[name], args.completions_per_prompt) for name in scores.weights}
-    return weighted(normal, scores.weights).sum(0).masked_fill(scores["reward"].isnan(), torch.nan)

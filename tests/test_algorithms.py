@@ -114,6 +114,8 @@ def test_rewards_are_scaled_by_the_group_the_batch_or_not():
     ("settings", "message"),
     [
         ({"algorithm": "ppo", "scale_rewards": "none"}, "scale_rewards must be group for ppo, which has no groups"),
+        ({"algorithm": "ppo", "dynamic_sampling": 1}, "dynamic_sampling must be 0 for ppo, which has no groups"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level must be token for safe, whose"),
         ({"algorithm": "cispo"}, "completions_per_prompt must be at least 2 for cispo"),
         ({"algorithm": "cispo", "critic": "single", "completions_per_prompt": 2}, "critic must be none for cispo"),
         ({"algorithm": "safe_paper", "loss_aggregation": "sequence_mean"}, "loss_aggregation must be left alone"),
@@ -140,6 +142,62 @@ def test_an_algorithm_brings_its_settings():
 
 
 PAPERS = {"ppo_paper": ("normalize_rewards=false", "entropy_coef=0", "critic_max_grad_norm=inf")}
+
+
+def rising_for_even(prompts, completions, **columns):
+    """Rewards of prompt `p NUMBER`: 0, 1, 2 ... if the number is even, else all 1."""
+    return [float(i % 4) if int(prompt.split()[1]) % 2 == 0 else 1.0 for i, prompt in enumerate(prompts)]
+
+
+NUMBERED = [{"prompt": f"p {i}"} for i in range(64)]
+DRAWN = {"algorithm": "grpo", **GROUPS, "total_steps": 3, "save_every": 1, "beta": 0.0}
+
+
+def numbers(prompts):
+    return [int(prompt.text.split()[1]) for prompt in prompts]
+
+
+def drawing(folder, rows=NUMBERED, rounds=20):
+    return tiny.trainer(folder, rising_for_even, prompts=rows, **DRAWN, dynamic_sampling=rounds)
+
+
+def test_groups_without_spread_are_drawn_again_from_the_prompts_that_follow(tmp_path):
+    trainer = drawing(tmp_path)
+    stream = numbers(trainer.prompts.at(0, 40))
+    rollout, scores = trainer.collect(0)
+    assert sorted(numbers(rollout.prompts[::4])) == sorted([i for i in stream if i % 2 == 0][:2])
+    assert scores["reward"].tolist() == [0.0, 1.0, 2.0, 3.0] * 2
+    history = trainer.train()
+    assert trainer.position(3) == sum(metrics["prompts/drawn"] for metrics in history) > 6
+    assert all(metrics["reward"] == 1.5 for metrics in history)
+
+
+def test_a_bound_leaves_groups_without_spread_as_they_are(tmp_path):
+    trainer = drawing(tmp_path, [row for row in NUMBERED if int(row["prompt"].split()[1]) % 2], rounds=2)
+    _, scores = trainer.collect(0)
+    assert scores["reward"].tolist() == [1.0] * 8 and trainer.drawn == 2 + 2 + 2
+
+
+def test_a_resumed_run_goes_on_behind_the_prompts_that_were_drawn(tmp_path):
+    whole = drawing(tmp_path / "whole")
+    expected = whole.train()
+    first = drawing(tmp_path / "cut")
+    first.callbacks = [lambda trainer, metrics: setattr(trainer.control, "should_training_stop", True)]
+    first.train()
+    second = drawing(tmp_path / "cut")
+    found = second.train(resume_from_checkpoint=True)
+    assert [x["prompts/drawn"] for x in found] == [x["prompts/drawn"] for x in expected[1:]]
+    for mine, theirs in zip(second.trainable, whole.trainable, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_an_older_file_is_read_with_the_default_of_what_is_gone_and_answered_otherwise(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("ema_long: 0.99\nseed: 3\n")
+    assert SafeConfig.load(path).seed == 3
+    path.write_text("ema_long: 0.5\n")
+    with pytest.raises(ConfigError, match="unknown setting 'ema_long'; it is gone: it decided nothing"):
+        SafeConfig.load(path)
 
 
 def test_cispo_trains(tmp_path):

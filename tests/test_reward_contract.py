@@ -22,13 +22,13 @@ from safe_train.algorithms.advantages import credit
 from safe_train.algorithms.grpo import group_advantages
 from safe_train.algorithms.losses import value_loss
 from safe_train.config import ConfigError, SafeConfig
+from safe_train.rewards.groups import learned_from
 from safe_train.rewards.rewards import Rewards, load_reward
 from safe_train.rewards.server import RewardServer
 from safe_train.run.report import read_rows
 from safe_train.run.start import load_rewards
 from safe_train.sampling.experience import Experience
 from safe_train.settings.limits import PAPER
-from safe_train.trainer import learned_from
 
 NAN = math.nan
 

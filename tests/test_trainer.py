@@ -423,8 +423,8 @@ def test_an_update_is_not_kept_beside_the_next_rollout(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "safe_train.trainer.Experience", lambda *arguments: made.append(ref(x := Experience(*arguments))) or x
     )
-    sample = trainer.sample
-    trainer.sample = lambda step: alive.extend(each() for each in made) or sample(step)
+    complete = trainer.complete_prompts
+    trainer.complete_prompts = lambda *where: alive.extend(each() for each in made) or complete(*where)
     trainer.train()
     assert len(made) == 3 and alive == [None] * 3
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from safe_train.algorithms.algorithm import Algorithm
 from safe_train.algorithms.cispo import CISPO
 from safe_train.algorithms.grpo import GRPO
@@ -18,3 +20,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "cispo": CISPO,
     **PUBLISHED,
 }
+
+
+def preset_of(name: str) -> dict[str, Any]:
+    return ALGORITHMS[name].preset if name in ALGORITHMS else {}

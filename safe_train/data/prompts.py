@@ -335,7 +335,9 @@ def load_prompts(rows: Any, setting: str, tokenizer: Any, args: SafeConfig) -> P
     import datasets
 
     is_held_out, name = setting != "dataset", getattr(args, setting)
-    visits = args.eval_completions + parallel.size() if is_held_out else args.total_steps * args.prompts_per_step
+    visits = args.total_steps * args.prompts_per_step * (1 + args.dynamic_sampling)
+    if is_held_out:
+        visits = args.eval_completions + parallel.size()
     try:
         if rows is None or isinstance(rows, (str, Path)):
             require_name(setting, name)

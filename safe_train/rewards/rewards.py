@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,28 @@ class Scores(Mapping[str, Tensor]):
             for name, values in own.items():
                 metrics[name] += values
         return Scores(dict(zip(self.by_name, stacked, strict=True)), self.weights, extra, metrics, self.seconds)
+
+    def joined(self, more: Scores) -> Scores:
+        """Those of two rollouts, one behind the other."""
+        counts = len(self["reward"]), len(more["reward"])
+        pairs = [(x, more.extra.get(key, [None] * counts[1])) for key, x in self.extra.items()]
+        extra = {key: [*x, *y] for key, (x, y) in zip(self.extra, pairs, strict=True)}
+        extra |= {key: [None] * counts[0] + y for key, y in more.extra.items() if key not in extra}
+        return Scores(
+            {name: torch.cat([x_B, more[name]]) for name, x_B in self.by_name.items()},
+            self.weights,
+            extra,
+            {
+                name: self.metrics.get(name, []) + more.metrics.get(name, [])
+                for name in {**self.metrics, **more.metrics}
+            },
+            {name: seconds + more.seconds.get(name, 0.0) for name, seconds in self.seconds.items()},
+        )
+
+    def take(self, order: Sequence[int]) -> Scores:
+        by_name = {name: x_B[list(order)] for name, x_B in self.by_name.items()}
+        extra = {key: [x[i] for i in order] for key, x in self.extra.items()}
+        return replace(self, by_name=by_name, extra=extra)
 
     def columns(self, taken: Iterable[str]) -> dict[str, list[Any]]:
         """What rewards logged of each completion, under other names where those are taken."""

@@ -20,8 +20,8 @@ from safe_train.randomness import guest, own_random_numbers, seeded
 from safe_train.rewards.rewards import Rewards, Scores
 from safe_train.run.metrics import as_rows, completion_columns, logged_metrics, mean_of, reward_metrics
 from safe_train.run.report import strict_json
-from safe_train.sampling.experience import Experience, gathered, joined
-from safe_train.sampling.rollout import Rollout, Sampler
+from safe_train.sampling.experience import Experience, gathered
+from safe_train.sampling.rollout import Rollout, Sampler, joined
 
 EVALUATION_SEED = 20_250
 

@@ -94,6 +94,7 @@ class Session:
     def record(self, rollout: Rollout, rewards: Scores, metrics: dict[str, Any]) -> None:
         """Counts a step, evaluates and logs it, keeps it if it is the best, and decides how the run goes on."""
         trainer = self.trainer
+        trainer.known_position = trainer.step + 1, trainer.position(trainer.step) + trainer.drawn
         trainer.step += 1
         metrics["layout"] = trainer.policy.layout
         try:

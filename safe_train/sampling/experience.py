@@ -5,8 +5,7 @@ Shape legend: L response tokens of a micro-batch, K value heads, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from safe_train.data.batches import MicroBatch, TokenBatch, balanced, balanced_r
 from safe_train.models import scoring
 from safe_train.models.layout import ROWS
 from safe_train.models.policy import Policy
-from safe_train.sampling.rollout import Rollout
+from safe_train.sampling.rollout import Rollout, joined
 
 
 class Experience:
@@ -52,10 +51,6 @@ def gathered(rollout: Rollout) -> Rollout:
     """The completions of all processes, by rank."""
     rollouts = parallel.gather_objects(rollout)
     return rollouts[0] if len(rollouts) == 1 else joined(rollouts)
-
-
-def joined(rollouts: Sequence[Rollout]) -> Rollout:
-    return Rollout(*(sum((getattr(rollout, f.name) for rollout in rollouts), []) for f in fields(Rollout)))
 
 
 def cut(rollout: Rollout, indices: list[int], args: SafeConfig, layout: str) -> list[list[int]]:

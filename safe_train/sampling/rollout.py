@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,9 @@ class Rollout:
     texts: list[str]
     ended: list[bool]  # False: cut off at max_new_tokens
     sampler_logprobs: list[list[float]]  # as the sampler saw them
+
+    def take(self, order: Sequence[int]) -> Rollout:
+        return Rollout(*([getattr(self, f.name)[i] for i in order] for f in fields(Rollout)))
 
     @classmethod
     def build(
@@ -83,6 +86,10 @@ class Rollout:
         names = dict.fromkeys(name for prompt in self.prompts for name in prompt.columns)
         columns = {name: [prompt.columns.get(name) for prompt in self.prompts] for name in names}
         return [prompt.text for prompt in self.prompts], completions, columns, self.completions
+
+
+def joined(rollouts: Sequence[Rollout]) -> Rollout:
+    return Rollout(*(sum((getattr(rollout, f.name) for rollout in rollouts), []) for f in fields(Rollout)))
 
 
 Sampler = Callable[..., Rollout]  # of prompts; greedy=True takes the likeliest token each time

@@ -80,7 +80,7 @@ BOUNDS = (
         lambda x: x >= 0,
         "entropy_coef beta kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef lora_r eval_every "
         "weight_decay value_coef clip_low clip_high pid_kp pid_ki pid_kd missing_eos_penalty gate_min entropy_floor "
-        "kl_threshold kl_threshold_min reward_retries reward_variance_coef top_k warmup_steps stop_kl",
+        "kl_threshold kl_threshold_min dynamic_sampling reward_retries reward_variance_coef top_k warmup_steps stop_kl",
     ),
     (f"from 0 to {2**32 - 1}, as NumPy's seeds are", lambda x: 0 <= x < 2**32, "seed"),
     (
@@ -132,6 +132,12 @@ def check(c: SafeConfig) -> None:
         "sum_then_normalize, min or mean_minus_variance without the groups of grpo or cispo",
     )
     require(c.scale_rewards == "group" or compares, "scale_rewards", f"group for {c.algorithm}, which has no groups")
+    require(c.dynamic_sampling == 0 or compares, "dynamic_sampling", f"0 for {c.algorithm}, which has no groups")
+    require(
+        c.importance_sampling_level == "token" or compares,
+        "importance_sampling_level",
+        f"token for {c.algorithm}, whose advantages differ within a completion",
+    )
     require(
         c.scale_rewards == "group" or c.multi_objective_aggregation != "normalize_then_sum",
         "scale_rewards",

@@ -110,6 +110,8 @@ TABLE = (
     Row("target_kl=0.5", "stop_kl={}"),
     Row("loss_type=dapo", LOSSES, "dapo, grpo, dr_grpo and cispo are offered"),
     Row("loss_agg_mode=token-mean", AGGREGATIONS),
+    Row("filter_groups.enable=true", note="dynamic_sampling=3, with algorithm=grpo or cispo"),
+    Row("max_num_gen_batches=4 filter_groups.max_num_gen_batches", note="dynamic_sampling, without the first"),
     Row("disable_dropout=true", note="dropout is always off"),
     Row("sync_ref_model=true ref_model", note="the reference stays as it is; see reference"),
     # Bookkeeping
@@ -130,11 +132,21 @@ TABLE = (
 )  # fmt: skip
 
 
+GONE = {"ema_long": (0.99, "it decided nothing but a logged average")}  # old defaults, and why
+
+
+def without_gone(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an older file: those that there were, at their defaults, mean nothing."""
+    return {name: value for name, value in values.items() if name not in GONE or str(value) != str(GONE[name][0])}
+
+
 def answer(name: str, value: Any) -> str | None:
     """What `name=value` of another trainer is here; None for a name that the table does not have.
 
     verl's dotted names are also known by their last part, or two.
     """
+    if name in GONE:
+        return f"it is gone: {GONE[name][1]}"
     parts = name.split(".")
     endings = [".".join(parts[start:]) for start in range(len(parts))]
     for ending in endings:
