@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
@@ -218,13 +219,14 @@ class SafeTrainer:
         events.update(self)
         args, size = self.args, self.args.completions_per_prompt
         self.drawn = args.prompts_per_step
-        rollout, scores = self.draw(step, self.position(step), self.drawn)
+        rollout, scores = self.draw(partial(self.sample, step), step)
         for again in range(1, args.dynamic_sampling + 1):
             flat = int(without_spread(scores["reward"], size).sum())
             if flat == 0:
                 break
             seconds, count = dict(self.times), max(flat, parallel.size())
-            more = self.draw(step, self.position(step) + self.drawn, count, again)
+            following = partial(self.complete_prompts, self.position(step) + self.drawn, count)
+            more = self.draw(following, step, again)
             self.times |= {name: seconds[name] + self.times[name] for name in ("rollout", "reward")}
             rollout, scores = refilled(rollout, scores, *more, size)
             self.drawn += count
@@ -233,11 +235,11 @@ class SafeTrainer:
             tqdm.write(f"step {step + 1}: every reward is None, so this step learns from KL and entropy alone")
         return rollout, scores
 
-    def draw(self, step: int, position: int, count: int, *again: int) -> tuple[Rollout, Scores]:
-        """Completions of all processes, of so many prompts from a position of their stream, and their scores."""
+    def draw(self, sample: Callable[[], Rollout], step: int, *again: int) -> tuple[Rollout, Scores]:
+        """What all processes sample, each its own share, and the scores."""
         with own_random_numbers(self.args.seed, step, *again):
             with self.timed("rollout"):
-                own = self.complete_prompts(position, count)
+                own = sample()
         with self.timed("reward"), parallel.together(f"the rewards of step {step + 1}"):
             with guest(self.args.seed, step, REWARDS, *again):
                 scores = self.rewards(*own.for_rewards())
