@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from . import torch_backend
 from .formulas import Objective
-from .inputs import LinearInputs, LogitsInputs, StatsGrad, TermsInputs
+from .inputs import LinearInputs, LogitsInputs, ScanInputs, StatsGrad, TermsInputs
 
 BACKENDS = ("reference", "torch", "triton")
 GPUS = ("cuda", "xpu")  # where Triton is the best, if it is installed
@@ -48,18 +48,7 @@ class Backend(Protocol):
     def value_terms(self, kl_N: Tensor, inputs: TermsInputs) -> Tensor:
         """(kl_penalty, value, value_target) [3, N]."""
 
-    def soft_min_gae(
-        self,
-        v1: Tensor,
-        v2: Tensor,
-        rewards: Tensor,
-        mask: Tensor | None,
-        gamma: float,
-        lam: float,
-        alpha: float,
-        cu_seqlens: Tensor | None,
-        bootstrap: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def soft_min_gae(self, inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
         """(value, advantage, returns)."""
 
 

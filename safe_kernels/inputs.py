@@ -82,6 +82,20 @@ class TermsInputs(NamedTuple):
     gamma: float
 
 
+class ScanInputs(NamedTuple):
+    """What `soft_min_gae` takes, in the caller's shape."""
+
+    v1: Tensor
+    v2: Tensor
+    rewards: Tensor
+    mask: Tensor | None
+    gamma: float
+    lam: float
+    alpha: float
+    cu_seqlens: Tensor | None
+    bootstrap: Tensor | None
+
+
 class RowStats(NamedTuple):
     """The rows of `stats` [4, N], or [8, N] with a reference: the results of a token, and what its softmax needs.
 

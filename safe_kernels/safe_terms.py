@@ -127,39 +127,28 @@ def with_values(
     backend: str | None,
 ) -> SafeTerms:
     """Check what `safe_terms` takes beyond `token_stats`, and add its terms; `like` is the model's tensor."""
-    named = {"v1": v1, "v2": v2, "rewards": rewards}
-    named |= {} if target_v1 is None else {"target_v1": target_v1}
-    named |= {} if target_v2 is None else {"target_v2": target_v2}
-    values = {name: checks.require_per_token(name, x, like, tokens) for name, x in named.items()}
-    values = {"target_v1": values["v1"], "target_v2": values["v2"], **values}
+    v1 = checks.require_per_token("v1", v1, like, tokens)
+    v2 = checks.require_per_token("v2", v2, like, tokens)
+    rewards = checks.require_per_token("rewards", rewards, like, tokens)
+    target_v1 = v1 if target_v1 is None else checks.require_per_token("target_v1", target_v1, like, tokens)
+    target_v2 = v2 if target_v2 is None else checks.require_per_token("target_v2", target_v2, like, tokens)
     checks.require_time(tokens, cu_seqlens)
     threshold = checks.require_coefficient("kl_threshold", kl_threshold)
     alpha, gamma = checks.require_number("alpha", alpha, above=0), checks.require_number("gamma", gamma, 0, 1)
-    backend = choose_backend(backend, stats.logprob, *values.values(), group=group)
+    constants = (rewards, target_v1, target_v2)
+    backend = choose_backend(backend, stats.logprob, v1, v2, *constants, group=group)
     if backend == "reference":
         with exact(like):
-            return reference.with_values(
-                stats, **values, kl_threshold=threshold, alpha=alpha, gamma=gamma, cu_seqlens=cu_seqlens, mask=mask
-            )
+            options = (threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask)
+            return reference.with_values(stats, v1, v2, rewards, *options)
     number, tensor = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
     if tensor is not None:
         tensor = tensor.to(tokens.device, non_blocking=tensor.device.type == "cpu")
-    flat = {name: x.reshape(-1) if name in ("v1", "v2") else x.detach().reshape(-1) for name, x in values.items()}
     assert stats.kl is not None and stats.ref_logprob is not None
-    inputs = TermsInputs(
-        flat["v1"],
-        flat["v2"],
-        flat["rewards"],
-        flat["target_v1"],
-        flat["target_v2"],
-        None if mask is None else mask.reshape(-1),
-        cu_seqlens,
-        tokens.shape[-1],
-        number,
-        tensor,
-        alpha,
-        gamma,
-    )
+    rewards_N, target_v1_N, target_v2_N = (x.detach().reshape(-1) for x in constants)
+    mask_N = None if mask is None else mask.reshape(-1)
+    values = (v1.reshape(-1), v2.reshape(-1), rewards_N, target_v1_N, target_v2_N, mask_N)
+    inputs = TermsInputs(*values, cu_seqlens, tokens.shape[-1], number, tensor, alpha, gamma)
     terms = value_terms_op(stats.kl.reshape(-1), *inputs, backend)
     statistics = (stats.logprob, stats.entropy, stats.ref_logprob, stats.kl)
     return SafeTerms(*statistics, *(x.view(tokens.shape) for x in terms))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checks, formulas, reference
 from .dispatch import backend_of, choose_backend, differentiable, exact, keep, kept, register
-from .inputs import TermsInputs, compute_dtype, without_masked
+from .inputs import ScanInputs, TermsInputs, compute_dtype, without_masked
 from .results import ValueTargets
 
 
@@ -99,7 +99,8 @@ def soft_min_gae_op(
     bootstrap: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backend_of(backend).soft_min_gae(v1, v2, rewards, mask, gamma, lam, alpha, cu_seqlens, bootstrap)
+    inputs = ScanInputs(v1, v2, rewards, mask, gamma, lam, alpha, cu_seqlens, bootstrap)
+    return backend_of(backend).soft_min_gae(inputs)
 
 
 def value_terms_fake(kl_N: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -133,26 +134,25 @@ def value_terms_op(
 
 
 def save_values(ctx: Any, arguments: tuple[Any, ...], found: tuple[Tensor, ...]) -> None:
+    """The penalty's slope in the KL now: the KL is a result of the caller's, who may change it."""
+    kl_N, inputs = arguments[0], TermsInputs(*arguments[1:-1])
+    threshold = inputs.kl_threshold if inputs.kl_threshold_tensor is None else inputs.kl_threshold_tensor
     ctx.mark_non_differentiable(found[2])
-    kl_N, v1_N, v2_N, _, _, _, mask_N, _, *rest = arguments  # what the value target is made of is not needed again
-    keep(ctx, (kl_N, v1_N, v2_N, None, None, None, mask_N, None, *rest))
+    ctx.alpha = inputs.alpha
+    keep(ctx, (inputs.v1_N, inputs.v2_N, inputs.mask_N), 2 * (kl_N - threshold).relu())
 
 
 def value_terms_gradient(
     ctx: Any, grad_penalty: Tensor | None, grad_value: Tensor | None, _: None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The slopes of a soft-min are the softmax of -v / alpha."""
-    kl_N, *arguments, _ = kept(ctx)
-    inputs = TermsInputs(*arguments)
-    grad_kl = grad_v1 = grad_v2 = None
-    if grad_penalty is not None:
-        threshold = inputs.kl_threshold if inputs.kl_threshold_tensor is None else inputs.kl_threshold_tensor
-        grad_kl = 2 * (kl_N - threshold).relu() * grad_penalty
+    v1_N, v2_N, mask_N, slope_N = kept(ctx)
+    grad_v1 = grad_v2 = None
     if grad_value is not None:
-        gap = (inputs.v2_N.to(grad_value) - inputs.v1_N.to(grad_value)) / inputs.alpha
-        grad_v1, grad_v2 = (without_masked(grad_value * torch.sigmoid(x), inputs.mask_N) for x in (gap, -gap))
-        grad_v1, grad_v2 = grad_v1.to(inputs.v1_N.dtype), grad_v2.to(inputs.v2_N.dtype)
-    return grad_kl, grad_v1, grad_v2
+        gap = (v2_N.to(grad_value) - v1_N.to(grad_value)) / ctx.alpha
+        grad_v1, grad_v2 = (without_masked(grad_value * torch.sigmoid(x), mask_N) for x in (gap, -gap))
+        grad_v1, grad_v2 = grad_v1.to(v1_N.dtype), grad_v2.to(v2_N.dtype)
+    return None if grad_penalty is None else slope_N * grad_penalty, grad_v1, grad_v2
 
 
 differentiable(value_terms_op, 3, save_values, value_terms_gradient)

@@ -82,7 +82,7 @@ def group_of(name: str) -> ProcessGroup:
 
 
 def bounds_of(like: Tensor, width: int, group: ProcessGroup) -> Tensor:
-    """`Shard.bounds`, on the device of `like`, from the `width` of every rank's part; the host does not wait for it."""
+    """The bounds of all parts, on the device of `like`, from the `width` of each; the host does not wait for them."""
     widths_K = gathered(torch.full((1,), width, dtype=torch.int64, device=like.device), group).flatten()
     return torch.nn.functional.pad(widths_K.cumsum(0), (1, 0))
 

@@ -200,7 +200,7 @@ class SafeTrainer:
             with self.timed("update"):
                 update = self.update(experience, control)
         metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
-        return rollout, rewards, metrics | {"prompts/drawn": self.drawn}
+        return rollout, rewards, metrics | ({"prompts/drawn": self.drawn} if args.dynamic_sampling else {})
 
     def evaluate(self) -> Evaluation:
         """Samples on the held-out prompts, always with the same random numbers, and leaves training's alone.

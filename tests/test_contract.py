@@ -343,10 +343,36 @@ def test_what_a_backward_does_not_read_may_change(backend):
     case = logits_case(**values, kl_threshold=0.1, alpha=0.3)
     case["logits"].requires_grad_()
     case["v1"].requires_grad_()
+    case["kl_threshold"] = torch.tensor(0.1)
+    expected = torch.autograd.grad(safe_terms(**case, backend=backend).kl_penalty.sum(), case["logits"])[0]
     found = safe_terms(**case, backend=backend)
+    loss = found.kl_penalty.sum() + 0 * found.value.sum()
     case["rewards"].zero_()
-    (found.kl_penalty.sum() + found.value.sum()).backward()
-    assert case["logits"].grad is not None
+    with torch.no_grad():  # results are the caller's own
+        for x in (case["kl_threshold"], *found):
+            x.zero_()
+    torch.testing.assert_close(torch.autograd.grad(loss, case["logits"])[0], expected, rtol=0, atol=0)
+
+
+def test_a_caller_may_change_the_statistics_before_the_backward(backend):
+    """Whatever the gradient needs of them is its own: logits, hidden states and the closed form alike."""
+    for op, case, wrt in (
+        (token_stats, logits_case(), "logits"),
+        (linear_token_stats, linear_case(), "hidden"),
+        (linear_policy_loss, policy_case(kl_coef=0.1), "hidden"),
+    ):
+        case[wrt].requires_grad_()
+        gradients = []
+        for changes in (False, True):
+            found = op(**case, backend=backend)
+            loss = (
+                found.loss if op is linear_policy_loss else found.logprob.sum() + found.entropy.sum() + found.kl.sum()
+            )
+            with torch.no_grad():
+                for x in found if changes else ():
+                    x.zero_()
+            gradients += torch.autograd.grad(loss, case[wrt])
+        assert torch.equal(*gradients), op
 
 
 def test_frozen_logits_are_not_kept(backend):

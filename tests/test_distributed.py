@@ -110,6 +110,14 @@ CASES = {
     "safe, one rank got no response token": {"kind": "one rank got no response token"},
     "minibatches smaller than the number of ranks": {"minibatch_size": 2, "max_tokens_per_microbatch": 8},
     "grpo": {"algorithm": "grpo"},
+    "cispo of sequences, one rank got no response token": {
+        "algorithm": "cispo", "importance_sampling_level": "sequence", "loss_aggregation": "sequence_mean",
+        "kind": "one rank got no response token"
+    },
+    "FSDP2, k3, one rank got no response token": {
+        "environment": FSDP, "algorithm": "grpo", "kl_estimator": "k3", "loss_aggregation": "constant_length",
+        "kind": "one rank got no response token"
+    },
     "ppo, full fine-tuning": {"algorithm": "ppo", **FULL},
     "KL in the reward, preview": {"kl_in_reward": True, "max_preview_kl": 0.01},
     "a trained adapter": HANDED_OVER,
@@ -223,6 +231,38 @@ def stopped_and_resumed(folder, environment, shards_of) -> dict:
         "foreign": [without_clock(row) for row in foreign],
         "learned": arrays(trainer.trainable),
     }
+
+
+def draws_again(folder) -> tuple[list[list[str]], list[int], list[str]]:
+    """The prompts of two steps, how many were drawn for each, and the stream that they come from."""
+    rows, seen = [{"prompt": f"p {i}"} for i in range(32)], []
+
+    def differ_for_even(prompts, completions, **columns):
+        return [float(int(prompt.split()[1]) % 2 == 0) * (i % 2) for i, prompt in enumerate(prompts)]
+
+    settings = {"algorithm": "grpo", "total_steps": 2, "prompts_per_step": 3, "minibatch_size": None}
+    trainer = tiny.trainer(folder, differ_for_even, prompts=rows, **settings, dynamic_sampling=20)
+    collect = trainer.collect
+
+    def watched(step):
+        rollout, scores = collect(step)
+        seen.append([prompt.text for prompt in rollout.prompts[::2]])
+        return rollout, scores
+
+    trainer.collect = watched
+    drawn = [int(row["prompts/drawn"]) for row in trainer.train()]
+    return seen, drawn, [prompt.text for prompt in trainer.prompts.at(0, sum(drawn))]
+
+
+def test_all_processes_draw_the_same_groups_again(tmp_path):
+    """One or two flat groups of three, and more prompts than one process has."""
+    outcomes = processes.run(draws_again, 2, tmp_path)
+    assert all(outcome.exit_code == 0 for outcome in outcomes), "".join(outcome.error for outcome in outcomes)
+    (seen, drawn, stream), other = outcomes[0].result, outcomes[1].result
+    assert other == (seen, drawn, stream) and sum(drawn) > 6
+    first, second = stream[: drawn[0]], stream[drawn[0] :]
+    for used, given in zip(seen, (first, second), strict=True):
+        assert sorted(used) == sorted([text for text in given if int(text.split()[1]) % 2 == 0][:3])
 
 
 @pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP2"])

@@ -13,7 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from safe_kernels import reference, triton_backend
 from safe_kernels.formulas import Objective
-from safe_kernels.inputs import Head, StatsGrad, TermsInputs
+from safe_kernels.inputs import Head, ScanInputs, StatsGrad, TermsInputs
 from safe_kernels.linear import flat_inputs
 from safe_kernels.logits import flat_inputs as flat_logits
 from safe_kernels.policy_loss import weights_of
@@ -140,7 +140,7 @@ def test_logits(dtype):
 
 
 def test_values():
-    found = triton_backend.soft_min_gae(*torch.empty(3, 16, 1500), None, 0.99, 0.95, 0.3, None, None)
+    found = triton_backend.soft_min_gae(ScanInputs(*torch.empty(3, 16, 1500), None, 0.99, 0.95, 0.3, None, None))
     assert [x.shape for x in found] == [(16, 1500)] * 3
     inputs = TermsInputs(*torch.empty(5, 128), None, None, 32, 0.1, None, 0.3, 0.9)
     assert triton_backend.value_terms(torch.empty(128), inputs).shape == (3, 128)

@@ -9,21 +9,12 @@ import torch
 from torch import Tensor
 
 from ..formulas import soft_min
-from ..inputs import TermsInputs, without_masked
+from ..inputs import ScanInputs, TermsInputs, without_masked
 
 
-def soft_min_gae(
-    v1: Tensor,
-    v2: Tensor,
-    rewards: Tensor,
-    mask: Tensor | None,
-    gamma: float,
-    lam: float,
-    alpha: float,
-    cu_seqlens: Tensor | None,
-    bootstrap: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def soft_min_gae(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
     """A scan by pointer jumping: after k rounds a token's sum spans the 2^k live tokens that follow it."""
+    v1, v2, rewards, mask, gamma, lam, alpha, cu_seqlens, bootstrap = inputs
     value, mask_M = soft_min(v1, v2, alpha).flatten(), None if mask is None else mask.flatten()
     order = TimeOrder.of(value, v1.shape[-1], mask_M, cu_seqlens)
     delta = rewards.to(value.dtype).flatten() + gamma * order.following(value, bootstrap) - value

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..inputs import TermsInputs
+from ..inputs import ScanInputs, TermsInputs
 from . import launch
 
 
@@ -197,17 +197,8 @@ def value_terms(kl_N: Tensor, inputs: TermsInputs) -> Tensor:
     return terms
 
 
-def soft_min_gae(
-    v1: Tensor,
-    v2: Tensor,
-    rewards: Tensor,
-    mask: Tensor | None,
-    gamma: float,
-    lam: float,
-    alpha: float,
-    cu_seqlens: Tensor | None,
-    bootstrap: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def soft_min_gae(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
+    v1, v2, rewards, mask, gamma, lam, alpha, cu_seqlens, bootstrap = inputs
     new = v1.new_empty if cu_seqlens is None else v1.new_zeros  # no program visits tokens outside the bounds
     value, advantage, returns = (new(v1.shape, dtype=torch.float32) for _ in range(3))
     if v1.numel() > 0:

@@ -111,7 +111,7 @@ TABLE = (
     Row("loss_type=dapo", LOSSES, "dapo, grpo, dr_grpo and cispo are offered"),
     Row("loss_agg_mode=token-mean", AGGREGATIONS),
     Row("filter_groups.enable=true", note="dynamic_sampling=3, with algorithm=grpo or cispo"),
-    Row("max_num_gen_batches=4 filter_groups.max_num_gen_batches", note="dynamic_sampling, without the first"),
+    Row("max_num_gen_batches=4 filter_groups.max_num_gen_batches", note="dynamic_sampling, which is one less"),
     Row("disable_dropout=true", note="dropout is always off"),
     Row("sync_ref_model=true ref_model", note="the reference stays as it is; see reference"),
     # Bookkeeping
