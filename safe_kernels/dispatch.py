@@ -33,12 +33,25 @@ class Backend(Protocol):
     def logits_gradient(self, inputs: LogitsInputs, stats: Tensor, grads: StatsGrad, out: Tensor) -> None:
         """d loss / d logits, written to `out`, which may be the logits."""
 
-    def linear_statistics(self, inputs: LinearInputs) -> Tensor: ...
+    def kept_rows(self, inputs: LinearInputs, max_bytes: int | None) -> int:
+        """How many rows of logits, those of the first tokens, `max_bytes` hold: a reference's as well. None is as many
+        as cost nothing.
+        """
+
+    def linear_statistics(self, inputs: LinearInputs, logits: Tensor | None = None) -> Tensor:
+        """It leaves in `logits` [1 or 2, K, V] those of the first K tokens, and of their reference."""
 
     def linear_gradients(
-        self, inputs: LinearInputs, stats: Tensor, grads: StatsGrad, needed: Sequence[bool]
+        self,
+        inputs: LinearInputs,
+        stats: Tensor,
+        grads: StatsGrad,
+        needed: Sequence[bool],
+        logits: Tensor | None = None,
     ) -> list[Tensor | None]:
-        """Of (hidden, weight, bias), in the compute dtype; None where not needed."""
+        """Of (hidden, weight, bias), in the compute dtype; None where not needed. `logits` are those that
+        `linear_statistics` left; they may be written over.
+        """
 
     def linear_loss(
         self, inputs: LinearInputs, objective: Objective, needed: Sequence[bool]

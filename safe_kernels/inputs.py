@@ -64,6 +64,10 @@ class LinearInputs(NamedTuple):
             return self.ref_weight_VH, self.ref_bias_V
         return self.weight_VH, self.bias_V if self.ref_bias_V is None else self.ref_bias_V
 
+    def of_rows(self, rows: slice | Tensor) -> LinearInputs:
+        names = ("hidden_NH", "ref_hidden_NH", "tokens_N", "temperatures_N", "mask_N")
+        return self._replace(**{name: x[rows] for name in names if (x := getattr(self, name)) is not None})
+
 
 class TermsInputs(NamedTuple):
     """What `safe_terms` takes beyond `token_stats`."""

@@ -12,13 +12,24 @@ import torch
 from torch import Tensor
 
 from . import checks, reference, vocab_parallel
-from .dispatch import backend_of, choose_backend, differentiable, exact, kept, register, without_second_derivative
-from .inputs import Head, LinearInputs, StatsGrad
-from .logits import new_results, results_of, save_stats
+from .dispatch import (
+    backend_of,
+    choose_backend,
+    differentiable,
+    exact,
+    keep,
+    kept,
+    register,
+    without_second_derivative,
+)
+from .inputs import Head, LinearInputs, StatsGrad, compute_dtype
+from .logits import new_results, results_of
 from .results import TokenStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+NOTHING = (0, 0, 0)  # the shape of logits where none are kept
 
 
 def linear_token_stats(
@@ -35,6 +46,7 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     batch_invariant: bool = False,
+    max_kept_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> TokenStats:
@@ -56,6 +68,11 @@ def linear_token_stats(
         softcap: > 0, or None for none.
         batch_invariant: a row's results and hidden gradient have the same bits whatever the other rows are. On the
             torch backend that is one row at a time, and slow; the reference refuses it.
+        max_kept_bytes: of logits, a reference's included, that may stay in memory for the backward, which makes the
+            others again: for what is kept two products do the work of three, or three of four if the weight is trained.
+            Every call whose graph is alive holds so many bytes; its first backward uses them up. None is 0, but on the
+            torch backend on a CPU the one tile that exists anyway. With `batch_invariant`, and where nothing wants a
+            gradient, nothing is kept.
         process_group: the ranks that share the head; None is this one alone. See `safe_kernels`.
 
     The other arguments and the results are those of `token_stats`; where `mask` leaves most tokens out, select the
@@ -68,6 +85,8 @@ def linear_token_stats(
             hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
         )._replace(batch_invariant=batch_invariant, process_group=process_group)
     )
+    if max_kept_bytes is not None:
+        max_kept_bytes = int(checks.require_number("max_kept_bytes", max_kept_bytes, 0))
     backend = choose_backend(backend, *head[:8], group=head.process_group)
     if backend == "reference":
         with exact(hidden):
@@ -75,7 +94,10 @@ def linear_token_stats(
     inputs, name, bounds = flat_inputs(head), None, None
     if head.process_group is not None:
         inputs, name, bounds = vocab_parallel.sharded(inputs, len(head.weight), head.process_group)
-    found = linear_token_stats_op(*inputs, name, bounds, backend)
+    wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3])
+    if not wants_gradient or (max_kept_bytes is None and backend == "triton"):
+        max_kept_bytes = 0
+    found = linear_token_stats_op(*inputs, max_kept_bytes, name, bounds, backend)
     return TokenStats.of(found[:4], tokens.shape, ref_hidden is not None)
 
 
@@ -108,9 +130,13 @@ def linear_token_stats_fake(
     ref_weight_VH: Tensor | None,
     ref_bias_V: Tensor | None,
     tokens_N: Tensor,
-    *_: Any,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
-    return new_results(hidden_NH, tokens_N, ref_hidden_NH is not None)
+    head = (hidden_NH, weight_VH, bias_V, ref_hidden_NH, ref_weight_VH, ref_bias_V)
+    *others, max_kept_bytes, _, _, backend = others  # type: ignore[assignment]
+    inputs = LinearInputs(*head, tokens_N, *others)
+    logits = hidden_NH.new_empty(NOTHING) if max_kept_bytes == 0 else new_logits(inputs, max_kept_bytes, backend)
+    return *new_results(hidden_NH, tokens_N, ref_hidden_NH is not None), logits
 
 
 @register(linear_token_stats_fake)
@@ -128,27 +154,53 @@ def linear_token_stats_op(
     softcap: float | None,
     logit_scale: float,
     batch_invariant: bool,
+    max_kept_bytes: int | None,
     group: str | None,
     bounds: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, ref_logprob, kl) [N], empty without a reference, and the rows of `RowStats`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, ref_logprob, kl) [N], empty without a reference, the rows of `RowStats`, and the logits that
+    are kept for the backward [1 or 2, K, V], as its backend laid them out.
+    """
     head = (hidden_NH, weight_VH, bias_V, ref_hidden_NH, ref_weight_VH, ref_bias_V)
     per_row = (tokens_N, temperature, temperatures_N, mask_N)
     inputs = LinearInputs(*head, *per_row, softcap, logit_scale, batch_invariant)
-    stats = backend_of(backend).linear_statistics(inputs)
+    logits = hidden_NH.new_empty(NOTHING) if max_kept_bytes == 0 else new_logits(inputs, max_kept_bytes, backend)
+    stats = backend_of(backend).linear_statistics(inputs, logits)
     if group is not None and bounds is not None:
         stats = vocab_parallel.merged_stats(stats, inputs, group, bounds)
-    return results_of(stats)
+    return *results_of(stats), logits
+
+
+def new_logits(inputs: LinearInputs, max_kept_bytes: int | None, backend: str) -> Tensor:
+    """Memory for those that are kept."""
+    streams, rows = 1 if inputs.ref_hidden_NH is None else 2, backend_of(backend).kept_rows(inputs, max_kept_bytes)
+    shape, dtype = (streams, rows, inputs.weight_VH.shape[0]), compute_dtype(inputs.hidden_NH)
+    return inputs.hidden_NH.new_empty(shape, dtype=dtype)
+
+
+def save_for_the_gradient(ctx: Any, arguments: tuple[Any, ...], found: tuple[Tensor, ...]) -> None:
+    _, _, ref_logprob, kl, stats, logits = found
+    ctx.mark_non_differentiable(ref_logprob, stats, logits, *([kl] if len(stats) == 4 else []))
+    ctx.are_used_up = logits.shape[1] == 0
+    keep(ctx, arguments, stats, logits)
 
 
 def linear_token_stats_gradient(
     ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, _: None, grad_kl: Tensor | None, *rest: None
 ) -> list[Tensor | None]:
-    *arguments, stats = kept(ctx)
-    inputs, group, backend = LinearInputs(*arguments[:13]), arguments[13], arguments[15]
-    grads = StatsGrad(grad_logprob, grad_entropy, grad_kl)
-    return linear_gradients(inputs, stats, grads, ctx.needs_input_grad[1:4], group, backend)
+    grads, needed = StatsGrad(grad_logprob, grad_entropy, grad_kl), ctx.needs_input_grad[1:4]
+    if not any(x is not None for x in grads):
+        return [None, None, None]
+    *arguments, stats, logits = kept(ctx)
+    inputs, group, backend = LinearInputs(*arguments[:13]), arguments[14], arguments[16]
+    if ctx.are_used_up or any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in grads):
+        return linear_gradients(inputs, stats, grads, needed, group, backend)
+    # Not where a graph is recorded, by compilation or create_graph: it may run again, or is refused.
+    ctx.are_used_up = type(logits) is Tensor and not torch.is_grad_enabled()
+    # Autograd would refuse a second backward, which makes the logits again, if it saw that they are written over.
+    logits = logits.data if ctx.are_used_up else logits
+    return linear_gradients(inputs, stats, grads, needed, group, backend, logits=logits, write=ctx.are_used_up)
 
 
 def linear_gradients(
@@ -159,13 +211,19 @@ def linear_gradients(
     group: str | None,
     backend: str,
     dtypes: Sequence[torch.dtype | None] = (),
+    logits: Tensor | None = None,
+    write: bool = False,
 ) -> list[Tensor | None]:
-    """Gradients of (hidden, weight, bias) from the statistics that the op gave: summed in the compute dtype, in
-    `dtypes`, or those of the inputs; None where not needed.
+    """Gradients of (hidden, weight, bias) from the statistics and the logits that the op gave, which are written over
+    with `write`: summed in the compute dtype, in `dtypes`, or those of the inputs; None where not needed.
     """
     if not any(needed) or not any(x is not None for x in grads):
         return [None, None, None]
-    found = linear_token_stats_backward_op(*inputs, stats, *grads, *needed, group, backend)
+    arguments = (*inputs, stats, *grads, *needed, group, backend)
+    if write:
+        found = linear_token_stats_backward__op(logits, *arguments)
+    else:
+        found = linear_token_stats_backward_op(*arguments, logits)
     dtypes = dtypes or [None if x is None else x.dtype for x in inputs[:3]]
     return [x.to(dtype) if need else None for x, dtype, need in zip(found, dtypes, needed, strict=True)]
 
@@ -199,6 +257,7 @@ def linear_token_stats_backward_op(
     need_bias: bool,
     group: str | None,
     backend: str,
+    logits_SKV: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (hidden, weight, bias) in the compute dtype, empty where not needed. Those of the weight and the
     bias are this rank's; all ranks share the hidden states, whose gradient is a sum over the ranks.
@@ -207,11 +266,58 @@ def linear_token_stats_backward_op(
     per_row = (tokens_N, temperature, temperatures_N, mask_N)
     inputs = LinearInputs(*head, *per_row, softcap, logit_scale, batch_invariant)
     grads, needed = StatsGrad(grad_logprob, grad_entropy, grad_kl), (need_hidden, need_weight, need_bias)
-    hidden, weight, bias = backend_of(backend).linear_gradients(inputs, stats, grads, needed)
+    own_logits = None if logits_SKV is None else logits_SKV.clone()
+    return summed_gradients(inputs, stats, grads, needed, group, backend, own_logits)
+
+
+@register(lambda _, *arguments: linear_token_stats_backward_fake(*arguments), mutates="logits_SKV")
+def linear_token_stats_backward__op(
+    logits_SKV: Tensor,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    ref_hidden_NH: Tensor | None,
+    ref_weight_VH: Tensor | None,
+    ref_bias_V: Tensor | None,
+    tokens_N: Tensor,
+    temperature: float,
+    temperatures_N: Tensor | None,
+    mask_N: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    batch_invariant: bool,
+    stats: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_kl: Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    group: str | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same; the kept logits are written over."""
+    head = (hidden_NH, weight_VH, bias_V, ref_hidden_NH, ref_weight_VH, ref_bias_V)
+    per_row = (tokens_N, temperature, temperatures_N, mask_N)
+    inputs = LinearInputs(*head, *per_row, softcap, logit_scale, batch_invariant)
+    grads, needed = StatsGrad(grad_logprob, grad_entropy, grad_kl), (need_hidden, need_weight, need_bias)
+    return summed_gradients(inputs, stats, grads, needed, group, backend, logits_SKV)
+
+
+def summed_gradients(
+    inputs: LinearInputs,
+    stats: Tensor,
+    grads: StatsGrad,
+    needed: Sequence[bool],
+    group: str | None,
+    backend: str,
+    logits: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias = backend_of(backend).linear_gradients(inputs, stats, grads, needed, logits)
     if group is not None and hidden is not None:
         hidden = vocab_parallel.summed(hidden, vocab_parallel.group_of(group))
     return tuple(stats.new_empty(0) if x is None else x for x in (hidden, weight, bias))  # type: ignore[return-value]
 
 
-differentiable(linear_token_stats_op, 3, save_stats, linear_token_stats_gradient)
+differentiable(linear_token_stats_op, 3, save_for_the_gradient, linear_token_stats_gradient)
 without_second_derivative(linear_token_stats_backward_op, 17)

@@ -51,6 +51,7 @@ def linear_token_stats(
     logit_scale=1.0,
     mask=None,
     batch_invariant=False,
+    max_kept_bytes=None,  # autograd keeps everything
     process_group=None,
 ) -> TokenStats:
     if batch_invariant:

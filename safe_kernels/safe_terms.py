@@ -86,6 +86,7 @@ def linear_safe_terms(
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
     batch_invariant: bool = False,
+    max_kept_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
     backend: str | None = None,
 ) -> SafeTerms:
@@ -95,14 +96,15 @@ def linear_safe_terms(
         safe_terms(logits, tokens, v1, v2, rewards, ref_logits=the same of the reference, ...)
 
     Args:
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, softcap, logit_scale, batch_invariant: as in
-            `linear_token_stats`; ref_hidden is needed.
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, softcap, logit_scale, batch_invariant,
+            max_kept_bytes: as in `linear_token_stats`; ref_hidden is needed.
 
     The other arguments are those of `safe_terms`.
     """
     checks.require_given("ref_hidden", ref_hidden)
     head: dict[str, Any] = {"bias": bias, "ref_hidden": ref_hidden, "ref_weight": ref_weight, "ref_bias": ref_bias}
     head |= {"softcap": softcap, "logit_scale": logit_scale, "batch_invariant": batch_invariant}
+    head["max_kept_bytes"] = max_kept_bytes
     options: dict[str, Any] = {"temperature": temperature, "mask": mask, "process_group": process_group}
     stats = linear_token_stats(hidden, weight, tokens, backend=backend, **head, **options)
     values = (v1, v2, rewards, target_v1, target_v2, mask, cu_seqlens, kl_threshold, alpha, gamma)

@@ -76,9 +76,10 @@ def make_small(monkeypatch):
 
     patch_language_once_a_launch()
     monkeypatch.setattr(rows, "TILE_BYTES", 2048)
-    monkeypatch.setattr(linear, "PRODUCT_BYTES", 4096)
+    monkeypatch.setattr(linear, "PRODUCT_BYTES", 2048)  # of 21 tokens beside 37 logits, 13
     monkeypatch.setattr(linear, "WEIGHT_TILE_BYTES", 1024)
     monkeypatch.setattr(launch, "ROWS_OF_A_TILE", 8)
+    monkeypatch.setattr(launch, "ROWS_OF_A_PRODUCT", 16)
     monkeypatch.setattr(launch, "TILE_BYTES", 512)
     monkeypatch.setattr(launch, "SWEEP_BYTES", 2048)
     monkeypatch.setattr(launch, "ROWS", launch.RowChoice(rows=8, columns=16, num_warps=1))

@@ -93,7 +93,7 @@ class LinearLogprob(torch.autograd.Function):
         ctx.options = {"temperature": head.temperature, "softcap": head.softcap, "logit_scale": head.logit_scale}
         ctx.backend = _fast_backend(hidden, weight)
         inputs = _linear_inputs(hidden, weight, bias, targets, ctx.options, ctx.rounded)
-        logprob, entropy, *_, stats = linear.linear_token_stats_op(*inputs, None, None, ctx.backend)
+        logprob, entropy, _, _, stats, _ = linear.linear_token_stats_op(*inputs, 0, None, None, ctx.backend)
         ctx.save_for_backward(hidden, weight, bias, targets, stats)
         with torch.autocast(device, enabled=False):
             metrics = [
@@ -215,7 +215,7 @@ def _sum_of_equal(index: Tensor, grad: Tensor) -> Tensor:
 def _log_sum_sq_probs(inputs: LinearInputs, stats: Tensor, backend: str) -> Tensor:
     """Squares of probabilities are those of half the temperature: one more pass."""
     halved = inputs._replace(temperature=inputs.temperature / 2)
-    *_, squares = linear.linear_token_stats_op(*halved, None, None, backend)
+    *_, squares, _ = linear.linear_token_stats_op(*halved, 0, None, None, backend)
     return RowStats(*squares).log_total - 2 * RowStats(*stats).log_total
 
 

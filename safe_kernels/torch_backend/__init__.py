@@ -1,10 +1,11 @@
 """The operations in memory-lean PyTorch: any device, rows in tiles. `dispatch.Backend` says what each is."""
 
-from .linear import linear_gradients, linear_loss, linear_statistics
+from .linear import kept_rows, linear_gradients, linear_loss, linear_statistics
 from .logits import logits_gradient, logits_statistics
 from .values import soft_min_gae, value_terms
 
 __all__ = [
+    "kept_rows",
     "linear_gradients",
     "linear_loss",
     "linear_statistics",

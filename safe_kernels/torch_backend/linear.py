@@ -19,26 +19,39 @@ PRODUCT_BYTES = 64 << 20  # logits of the rows of one product; a reference doubl
 WEIGHT_TILE_BYTES = 16 << 20
 
 
-def linear_statistics(inputs: LinearInputs) -> Tensor:
-    kept, live_inputs = without_masked_rows(inputs)
+def kept_rows(inputs: LinearInputs, max_bytes: int | None) -> int:
+    """Those of whole products, so that a row's product is the same whether it is kept or not. None is one on a CPU."""
+    if inputs.batch_invariant:
+        return 0
+    streams, height = 1 if inputs.ref_hidden_NH is None else 2, product_height(inputs)
+    if max_bytes is None:
+        products = int(inputs.hidden_NH.device.type == "cpu")
+    else:
+        product_bytes = height * inputs.weight_VH.shape[0] * compute_dtype(inputs.hidden_NH).itemsize
+        products = max_bytes // (streams * product_bytes)
+    return torch.sym_min(inputs.tokens_N.shape[0], products * height)
+
+
+def linear_statistics(inputs: LinearInputs, logits: Tensor | None = None) -> Tensor:
+    live, live_inputs = without_masked_rows(inputs)
     per_row, with_reference = per_row_of(live_inputs), inputs.ref_hidden_NH is not None
     stats = per_row.new_stats(with_reference)
-    for product in products(live_inputs, per_row, with_reference):
+    for product in products(live_inputs, per_row, with_reference, logits, are_known=False):
         for rows, per_row_R, tile in product.tiles():
             write(row_statistics(tile, per_row_R), stats[:, product.rows], rows)
-    return among_masked(stats, 1, kept, len(inputs.tokens_N))
+    return among_masked(stats, 1, live, len(inputs.tokens_N))
 
 
 def linear_gradients(
-    inputs: LinearInputs, stats: Tensor, grads: StatsGrad, needed: Sequence[bool]
+    inputs: LinearInputs, stats: Tensor, grads: StatsGrad, needed: Sequence[bool], logits: Tensor | None = None
 ) -> list[Tensor | None]:
-    kept, live_inputs = without_masked_rows(inputs)
+    live, live_inputs = without_masked_rows(inputs)
     row_stats = RowStats(*stats.unbind())
-    if kept is not None:
-        row_stats, grads = take(row_stats, kept), take(grads, kept)
+    if live is not None:
+        row_stats, grads = take(row_stats, live), take(grads, live)
     per_row, head, sums = per_row_of(live_inputs), head_of(live_inputs), GradientSums(live_inputs, needed)
     grads = per_row.prepared(grads, row_stats.logprob)
-    for product in products(live_inputs, per_row, grads.kl is not None):
+    for product in products(live_inputs, per_row, grads.kl is not None, logits, are_known=True):
         stats_here, grads_here = take(row_stats, product.rows), take(grads, product.rows)
         for rows, per_row_R, tile in product.tiles():
             stats_R, grads_R = take(stats_here, rows), take(grads_here, rows)
@@ -46,14 +59,14 @@ def linear_gradients(
             logit_gradient(tile, per_row_R, stats_R, grads_R)
             tile.x.copy_(head.product_gradient(tile, per_row_R, stats_R))
         sums.add(product)
-    return sums.among_masked(kept, len(inputs.tokens_N))
+    return sums.among_masked(live, len(inputs.tokens_N))
 
 
 def linear_loss(
     inputs: LinearInputs, objective: Objective, needed: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    kept, live_inputs = without_masked_rows(inputs)
-    objective = objective if kept is None else take(objective, kept)
+    live, live_inputs = without_masked_rows(inputs)
+    objective = objective if live is None else take(objective, live)
     per_row, with_reference, head = per_row_of(live_inputs), inputs.ref_hidden_NH is not None, head_of(live_inputs)
     stats, sums = per_row.new_stats(with_reference), GradientSums(live_inputs, needed)
     for product in products(live_inputs, per_row, with_reference):
@@ -67,25 +80,23 @@ def linear_loss(
                 tile.x.copy_(head.product_gradient(tile, per_row_R, stats_R))
         sums.add(product)
     count = len(inputs.tokens_N)
-    return among_masked(stats, 1, kept, count), sums.among_masked(kept, count)
+    return among_masked(stats, 1, live, count), sums.among_masked(live, count)
 
 
 def without_masked_rows(inputs: LinearInputs) -> tuple[Tensor | None, LinearInputs]:
     """On a CPU, the inputs of the live tokens and their indices. On a GPU, selecting them would synchronise."""
     if inputs.mask_N is None or inputs.mask_N.device.type != "cpu":
         return None, inputs
-    kept = inputs.mask_N.nonzero().squeeze(1)
-    names = ("hidden_NH", "ref_hidden_NH", "tokens_N", "temperatures_N")
-    given = {name: x for name in names if (x := getattr(inputs, name)) is not None}
-    return kept, inputs._replace(mask_N=None, **{name: x[kept] for name, x in given.items()})
+    live = inputs.mask_N.nonzero().squeeze(1)
+    return live, inputs.of_rows(live)._replace(mask_N=None)
 
 
-def among_masked(x: Tensor, axis: int, kept: Tensor | None, count: int) -> Tensor:
+def among_masked(x: Tensor, axis: int, live: Tensor | None, count: int) -> Tensor:
     """Scatter the rows of live tokens to their places; masked rows are 0."""
-    if kept is None:
+    if live is None:
         return x
     shape = [*x.shape[:axis], count, *x.shape[axis + 1 :]]
-    return x.new_zeros(shape).index_copy_(axis, kept, x)
+    return x.new_zeros(shape).index_copy_(axis, live, x)
 
 
 def per_row_of(inputs: LinearInputs) -> RowInputs:
@@ -147,34 +158,52 @@ def ref_head_of(inputs: LinearInputs) -> Head:
 
 
 class Product(NamedTuple):
-    """The logits of some rows, which the gradient may write over, and the hidden states they came from."""
+    """The logits of some rows and the hidden states they came from."""
 
     rows: slice
     per_row: RowInputs
-    logits_RV: Tensor
-    ref_logits_RV: Tensor | None
+    logits_SRV: Tensor  # the gradient may write over them; S = 2 with a reference
     hidden_RH: Tensor
+    are_kept: bool = False  # for the gradient
 
     def tiles(self) -> Iterator[tuple[slice, RowInputs, Tile]]:
         def load(rows: slice) -> tuple[Tensor, Tensor | None]:
-            return self.logits_RV[rows], None if self.ref_logits_RV is None else self.ref_logits_RV[rows]
+            x, *y = self.logits_SRV[:, rows].clone() if self.are_kept else self.logits_SRV[:, rows]
+            return x, y[0] if y else None
 
-        return tiles(self.per_row, self.logits_RV.shape[1], load)
+        return tiles(self.per_row, self.logits_SRV.shape[2], load)
 
 
-def products(inputs: LinearInputs, per_row: RowInputs, with_reference: bool) -> Iterator[Product]:
-    """Enough rows at a time to make reading the weight worth it. All share one buffer."""
-    count, vocabulary, like = len(per_row.index_N), len(inputs.weight_VH), per_row.known_N
-    height = 1 if inputs.batch_invariant else max(1, PRODUCT_BYTES // (vocabulary * like.dtype.itemsize))
-    buffers = [like.new_empty(min(height, count), vocabulary) for _ in range(1 + with_reference)]
-    for start in range(0, count, height):
-        rows = slice(start, min(start + height, count))
-        per_row_R, (logits, *ref_logits) = take(per_row, rows), [x[: rows.stop - rows.start] for x in buffers]
+def products(
+    inputs: LinearInputs,
+    per_row: RowInputs,
+    with_reference: bool,
+    logits_SKV: Tensor | None = None,
+    are_known: bool = False,
+) -> Iterator[Product]:
+    """Enough rows at a time to make reading the weight worth it. All share one buffer: with `logits_SKV`, which keeps
+    those of the first K rows, its beginning, which is filled last and emptied first.
+    """
+    count, height, streams = len(per_row.index_N), product_height(inputs), 1 + with_reference
+    kept = 0 if logits_SKV is None else logits_SKV.shape[1]
+    buffer = per_row.known_N.new_empty(streams, min(height, count), len(inputs.weight_VH))
+    if logits_SKV is not None and kept > 0:
+        buffer = logits_SKV[:streams]
+    starts = range(0, count, height)
+    for start in starts if are_known else reversed(starts):
+        rows, first = slice(start, min(start + height, count)), start if start < kept else 0
+        per_row_R, logits_SRV = take(per_row, rows), buffer[:, first : first + rows.stop - start]
         hidden_RH = _float_rows(inputs.hidden_NH, rows, per_row_R)
-        head_of(inputs).logits(hidden_RH, logits)
-        if ref_logits and inputs.ref_hidden_NH is not None:
-            ref_head_of(inputs).logits(_float_rows(inputs.ref_hidden_NH, rows, per_row_R), ref_logits[0])
-        yield Product(rows, per_row_R, logits, ref_logits[0] if ref_logits else None, hidden_RH)
+        if not (are_known and start < kept):
+            head_of(inputs).logits(hidden_RH, logits_SRV[0])
+            if with_reference and inputs.ref_hidden_NH is not None:
+                ref_head_of(inputs).logits(_float_rows(inputs.ref_hidden_NH, rows, per_row_R), logits_SRV[1])
+        yield Product(rows, per_row_R, logits_SRV, hidden_RH, are_kept=start < kept and not are_known)
+
+
+def product_height(inputs: LinearInputs) -> int:
+    row_bytes = len(inputs.weight_VH) * compute_dtype(inputs.hidden_NH).itemsize
+    return 1 if inputs.batch_invariant else max(1, PRODUCT_BYTES // row_bytes)
 
 
 class GradientSums:
@@ -187,7 +216,7 @@ class GradientSums:
 
     def add(self, product: Product) -> None:
         """Add the contribution of a product whose logits now hold their gradient."""
-        du_RV, (grad_hidden_NH, grad_weight_VH, grad_bias_V) = product.logits_RV, self.sums
+        du_RV, (grad_hidden_NH, grad_weight_VH, grad_bias_V) = product.logits_SRV[0], self.sums
         if grad_hidden_NH is not None:
             grad_hidden_NH[product.rows] = self.head.hidden_gradient(du_RV)
         if grad_weight_VH is not None:
@@ -195,9 +224,9 @@ class GradientSums:
         if grad_bias_V is not None:
             grad_bias_V.add_(du_RV.sum(0))
 
-    def among_masked(self, kept: Tensor | None, count: int) -> list[Tensor | None]:
+    def among_masked(self, live: Tensor | None, count: int) -> list[Tensor | None]:
         grad_hidden_NH, *rest = self.sums
-        return [None if grad_hidden_NH is None else among_masked(grad_hidden_NH, 0, kept, count), *rest]
+        return [None if grad_hidden_NH is None else among_masked(grad_hidden_NH, 0, live, count), *rest]
 
 
 def _product(rows_RK: Tensor, matrix: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ MERGE = MergeChoice(rows=32, num_warps=1)
 # Workspaces of `linear.py`: a tile of float32 logits, and the whole rows of the closed form. A reference doubles them,
 # low-precision inputs add half of one: less than 400 MB, and 1.2 GB, at 8192 tokens of width 2048. Tiles are wide,
 # so that few products are added to each sum over the vocabulary; for a trained head, whose sums are over rows, high.
+ROWS_OF_A_PRODUCT = 128  # the height of the BLAS library's tiles
 ROWS_OF_A_TILE = 2048
 ROWS_OF_A_TRAINED_TILE = 8192
 TILE_BYTES = 96 << 20

@@ -26,26 +26,43 @@ ADDS_IN_FLOAT32 = torch.__version__ >= "2.10"  # torch.addmm of 16-bit factors t
 MOST = 100  # a float16 row is scaled by at most 2^100
 
 
-def linear_statistics(inputs: LinearInputs) -> Tensor:
+def kept_rows(inputs: LinearInputs, max_bytes: int | None) -> int:
+    """A multiple of the product's tile, or all. Up to 15 more are allocated: a reference's begin aligned."""
+    if inputs.batch_invariant or max_bytes is None:
+        return 0
+    row_bytes = (4 if inputs.ref_hidden_NH is None else 8) * inputs.weight_VH.shape[0]
+    most = max_bytes // row_bytes // launch.ROWS_OF_A_PRODUCT * launch.ROWS_OF_A_PRODUCT
+    return (torch.sym_min(inputs.tokens_N.shape[0], most) + 15) // 16 * 16
+
+
+def linear_statistics(inputs: LinearInputs, logits: Tensor | None = None) -> Tensor:
     per_row, with_reference = RowInputs.of(inputs), inputs.ref_hidden_NH is not None
     stats = torch.empty(8 if with_reference else 4, per_row.N, dtype=torch.float32, device=per_row.tokens.device)
+    kept = 0 if logits is None else min(logits.shape[1], per_row.N)
+    sweeps, rest = [Sweep(slice(0, kept), launch.ROWS_OF_A_TILE, logits)] if kept else [], slice(kept, per_row.N)
     if inputs.batch_invariant or (launch.architecture(stats.device) in launch.PLAIN_TARGETS and is_fastest(inputs)):
-        fused_statistics(inputs, per_row, stats)
-        return stats
-    carry, vocabulary = stats.new_empty(len(CARRY), len(inputs.tokens_N)), len(inputs.weight_VH)
-    for tile in tiles(inputs, per_row, with_reference, launch.ROWS_OF_A_TILE, launch.TILE_BYTES):
+        others = (inputs.of_rows(rest), per_row.take(rest), stats[:, rest]) if kept else (inputs, per_row, stats)
+        fused_statistics(*others)
+    else:
+        sweeps.append(Sweep(rest, launch.ROWS_OF_A_TILE))
+    carry, vocabulary = stats.new_empty(len(CARRY), per_row.N if sweeps else 0), len(inputs.weight_VH)
+    for tile in (tile for sweep in sweeps for tile in sweep.tiles(inputs, per_row, with_reference)):
         rows, first = tile.rows, tile.columns.start
-        logits = (tile.logits_RW, tile.ref_logits_RW, tile.per_row)
-        statistics(*logits, stats[:, rows], vocabulary, carry=carry[:, rows], first_column=first)
+        given = (tile.logits_RW, tile.ref_logits_RW, tile.per_row)
+        statistics(*given, stats[:, rows], vocabulary, carry=carry[:, rows], first_column=first)
     return stats
 
 
 def linear_gradients(
-    inputs: LinearInputs, stats: Tensor, grads: StatsGrad, needed: Sequence[bool]
+    inputs: LinearInputs, stats: Tensor, grads: StatsGrad, needed: Sequence[bool], logits: Tensor | None = None
 ) -> list[Tensor | None]:
     per_row, sums = RowInputs.of(inputs), GradientSums(inputs, needed)
+    kept = 0 if logits is None else min(logits.shape[1], per_row.N)
     row_limit = launch.ROWS_OF_A_TRAINED_TILE if needed[1] else launch.ROWS_OF_A_TILE
-    for tile in tiles(inputs, per_row, grads.kl is not None, row_limit, launch.TILE_BYTES):
+    sweeps = [Sweep(slice(kept, per_row.N), row_limit)]
+    if kept:
+        sweeps.insert(0, Sweep(slice(0, kept), launch.ROWS_OF_A_TILE, logits, are_known=True))
+    for tile in (tile for sweep in sweeps for tile in sweep.tiles(inputs, per_row, grads.kl is not None)):
         sums.add(tile, *tile.gradient(inputs, stats, take(grads, tile.rows)))
     return sums.sums
 
@@ -58,7 +75,8 @@ def linear_loss(
     per_row = RowInputs.of(inputs)
     stats = torch.empty(8 if with_reference else 4, per_row.N, dtype=torch.float32, device=per_row.tokens.device)
     sums = GradientSums(inputs, needed)
-    for tile in tiles(inputs, per_row, with_reference, launch.SWEEP_BYTES // (4 * vocabulary), None):
+    sweep = Sweep(slice(0, per_row.N), launch.SWEEP_BYTES // (4 * vocabulary), whole_rows=True)
+    for tile in sweep.tiles(inputs, per_row, with_reference):
         part = stats[:, tile.rows]
         statistics(tile.logits_RW, tile.ref_logits_RW, tile.per_row, part, vocabulary)
         if any(needed):
@@ -102,39 +120,51 @@ def row_scales(inputs: LinearInputs, grads: StatsGrad, rows: slice) -> Tensor:
     return torch.exp2(power.where(usable, MOST).clamp(max=MOST))
 
 
-def tiles(
-    inputs: LinearInputs, per_row: RowInputs, with_reference: bool, row_limit: int, tile_bytes: int | None
-) -> Iterator[Tile]:
-    """Tiles with their products, one row of tiles after another; `tile_bytes` None: whole rows. All share a buffer."""
-    count, vocabulary = len(inputs.tokens_N), len(inputs.weight_VH)
-    # A multiple of the product's tile; a tile's slice of a per-row vector begins at a multiple of 16 bytes.
-    row_limit = row_limit // 128 * 128 or row_limit // 16 * 16 or max(1, row_limit)
-    row_step = max(1, min(row_limit, count))
-    height = row_limit if inputs.batch_invariant else row_step  # so that a tile's columns do not depend on N
-    widest = vocabulary if tile_bytes is None else max(16, tile_bytes // (4 * height) // 16 * 16)
-    column_step = min(widest, vocabulary)
-    product = product_of_rows if inputs.batch_invariant else blas_product
-    heads = [(inputs.hidden_NH, inputs.weight_VH)]
-    if with_reference and inputs.ref_hidden_NH is not None:
-        heads.append((inputs.ref_hidden_NH, inputs.reference_head()[0]))
-    device, dtypes = inputs.hidden_NH.device, [torch.promote_types(x.dtype, weight.dtype) for x, weight in heads]
-    buffers = [torch.empty(row_step * column_step, dtype=torch.float32, device=device) for _ in heads]
-    for start in range(0, count, row_step):
-        rows = slice(start, min(start + row_step, count))
-        per_row_R = per_row if row_step == count else per_row.take(rows)
-        hidden = [x[rows].to(dtype) for (x, _), dtype in zip(heads, dtypes, strict=True)]
-        if inputs.mask_N is not None:  # NaNs in masked rows must not reach a product
-            hidden = [x_RH.where(inputs.mask_N[rows, None], 0) for x_RH in hidden]
-        for first in range(0, vocabulary, column_step):
-            columns = slice(first, min(first + column_step, vocabulary))
-            shape = (rows.stop - rows.start, columns.stop - columns.start)
-            weights = [weight[columns].to(dtype) for (_, weight), dtype in zip(heads, dtypes, strict=True)]
-            logits = [buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers]
-            for x_RH, weight_WH, out_RW in zip(hidden, weights, logits, strict=True):
-                product(x_RH, weight_WH.T, out_RW)
-            yield Tile(
-                rows, columns, per_row_R, logits[0], logits[1] if len(logits) == 2 else None, hidden[0], weights[0]
-            )
+class Sweep(NamedTuple):
+    """Over the tiles of some rows: one row of tiles after another."""
+
+    rows: slice
+    row_limit: int  # of a tile
+    storage: Tensor | None = None  # [1 or 2, K, V], of the tiles one after another; None: all share a buffer
+    are_known: bool = False  # the logits in the storage
+    whole_rows: bool = False
+
+    def tiles(self, inputs: LinearInputs, per_row: RowInputs, with_reference: bool) -> Iterator[Tile]:
+        count, vocabulary = self.rows.stop - self.rows.start, len(inputs.weight_VH)
+        # A multiple of the product's tile; a tile's slice of a per-row vector begins at a multiple of 16 bytes.
+        tall = launch.ROWS_OF_A_PRODUCT
+        row_limit = self.row_limit // tall * tall or self.row_limit // 16 * 16 or max(1, self.row_limit)
+        row_step = max(1, min(row_limit, count))
+        height = row_limit if inputs.batch_invariant else row_step  # so that a tile's columns do not depend on N
+        widest = vocabulary if self.whole_rows else max(16, launch.TILE_BYTES // (4 * height) // 16 * 16)
+        column_step = min(widest, vocabulary)
+        product = product_of_rows if inputs.batch_invariant else blas_product
+        heads = [(inputs.hidden_NH, inputs.weight_VH)]
+        if with_reference and inputs.ref_hidden_NH is not None:
+            heads.append((inputs.ref_hidden_NH, inputs.reference_head()[0]))
+        dtypes = [torch.promote_types(x.dtype, weight.dtype) for x, weight in heads]
+        if self.storage is None:
+            size, device = row_step * column_step, inputs.hidden_NH.device
+            buffers = [torch.empty(size, dtype=torch.float32, device=device) for _ in heads]
+        else:
+            buffers = [x.view(-1) for x in self.storage[: len(heads)]]
+        for start in range(self.rows.start, self.rows.stop, row_step):
+            rows = slice(start, min(start + row_step, self.rows.stop))
+            per_row_R = per_row if rows == slice(0, per_row.N) else per_row.take(rows)
+            hidden = [x[rows].to(dtype) for (x, _), dtype in zip(heads, dtypes, strict=True)]
+            if inputs.mask_N is not None:  # NaNs in masked rows must not reach a product
+                hidden = [x_RH.where(inputs.mask_N[rows, None], 0) for x_RH in hidden]
+            for first in range(0, vocabulary, column_step):
+                columns = slice(first, min(first + column_step, vocabulary))
+                shape = (rows.stop - rows.start, columns.stop - columns.start)
+                weights = [weight[columns].to(dtype) for (_, weight), dtype in zip(heads, dtypes, strict=True)]
+                place = 0 if self.storage is None else (start - self.rows.start) * vocabulary + first * shape[0]
+                logits = [buffer[place : place + shape[0] * shape[1]].view(shape) for buffer in buffers]
+                for x_RH, weight_WH, out_RW in zip(hidden, weights, logits, strict=True):
+                    if not self.are_known:
+                        product(x_RH, weight_WH.T, out_RW)
+                ref_logits_RW = logits[1] if len(logits) == 2 else None
+                yield Tile(rows, columns, per_row_R, logits[0], ref_logits_RW, hidden[0], weights[0])
 
 
 def blas_product(x: Tensor, y: Tensor, out: Tensor) -> None:
