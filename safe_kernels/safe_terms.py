@@ -60,7 +60,7 @@ def safe_terms(
         logits, tokens, ref_logits=ref_logits, inplace_backward=inplace_backward, backend=backend, **options
     )
     values = (v1, v2, rewards, target_v1, target_v2, mask, cu_seqlens, kl_threshold, alpha, gamma)
-    return with_values(stats, logits, tokens, *values, process_group, backend)
+    return with_values(stats, logits, tokens, *values, backend)
 
 
 def linear_safe_terms(
@@ -108,7 +108,7 @@ def linear_safe_terms(
     options: dict[str, Any] = {"temperature": temperature, "mask": mask, "process_group": process_group}
     stats = linear_token_stats(hidden, weight, tokens, backend=backend, **head, **options)
     values = (v1, v2, rewards, target_v1, target_v2, mask, cu_seqlens, kl_threshold, alpha, gamma)
-    return with_values(stats, hidden, tokens, *values, process_group, backend)
+    return with_values(stats, hidden, tokens, *values, backend)
 
 
 def with_values(
@@ -125,7 +125,6 @@ def with_values(
     kl_threshold: float | Tensor,
     alpha: float,
     gamma: float,
-    group: ProcessGroup | None,
     backend: str | None,
 ) -> SafeTerms:
     """Check what `safe_terms` takes beyond `token_stats`, and add its terms; `like` is the model's tensor."""
@@ -138,7 +137,7 @@ def with_values(
     threshold = checks.require_coefficient("kl_threshold", kl_threshold)
     alpha, gamma = checks.require_number("alpha", alpha, above=0), checks.require_number("gamma", gamma, 0, 1)
     constants = (rewards, target_v1, target_v2)
-    backend = choose_backend(backend, stats.logprob, v1, v2, *constants, group=group)
+    backend = choose_backend(backend, stats.logprob, v1, v2, *constants)
     if backend == "reference":
         with exact(like):
             options = (threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask)

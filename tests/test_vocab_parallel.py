@@ -464,6 +464,22 @@ def test_a_group_of_one_has_the_bits_of_none(alone, any_backend, name):
         assert torch.equal(x, plain[field]), field
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by PyTorch's own forward mode
+@pytest.mark.parametrize("argument", ["logits", "v1"])
+def test_the_reference_has_every_derivative_in_a_group_of_one(alone, argument):
+    _, case, _ = of("logits, terms")
+
+    def function(x):
+        found = safe_terms(**case | {argument: x}, process_group=alone, backend="reference")
+        return (found.kl_penalty + found.value).square().sum()
+
+    x = case[argument].clone()
+    direction = torch.linspace(-1, 1, x.numel()).view(x.shape)
+    gradient = torch.func.grad(function)(x)
+    torch.testing.assert_close(torch.func.jvp(function, (x,), (direction,))[1], (gradient * direction).sum())
+    torch.testing.assert_close(gradient, torch.autograd.grad(function(x.requires_grad_()), x)[0])
+
+
 def test_a_dtensor_on_one_rank_is_whole(alone):
     case = linear_case(reference=None)
     weight = distribute_tensor(case["weight"], init_device_mesh("cpu", (1,)), [Shard(0)])
