@@ -72,14 +72,15 @@ def soft_min_gae(
     checks.require_time(v1, cu_seqlens, bootstrap)
     gamma, lam = checks.require_number("gamma", gamma, 0, 1), checks.require_number("lam", lam, 0, 1)
     alpha = checks.require_number("alpha", alpha, above=0)
-    bootstrap = None if bootstrap is None else checks.no_wider(bootstrap, v1).detach()
+    bootstrap = None if bootstrap is None else checks.no_wider(bootstrap, v1)
     backend = choose_backend(backend, v1, v2, rewards, bootstrap, has_gradient=False)
     if backend == "reference":
         options: dict[str, Any] = {"gamma": gamma, "lam": lam, "alpha": alpha}
         with exact(v1):
             return reference.soft_min_gae(v1, v2, rewards, mask, **options, cu_seqlens=cu_seqlens, bootstrap=bootstrap)
     values = (v1.detach(), v2.detach(), rewards.detach(), mask)
-    return ValueTargets(*soft_min_gae_op(*values, gamma, lam, alpha, cu_seqlens, bootstrap, backend))
+    after_last = None if bootstrap is None else bootstrap.detach()
+    return ValueTargets(*soft_min_gae_op(*values, gamma, lam, alpha, cu_seqlens, after_last, backend))
 
 
 def soft_min_gae_fake(v1: Tensor, *_: Any) -> tuple[Tensor, ...]:

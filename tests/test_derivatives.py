@@ -41,7 +41,8 @@ OPERATIONS = {
     "policy loss": (linear_policy_loss, policy_case(**SPLIT), "hidden", "loss"),
     "policy loss of a head": (linear_policy_loss, policy_case(**SPLIT), "weight", "loss"),
 }
-GAE = (soft_min_gae, values_case(mask=some_mask()), "v1", "advantage")
+ESTIMATES = values_case(mask=some_mask(), bootstrap=torch.tensor([0.5, -1.0, 2.0]))
+GAE = {name: (soft_min_gae, ESTIMATES, name, "advantage") for name in ("v1", "rewards", "bootstrap")}
 every_operation = pytest.mark.parametrize("name", OPERATIONS)
 
 
@@ -99,10 +100,21 @@ def test_forward_mode_is_refused(name, way, backend):
         FORWARD[way](*function_of(OPERATIONS[name], backend))
 
 
+@pytest.mark.parametrize("argument", GAE)
 @forward_ways
-def test_forward_mode_of_estimates_is_refused(way, backend):
+def test_forward_mode_of_estimates_is_refused(way, argument, backend):
     with pytest.raises(NotImplementedError, match=f"backend '{backend}' has no forward-mode derivative"):
-        FORWARD[way](*function_of(GAE, backend))
+        FORWARD[way](*function_of(GAE[argument], backend))
+
+
+@pytest.mark.parametrize("argument", GAE)
+def test_the_reference_has_the_derivative_of_estimates(argument):
+    op, case, *rest = GAE[argument]
+    case = {name: x.double() if x.is_floating_point() else x for name, x in case.items()}
+    function, x = function_of((op, case, *rest), "reference")
+    tangent = direction(x).double()
+    expected = (function(x + 1e-4 * tangent) - function(x - 1e-4 * tangent)) / 2e-4
+    torch.testing.assert_close(jvp(function, (x,), (tangent,))[1], expected, rtol=1e-6, atol=1e-6)
 
 
 @every_operation
@@ -145,7 +157,7 @@ def test_gradients_by_torch_func_are_refused_or_right(name, way, any_backend):
 
 
 def test_estimates_are_constants_for_a_gradient(any_backend):
-    function, x = function_of(GAE, any_backend)
+    function, x = function_of(GAE["v1"], any_backend)
     assert not grad(function)(x).any()
 
 
