@@ -27,8 +27,7 @@ def soft_min(v1: Tensor, v2: Tensor, alpha: float, *, backend: str | None = None
     v2 = checks.require_per_token("v2", v2, checks.require_floating("v1", v1), v1)
     alpha = checks.require_number("alpha", alpha, above=0)
     choose_backend(backend, v1, v2, has_gradient=None)
-    with exact(v1):
-        return formulas.soft_min(v1, v2, alpha)
+    return formulas.soft_min(v1, v2, alpha)
 
 
 def soft_min_gae(

@@ -276,6 +276,16 @@ def test_ops_hold_to_what_they_register(name, backend, ops_seen):
         hold_to_registration(registered, arguments)
 
 
+@pytest.mark.parametrize("name", [*COMPILED, "soft-min"])
+def test_tensors_without_memory(name, backend):
+    """On the meta device results have the shapes and dtypes that they have elsewhere."""
+    op, case, _ = COMPILED.get(name, (soft_min, {"v1": SAFE["v1"], "v2": SAFE["v2"], "alpha": 0.3}, []))
+    meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in case.items()}
+    found, expected = (op(**arguments, backend=backend) for arguments in (meta, case))
+    for x, y in zip(found, expected, strict=True):
+        assert (x is None and y is None) or (x.is_meta and x.shape == y.shape and x.dtype == y.dtype)
+
+
 def test_no_grad_keeps_nothing(any_backend):
     case = logits_case()
     case["logits"].requires_grad_()
