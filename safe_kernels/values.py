@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from . import checks, formulas, reference
-from .dispatch import backend_of, choose_backend, differentiable, exact, keep, kept, register
+from .dispatch import (
+    backend_of,
+    choose_backend,
+    differentiable,
+    exact,
+    keep,
+    kept,
+    register,
+    without_second_derivative,
+)
 from .inputs import ScanInputs, TermsInputs, compute_dtype, without_masked
 from .results import ValueTargets
 
@@ -152,7 +161,14 @@ def value_terms_gradient(
         gap = (v2_N.to(grad_value) - v1_N.to(grad_value)) / ctx.alpha
         grad_v1, grad_v2 = (without_masked(grad_value * torch.sigmoid(x), mask_N) for x in (gap, -gap))
         grad_v1, grad_v2 = grad_v1.to(v1_N.dtype), grad_v2.to(v2_N.dtype)
-    return None if grad_penalty is None else slope_N * grad_penalty, grad_v1, grad_v2
+    return None if grad_penalty is None else kl_penalty_backward_op(slope_N, grad_penalty), grad_v1, grad_v2
+
+
+@register(lambda slope_N, grad_penalty: torch.empty_like(slope_N))
+def kl_penalty_backward_op(slope_N: Tensor, grad_penalty: Tensor) -> Tensor:
+    """d loss / d kl. Nothing connects the slope to the KL: as plain PyTorch this would have a second derivative."""
+    return slope_N * grad_penalty
 
 
 differentiable(value_terms_op, 3, save_values, value_terms_gradient)
+without_second_derivative(kl_penalty_backward_op, 2)

@@ -238,6 +238,16 @@ def test_other_second_derivatives_are_refused(name, backend):
         torch.autograd.grad((first * direction(x)).sum(), x)
 
 
+def test_a_second_derivative_of_the_penalty_by_the_kl_is_refused(backend):
+    """Which is a result, too: that of a square by autograd would lack a term, not be 0."""
+    case = logits_case(**SAFE)
+    found = safe_terms(**case | {"logits": case["logits"].clone().requires_grad_()}, backend=backend)
+    (first,) = torch.autograd.grad(found.kl_penalty.square().sum(), found.kl, create_graph=True)
+    torch.testing.assert_close(first, 4 * (found.kl - SAFE["kl_threshold"]).relu() ** 3)
+    with pytest.raises(RuntimeError, match="kl_penalty has no second derivative: use backend='reference'"):
+        torch.autograd.grad(first.sum(), found.kl)
+
+
 def test_the_reference_of_a_shared_vocabulary_has_one_derivative(tmp_path):
     """Its gradients are exchanged between the ranks, which neither forward mode nor a second backward would do."""
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
