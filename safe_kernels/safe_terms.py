@@ -135,6 +135,8 @@ def with_values(
     target_v2 = v2 if target_v2 is None else checks.require_per_token("target_v2", target_v2, like, tokens)
     checks.require_time(tokens, cu_seqlens)
     threshold = checks.require_coefficient("kl_threshold", kl_threshold)
+    if isinstance(threshold, Tensor):
+        threshold = threshold.to(tokens.device, non_blocking=threshold.device.type == "cpu")
     alpha, gamma = checks.require_number("alpha", alpha, above=0), checks.require_number("gamma", gamma, 0, 1)
     constants = (rewards, target_v1, target_v2)
     backend = choose_backend(backend, stats.logprob, v1, v2, *constants)
@@ -143,8 +145,6 @@ def with_values(
             options = (threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask)
             return reference.with_values(stats, v1, v2, rewards, *options)
     number, tensor = (0.0, threshold) if isinstance(threshold, Tensor) else (threshold, None)
-    if tensor is not None:
-        tensor = tensor.to(tokens.device, non_blocking=tensor.device.type == "cpu")
     assert stats.kl is not None and stats.ref_logprob is not None
     rewards_N, target_v1_N, target_v2_N = (x.detach().reshape(-1) for x in constants)
     mask_N = None if mask is None else mask.reshape(-1)

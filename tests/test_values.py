@@ -5,8 +5,17 @@ import math
 import pytest
 import torch
 from cases import evaluate, hold, hold_to_reference, linear_case, logits_case, some_mask, values_case
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from safe_kernels import linear_safe_terms, linear_token_stats, safe_terms, soft_min, soft_min_gae, token_stats
+from safe_kernels import (
+    linear_safe_terms,
+    linear_token_stats,
+    reference,
+    safe_terms,
+    soft_min,
+    soft_min_gae,
+    token_stats,
+)
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -139,6 +148,16 @@ def test_safe_terms_hold_to_reference(backend, entrance, layout, masked, target_
     if target_heads:
         case |= {"target_v1": case["v1"] + 1, "target_v2": case["v2"] - 1}
     hold_to_reference(entrance, case, backend, ["logits" if entrance is safe_terms else "hidden", "v1", "v2"])
+
+
+def test_the_threshold_may_be_on_another_device(any_backend, monkeypatch):
+    """Without a GPU: fake tensors know their devices. The reference's loop over time would ask for their values."""
+    monkeypatch.setattr(reference, "_sequences", lambda *_: [])
+    with FakeTensorMode():
+        logits, values = torch.randn(4, 5), torch.randn(4)
+        options = {"kl_threshold": torch.zeros((), device="cuda"), "alpha": 0.3, "backend": any_backend}
+        found = safe_terms(logits, torch.zeros(4).long(), values, values, values, ref_logits=logits, **options)
+        assert all(x.device.type == "cpu" for x in found)
 
 
 def test_safe_terms_complete_the_statistics(any_backend):
