@@ -1,4 +1,4 @@
-"""Several processes of a run on this machine, over gloo: `accelerate launch` without its start-up time."""
+"""Processes of a run on this machine without their start-up time: several over gloo, or a command in one of its own."""
 
 import io
 import multiprocessing
@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -58,10 +59,8 @@ def outcome(process, pipe, deadline: float) -> Outcome:
 
 def child(pipe, rank: int, size: int, port: int, function, arguments) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-                      ACCELERATE_USE_CPU="true")  # fmt: skip
-    torch.set_num_threads(1)
-    run_folder.write_report = lambda *_: None  # a picture takes longer than everything else
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")  # fmt: skip
+    keep_small()
     printed = sys.stdout = sys.stderr = io.StringIO()
     result, error, code = None, "", 0
     try:
@@ -73,6 +72,47 @@ def child(pipe, rank: int, size: int, port: int, function, arguments) -> None:
     pipe.send((result, error, printed.getvalue()))
     pipe.close()
     os._exit(code)
+
+
+def keep_small() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    run_folder.write_report = lambda *_: None  # a picture takes longer than everything else
+
+
+class Command:
+    """main(arguments) in a process of its own, which prints into a file; it has the methods of `subprocess.Popen`."""
+
+    def __init__(self, main, arguments: list[str], printed: Path):
+        self.printed = printed
+        self.process = CONTEXT.Process(target=command, args=(main, arguments, printed), daemon=True)
+        self.process.start()
+        self.pid, self.send_signal = self.process.pid, lambda number: os.kill(self.pid, number)
+        self.terminate = self.process.terminate
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    returncode = property(poll)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self.process.join(timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        if self.wait(timeout) is None:
+            self.process.kill()
+            raise TimeoutError(f"the command did not end in {timeout} s: {self.printed.read_text()}")
+        return self.printed.read_text(), None
+
+
+def command(main, arguments: list[str], printed: Path) -> None:
+    keep_small()
+    with printed.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w", closefd=False), write_through=True) for n in (1, 2))
+    sys.exit(main(arguments))
 
 
 def free_port() -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from processes import Command
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
@@ -66,12 +67,10 @@ def prepare(folder: Path, seconds: float = 0.0, **changes) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def safe_train(*arguments: str, **kwargs) -> subprocess.Popen:
+def safe_train(*arguments: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "safe_train.cli", *arguments]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def rows_written(run: Path) -> int:
@@ -83,15 +82,15 @@ def rows_written(run: Path) -> int:
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     settings = prepare(tmp_path, seconds=0.3, total_steps=8)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    uninterrupted = safe_train("run", *settings, f"output_dir={whole}")
-    victim = safe_train("run", *settings, f"output_dir={cut}")
+    uninterrupted = Command(main, ["run", *settings, f"output_dir={whole}"], tmp_path / "whole.txt")
+    victim = Command(main, ["run", *settings, f"output_dir={cut}"], tmp_path / "victim.txt")
     deadline = time.monotonic() + 240
     while rows_written(cut) < 5 and victim.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert 5 <= rows_written(cut) < 8, "the run was to be killed in its middle"
-    resumed = safe_train("run", *settings, f"output_dir={cut}", "--resume")
+    resumed = Command(main, ["run", *settings, f"output_dir={cut}", "--resume"], tmp_path / "resumed.txt")
     for process in (uninterrupted, resumed):
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output

@@ -10,7 +10,7 @@ import time
 import processes
 import pytest
 import tiny
-from test_checkpoint import metrics, prepare, rows_written, safe_train
+from test_checkpoint import metrics, prepare, rows_written
 
 from safe_train.cli import main
 from safe_train.config import ConfigError
@@ -96,7 +96,7 @@ def test_a_forked_child_does_not_keep_the_folder_when_its_parent_is_killed(holde
 def test_of_two_runs_started_together_one_runs_and_after_kill_9_the_next_goes_on(tmp_path):
     run = tmp_path / "run"
     settings = [*prepare(tmp_path, seconds=0.2, total_steps=40, save_every=1), f"output_dir={run}"]
-    both = [safe_train("run", *settings) for _ in range(2)]
+    both = [processes.Command(main, ["run", *settings], tmp_path / f"{i}.txt") for i in range(2)]
     deadline = time.monotonic() + 120
     while all(process.poll() is None for process in both) and time.monotonic() < deadline:
         time.sleep(0.05)

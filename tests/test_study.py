@@ -1,13 +1,17 @@
 """The study: its rewards, its judgement of runs, and a whole one on a tiny model."""
 
+import functools
 import itertools
 import json
 import math
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
+from processes import Command
 
 from bench.measurement.machine import RESULTS, ROOT
 from bench.study import arms, report, rewards, run
@@ -154,20 +158,30 @@ def test_the_report_and_the_pages_have_the_tables_of_the_rows(tmp_path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_a_study_from_the_sweep_to_the_tables_and_once_more(tmp_path, capsys):
+def test_a_study_from_the_sweep_to_the_tables_and_once_more(tmp_path, capsys, monkeypatch):
     tiny.model().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     results = tmp_path / "study.jsonl"
     command = ["--rewards", "vader", "--arms", "ppo", "--seeds", "2", "--steps", "2", "--sweep-steps", "1"]
     command += ["--runs", str(tmp_path / "runs"), "--results", str(results)]
     command += ["--set", f"model={tmp_path / 'model'}", "use_cpu=true", "eval_completions=4", "max_new_tokens=3"]
-    assert run.main(command) == 0
+    started = []
+
+    def popen(command, **options):
+        """The first run is started as its command says, the others are forked."""
+        forked = functools.partial(Command, run.main, command[2:], Path(options["stdout"].name))
+        started.append(forked() if started else subprocess.Popen(command, **options))
+        return started[-1]
+
+    monkeypatch.setattr(run, "subprocess", SimpleNamespace(Popen=popen))
+    assert run.main(command) == 0 and len(started) == 6
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     assert [(r["stage"], len(r["curves"]["reward"])) for r in rows] == [("sweep", 1)] * 4 + [("main", 2)] * 2
     assert {r["seed"] for r in rows[4:]} == {0, 1} and rows[4]["settings"] == rows[5]["settings"]
     assert "gold" in rows[4]["after"] and rows[4]["before"]["kl"] == 0
     assert "| ppo |" in results.with_suffix(".md").read_text() and (tmp_path / "study-vader.png").exists()
     capsys.readouterr()
+    monkeypatch.setattr(report, "draw", lambda *_: None)
     assert run.main(command) == 0 and "main: 0 runs to make" in capsys.readouterr().out
     assert results.read_text().count("\n") == 6
 
