@@ -56,8 +56,7 @@ def linear_gradients(
         for rows, per_row_R, tile in product.tiles():
             stats_R, grads_R = take(stats_here, rows), take(grads_here, rows)
             restore(tile, per_row_R, stats_R)
-            logit_gradient(tile, per_row_R, stats_R, grads_R)
-            tile.x.copy_(head.product_gradient(tile, per_row_R, stats_R))
+            head.write_gradient(tile, per_row_R, stats_R, grads_R)
         sums.add(product)
     return sums.among_masked(live, len(inputs.tokens_N))
 
@@ -76,8 +75,7 @@ def linear_loss(
             write(stats_R, stats[:, product.rows], rows)
             if any(needed):
                 *_, grads = take(goal, rows).evaluate(stats_R.logprob, stats_R.entropy, stats_R.kl)
-                logit_gradient(tile, per_row_R, stats_R, per_row_R.prepared(grads, stats_R.logprob))
-                tile.x.copy_(head.product_gradient(tile, per_row_R, stats_R))
+                head.write_gradient(tile, per_row_R, stats_R, per_row_R.prepared(grads, stats_R.logprob))
         sums.add(product)
     count = len(inputs.tokens_N)
     return among_masked(stats, 1, live, count), sums.among_masked(live, count)
@@ -124,12 +122,14 @@ class Head(NamedTuple):
         if self.softcap is not None:
             out_RV.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def product_gradient(self, tile: Tile, per_row: RowInputs, stats: RowStats) -> Tensor:
-        """Turn tile.e from d loss / d a into d loss / d (hidden @ weight.T + bias)."""
+    def write_gradient(self, tile: Tile, per_row: RowInputs, stats: RowStats, grads: StatsGrad) -> None:
+        """Write d loss / d (hidden @ weight.T + bias) over the logits of a centred tile."""
+        logit_gradient(tile, per_row, stats, grads, tile.a if self.softcap is None else tile.e)
         if self.softcap is not None:
             share = tile.x.mul_(per_row.temperature_N1).add_(stats.peak[:, None]).div_(self.softcap)
-            tile.e.mul_(share.square_().neg_().add_(1))
-        return tile.e if self.logit_scale == 1 else tile.e.mul_(self.logit_scale)
+            torch.mul(tile.e, share.square_().neg_().add_(1), out=tile.a)
+        if self.logit_scale != 1:
+            tile.a.mul_(self.logit_scale)
 
     def hidden_gradient(self, du_RV: Tensor) -> Tensor:
         grad_RH = du_RV.new_zeros(len(du_RV), self.weight_VH.shape[1])
@@ -168,10 +168,10 @@ class Product(NamedTuple):
 
     def tiles(self) -> Iterator[tuple[slice, RowInputs, Tile]]:
         def load(rows: slice) -> tuple[Tensor, Tensor | None]:
-            x, *y = self.logits_SRV[:, rows].clone() if self.are_kept else self.logits_SRV[:, rows]
-            return x, y[0] if y else None
+            a, *a_ref = self.logits_SRV[:, rows]
+            return a, a_ref[0] if a_ref else None
 
-        return tiles(self.per_row, self.logits_SRV.shape[2], load)
+        return tiles(self.per_row, self.logits_SRV.shape[2], load, self.are_kept)
 
 
 def products(

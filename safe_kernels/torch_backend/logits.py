@@ -29,7 +29,7 @@ def logits_gradient(inputs: LogitsInputs, stats: Tensor, grads: StatsGrad, out: 
     for rows, per_row_R, tile in tiles(per_row, vocabulary, _loader(inputs, per_row, reference)):
         stats_R = take(row_stats, rows)
         restore(tile, per_row_R, stats_R)
-        _store_rows(out, rows, logit_gradient(tile, per_row_R, stats_R, take(grads, rows)))
+        _store_rows(out, rows, logit_gradient(tile, per_row_R, stats_R, take(grads, rows), tile.e))
 
 
 def _loader(

@@ -2,9 +2,9 @@
 
 A tile holds R full rows in the compute dtype (float32, or float64 for float64 inputs), few enough for the cache:
 
-    load             x = a, the logits after scale, bias and softcap;  y = a_ref, the same of the reference
+    load             a, the logits after scale, bias and softcap;  a_ref, the same of the reference
     row_statistics   x = (a - peak) / T;  e = exp(x);  y = x - (a_ref - ref_peak) / T
-    logit_gradient   e = d loss / d a
+    logit_gradient   d loss / d a
 
 Maxima are kept on `a` and 1/T acts on differences, so that a large common offset costs no precision.
 
@@ -61,23 +61,31 @@ class RowInputs(NamedTuple):
 
 
 class Tile(NamedTuple):
-    x: Tensor
+    a: Tensor
+    a_ref: Tensor | None
+    x: Tensor  # it may be a
+    y: Tensor | None  # it may be a_ref
     e: Tensor
     scratch: Tensor
-    y: Tensor | None
 
 
 def tiles(
-    per_row: RowInputs, vocabulary: int, load: Callable[[slice], tuple[Tensor, Tensor | None]]
+    per_row: RowInputs,
+    vocabulary: int,
+    load: Callable[[slice], tuple[Tensor, Tensor | None]],
+    keep_logits: bool = False,
 ) -> Iterator[tuple[slice, RowInputs, Tile]]:
-    """Yield (rows, their inputs, a tile). `load` gives logits, and the reference's, that may be overwritten."""
+    """Yield (rows, their inputs, a tile). `load` gives logits, and the reference's: overwritten, if they need not be
+    kept.
+    """
     count, like = len(per_row.index_N), per_row.known_N
     height = tile_height(vocabulary, like)
-    e, scratch = (like.new_empty(min(height, count), vocabulary) for _ in range(2))
+    e, scratch, *own = (like.new_empty(min(height, count), vocabulary) for _ in range(4 if keep_logits else 2))
     for start in range(0, count, height):
         rows = slice(start, min(start + height, count))
-        x, y = load(rows)
-        yield rows, take(per_row, rows), Tile(x, e[: len(x)], scratch[: len(x)], y)
+        a, a_ref = load(rows)
+        x, y = (buffer[: len(a)] for buffer in own) if own else (a, a_ref)
+        yield rows, take(per_row, rows), Tile(a, a_ref, x, None if a_ref is None else y, e[: len(a)], scratch[: len(a)])
 
 
 def tile_height(vocabulary: int, like: Tensor) -> int:
@@ -93,17 +101,17 @@ def row_statistics(tile: Tile, per_row: RowInputs) -> RowStats:
     kl = sum(e^x y) / s - log s + log r,  where y = x - x_ref and r = sum e^x_ref.
     """
     index_R1, temperature = per_row.index_N[:, None], per_row.temperature_N1
-    a_token_R1, peak_R1 = tile.x.gather(1, index_R1), tile.x.amax(1, keepdim=True)
+    a_token_R1, peak_R1 = tile.a.gather(1, index_R1), tile.a.amax(1, keepdim=True)
     _centre_policy(tile, peak_R1, temperature)
     total = _row_sum(tile.e)
     log_total = total.log()
     logprob = per_row.known(((a_token_R1 - peak_R1) / temperature).squeeze(1) - log_total)
     entropy = per_row.live(log_total - _row_sum(torch.mul(tile.e, tile.x, out=tile.scratch)) / total)
-    if tile.y is None:
+    if tile.a_ref is None or tile.y is None:
         return RowStats(logprob, entropy, *_saved(peak_R1, log_total))
 
-    a_token_R1, ref_peak_R1 = tile.y.gather(1, index_R1), tile.y.amax(1, keepdim=True)
-    _centre(tile.y, ref_peak_R1, temperature)
+    a_token_R1, ref_peak_R1 = tile.a_ref.gather(1, index_R1), tile.a_ref.amax(1, keepdim=True)
+    _centre(tile.a_ref, ref_peak_R1, temperature, tile.y)
     ref_total = _row_sum(torch.exp(tile.y, out=tile.scratch))
     ref_log_total = ref_total.log()
     ref_logprob = per_row.known(((a_token_R1 - ref_peak_R1) / temperature).squeeze(1) - ref_log_total)
@@ -118,13 +126,13 @@ def row_statistics(tile: Tile, per_row: RowInputs) -> RowStats:
 def restore(tile: Tile, per_row: RowInputs, stats: RowStats) -> None:
     """Centre a loaded tile as `row_statistics` did, from the statistics that it returned."""
     _centre_policy(tile, stats.peak[:, None], per_row.temperature_N1)
-    if tile.y is not None and stats.ref_peak is not None:
-        _centre(tile.y, stats.ref_peak[:, None], per_row.temperature_N1)
+    if tile.a_ref is not None and tile.y is not None and stats.ref_peak is not None:
+        _centre(tile.a_ref, stats.ref_peak[:, None], per_row.temperature_N1, tile.y)
         _log_ratio(tile.x, tile.y)
 
 
-def logit_gradient(tile: Tile, per_row: RowInputs, stats: RowStats, grads: StatsGrad) -> Tensor:
-    """Turn a centred tile into d loss / d a, in tile.e.
+def logit_gradient(tile: Tile, per_row: RowInputs, stats: RowStats, grads: StatsGrad, out: Tensor) -> Tensor:
+    """d loss / d a of a centred tile, in `out`, which may be of the tile.
 
     g_l (onehot - p) - g_H p (log p + H) + g_K p (log p - log q - KL), over T, as e^x (c - g_H x + g_K y) with one
     constant c a row, and g_l added at the token. An infinite KL has a NaN gradient.
@@ -144,11 +152,11 @@ def logit_gradient(tile: Tile, per_row: RowInputs, stats: RowStats, grads: Stats
         factor = torch.mul(tile.x, -grads.entropy[:, None] * per_total_R1, out=tile.scratch).add_(factor)
     if grads.kl is not None and tile.y is not None:
         factor = torch.add(tile.y.mul_(grads.kl[:, None] * per_total_R1), factor, out=tile.scratch)
-    tile.e.mul_(factor)
+    torch.mul(tile.e, factor, out=out)
     if grads.logprob is not None:
         at_token = grads.logprob.masked_fill(per_row.known_N.isnan(), 0)  # another rank holds the id, or none does
-        tile.e.scatter_add_(1, per_row.index_N[:, None], at_token[:, None] * per_temperature)
-    return tile.e
+        out.scatter_add_(1, per_row.index_N[:, None], at_token[:, None] * per_temperature)
+    return out
 
 
 def write(stats_R: RowStats, stats: Tensor, rows: slice) -> None:
@@ -162,13 +170,13 @@ def _saved(peak_R1: Tensor, log_total_R: Tensor) -> tuple[Tensor, Tensor]:
     return peak_R, log_total_R.masked_fill(peak_R == -math.inf, -math.inf)
 
 
-def _centre(a_RV: Tensor, peak_R1: Tensor, temperature: float | Tensor) -> Tensor:
-    a_RV.sub_(peak_R1)
-    return a_RV if isinstance(temperature, float) and temperature == 1.0 else a_RV.div_(temperature)
+def _centre(a_RV: Tensor, peak_R1: Tensor, temperature: float | Tensor, out: Tensor) -> Tensor:
+    torch.sub(a_RV, peak_R1, out=out)
+    return out if isinstance(temperature, float) and temperature == 1.0 else out.div_(temperature)
 
 
 def _centre_policy(tile: Tile, peak_R1: Tensor, temperature: float | Tensor) -> None:
-    torch.exp(_centre(tile.x, peak_R1, temperature).clamp_(min=FLOOR), out=tile.e)
+    torch.exp(_centre(tile.a, peak_R1, temperature, tile.x).clamp_(min=FLOOR), out=tile.e)
 
 
 def _log_ratio(x_RV: Tensor, y_RV: Tensor) -> None:
