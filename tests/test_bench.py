@@ -317,9 +317,10 @@ def test_the_host_is_timed_in_empty_launches(tmp_path):
     assert all(set(row) == FIELDS and row["status"] == "ok" and row["gate"] is None for row in found)
     empty = {row["entrance"]: row["seconds"] for row in found if row["provider"] == "empty launch"}
     ours = {(row["entrance"], row["part"]): row for row in found if row["provider"] == "safe-kernels triton"}
-    assert len(ours) == 4 and all(row["units"] == row["seconds"] / empty[row["entrance"]] for row in ours.values())
-    forward, both = (ours["logits", part]["units"] for part in (workloads.FORWARD, workloads.BACKWARD))
-    assert 1 < forward < both and report.newest(found) == []
+    assert len(ours) == 6 and all(row["units"] == row["seconds"] / empty[row["entrance"]] for row in ours.values())
+    parts = (host.BACKEND[workloads.FORWARD], workloads.FORWARD, workloads.BACKWARD)
+    backend, forward, both = (ours["logits", part]["units"] for part in parts)
+    assert 1 < backend < forward < both and report.newest(found) == []
 
 
 def test_without_a_device_kernels_are_launched_and_do_nothing():
