@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -65,6 +66,7 @@ class Backend(Protocol):
         """(value, advantage, returns)."""
 
 
+@functools.cache
 def backend_of(name: str) -> Backend:
     if name == "triton":
         from . import triton_backend  # Triton may be absent, and reads TRITON_INTERPRET when it is imported
@@ -187,22 +189,26 @@ def differentiable(op: Any, leaves: int, save: Callable[..., None], backward: Ca
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
-            found = run(keyset, *arguments)  # where no gradient is recorded
+        def forward(ctx: Any, others: tuple[Any, ...], *wanted: Any) -> Any:  # of fewer arguments autograd asks less
+            keyset, *constants = others
+            arguments = (*wanted, *constants)
+            found = below(keyset, arguments)
             ctx.set_materialize_grads(False)
-            ctx.others = len(arguments) - leaves
             save(ctx, arguments, found)
             return found
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            return None, *backward(ctx, *grads), *(None,) * ctx.others
+            return None, *backward(ctx, *grads)
+
+    def below(keyset: Any, arguments: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
     def run(keyset: Any, *arguments: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments[:leaves]):
-            return Differentiable.apply(keyset, *arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            return Differentiable.apply((keyset, *arguments[leaves:]), *arguments[:leaves])
+        return below(keyset, arguments)
 
     LIBRARY.impl(op.name().partition("::")[2], run, "Autograd", with_keyset=True)
 
@@ -228,13 +234,16 @@ def keep(ctx: Any, arguments: tuple[Any, ...], *found: Tensor) -> None:
 
     Those of torch.inference_mode, as a reference's may be, have no versions.
     """
-    watched = [x if isinstance(x, Tensor) and not x.is_inference() else None for x in arguments]
-    ctx.constants = tuple(x if w is None else None for x, w in zip(arguments, watched, strict=True))
-    ctx.save_for_backward(*watched, *found)
+    ctx.places = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and not x.is_inference()]
+    ctx.constants = [*arguments]
+    for i in ctx.places:
+        ctx.constants[i] = None
+    ctx.save_for_backward(*[arguments[i] for i in ctx.places], *found)
 
 
 def kept(ctx: Any) -> list[Any]:
     """The arguments and what was found, as `keep` was given them."""
-    tensors, count = ctx.saved_tensors, len(ctx.constants)
-    arguments = [x if c is None else c for x, c in zip(tensors[:count], ctx.constants, strict=True)]
-    return [*arguments, *tensors[count:]]
+    tensors, arguments = ctx.saved_tensors, [*ctx.constants]
+    for i, x in zip(ctx.places, tensors, strict=False):
+        arguments[i] = x
+    return [*arguments, *tensors[len(ctx.places) :]]

@@ -98,7 +98,7 @@ def linear_token_stats(
     if not wants_gradient or (max_kept_bytes is None and backend == "triton"):
         max_kept_bytes = 0
     found = linear_token_stats_op(*inputs, max_kept_bytes, name, bounds, backend)
-    return TokenStats.of(found[:4], tokens.shape, ref_hidden is not None)
+    return TokenStats.of(found[:4], tokens, ref_hidden is not None)
 
 
 def flat_inputs(head: Head) -> LinearInputs:

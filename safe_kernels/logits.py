@@ -74,7 +74,7 @@ def token_stats(
     if group is not None:
         inputs, name, bounds = vocab_parallel.sharded(inputs, logits.shape[-1], group)
     found = token_stats_op(*inputs, name, bounds, inplace_backward, backend)
-    return TokenStats.of(found[:4], tokens.shape, ref_logits is not None)
+    return TokenStats.of(found[:4], tokens, ref_logits is not None)
 
 
 def flat_inputs(
@@ -101,9 +101,9 @@ def new_results(x: Tensor, tokens_N: Tensor, with_reference: bool) -> tuple[Tens
 
 def results_of(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, ref_logprob, kl, stats), the first four with memory of their own: what callers get."""
-    nothing = stats.new_empty(0)
-    reference = (stats[4].clone(), stats[5].clone()) if len(stats) == 8 else (nothing, nothing.clone())
-    return stats[0].clone(), stats[1].clone(), *reference, stats
+    if stats.shape[0] == 8:
+        return stats[0].clone(), stats[1].clone(), stats[4].clone(), stats[5].clone(), stats
+    return stats[0].clone(), stats[1].clone(), stats.new_empty(0), stats.new_empty(0), stats
 
 
 def token_stats_fake(logits: Tensor, ref_logits: Tensor | None, tokens_N: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -134,7 +134,7 @@ def token_stats_op(
 def save_stats(ctx: Any, arguments: tuple[Any, ...], found: tuple[Tensor, ...]) -> None:
     """For the op of logits and that of hidden states alike."""
     _, _, ref_logprob, kl, stats = found
-    ctx.mark_non_differentiable(ref_logprob, stats, *([kl] if len(stats) == 4 else []))
+    ctx.mark_non_differentiable(ref_logprob, stats, *([kl] if stats.shape[0] == 4 else []))
     keep(ctx, arguments, stats)
 
 

@@ -116,7 +116,7 @@ def linear_policy_loss(
         *(torch.is_grad_enabled() and x is not None and may_require_grad(x) for x in inputs[:3]),
         backend,
     )
-    stats = TokenStats.of(found[2:6], tokens.shape, ref_hidden is not None)
+    stats = TokenStats.of(found[2:6], tokens, ref_hidden is not None)
     return PolicyLoss(found[0], *stats, found[1])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -18,11 +17,13 @@ class TokenStats(NamedTuple):
     kl: Tensor | None  # KL(pi || pi_ref) over the whole vocabulary, differentiable in the policy
 
     @classmethod
-    def of(cls, found: Sequence[Tensor], shape: torch.Size, with_reference: bool) -> TokenStats:
-        """From flat (logprob, entropy, ref_logprob, kl)."""
-        logprob, entropy, ref_logprob, kl = found
-        reference = (ref_logprob.view(shape), kl.view(shape)) if with_reference else (None, None)
-        return cls(logprob.view(shape), entropy.view(shape), *reference)
+    def of(cls, found: Sequence[Tensor], like: Tensor, with_reference: bool) -> TokenStats:
+        """From flat (logprob, entropy, ref_logprob, kl), in the shape of `like`."""
+        found = found[: 4 if with_reference else 2]
+        if like.dim() != 1:  # each view is a node of the graph
+            found = [x.view_as(like) for x in found]
+        logprob, entropy, *reference = found
+        return cls(logprob, entropy, *(reference or (None, None)))
 
 
 class SafeTerms(NamedTuple):

@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 from cases import evaluate, hold_to_reference, logits_case, some_mask, temperatures
+from hypothesis import given
+from hypothesis import strategies as st
 from memory import Allocations
 
 from safe_kernels import token_stats
+from safe_kernels.triton_backend.logits import levels_of
 
 pytestmark = pytest.mark.usefixtures("kernels")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -145,6 +148,35 @@ def test_masked_rows_are_zero_and_spread_nothing(any_backend):
     for name, x in evaluate(token_stats, case, any_backend, ["logits"]).items():
         assert torch.equal(x, clean[name]), name
         assert x[~mask].eq(0).all(), name
+
+
+@given(st.lists(st.sampled_from([1, 2, 3, 16]), min_size=1, max_size=4), st.data())
+def test_levels_of_strides_address_the_rows_and_are_aligned_only_where_they_say_so(shape, data):
+    """The launches take them from a cache: what they depend on must be what they are kept by."""
+    strides = data.draw(st.lists(st.sampled_from([0, 1, 3, 16, 48, 161]), min_size=len(shape), max_size=len(shape)))
+    x = torch.arange(161 * 16 * len(shape)).as_strided(shape, strides)
+    found = levels_of(x.shape, x.stride())
+    if found is None:
+        assert (shape[-1] > 1 and strides[-1] != 1) or len([n for n in shape[:-1] if n > 1]) > 2
+        return
+    inner, outer_stride, inner_stride, is_aligned = found
+    row = torch.arange(x[..., 0].numel())
+    starts = row // inner * outer_stride + row % inner * inner_stride
+    assert torch.equal(starts[:, None] + torch.arange(shape[-1]), x.reshape(-1, shape[-1]))
+    assert not is_aligned or not any(n % 16 for n in (shape[-1], outer_stride, inner_stride, *strides[:-1]))
+    assert is_aligned or any(n % 16 for n in (shape[-1], *strides[:-1]))
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_results_may_be_changed_in_place_before_the_backward(any_backend, shape):
+    gradients = []
+    for factor in (1, 2):
+        case = logits_case(shape)
+        logits = case["logits"].requires_grad_()
+        found = token_stats(**case, backend=any_backend if factor == 2 else "reference")
+        (found.logprob.mul_(2) + found.kl if factor == 2 else 2 * found.logprob + found.kl).sum().backward()
+        gradients.append(logits.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_strided_inputs_and_gradients(backend):

@@ -5,10 +5,10 @@ Shapes: N tokens, W columns of a tile, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..inputs import LinearInputs, LogitsInputs, StatsGrad
@@ -28,21 +28,28 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Rows:
         """A view if the strides allow one, otherwise a contiguous copy."""
-        if x.numel() == 0:
-            return cls(x, 1, 0, 0, True)
-        width = x.shape[-1]
-        shape = [(n, s) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n != 1]
-        levels: list[tuple[int, int]] = []
-        for size, stride in shape:
-            if levels and levels[-1][1] == size * stride:
-                levels[-1] = (levels[-1][0] * size, stride)
-            else:
-                levels.append((size, stride))
-        if (width > 1 and x.stride(-1) != 1) or len(levels) > 2:
-            return cls.of(x.contiguous())
-        inner, stride_inner = levels[-1] if levels else (1, 0)
-        is_aligned = width % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:-1])
-        return cls(x, inner, levels[0][1] if len(levels) == 2 else 0, stride_inner, is_aligned)
+        found = levels_of(x.shape, x.stride())
+        return cls.of(x.contiguous()) if found is None else cls(x, *found)
+
+
+@functools.lru_cache(maxsize=1024)
+def levels_of(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, int, int, bool] | None:
+    """The fields of `Rows` beyond the tensor; None where two levels are too few."""
+    if 0 in shape:
+        return 1, 0, 0, True
+    width, levels = shape[-1], list[tuple[int, int]]()
+    for size, stride in zip(shape[:-1], strides[:-1], strict=True):
+        if size == 1:
+            continue
+        if levels and levels[-1][1] == size * stride:
+            levels[-1] = (levels[-1][0] * size, stride)
+        else:
+            levels.append((size, stride))
+    if (width > 1 and strides[-1] != 1) or len(levels) > 2:
+        return None
+    inner, stride_inner = levels[-1] if levels else (1, 0)
+    is_aligned = width % 16 == 0 and all(stride % 16 == 0 for stride in strides[:-1])
+    return inner, levels[0][1] if len(levels) == 2 else 0, stride_inner, is_aligned
 
 
 class RowInputs(NamedTuple):
@@ -106,7 +113,7 @@ def statistics(
     """Fill `stats` from a tile; with `carry` [9, N], continue the state of the previous tile."""
     x, width, choice = Rows.of(logits), logits.shape[-1], launch.ROWS
     reference = x if ref_logits is None else Rows.of(ref_logits)
-    statistics_kernel[(triton.cdiv(per_row.N, choice.rows),)](
+    statistics_kernel[(-(-per_row.N // choice.rows),)](
         logits=x.tensor,
         ref_logits=None if ref_logits is None else reference.tensor,
         carry=carry,
@@ -147,7 +154,7 @@ def gradient(
     if grad_kl is None:
         ref_logits = None
     reference = x if ref_logits is None else Rows.of(ref_logits)
-    gradient_kernel[(triton.cdiv(per_row.N, choice.rows),)](
+    gradient_kernel[(-(-per_row.N // choice.rows),)](
         logits=x.tensor,
         ref_logits=None if ref_logits is None else reference.tensor,
         stats=stats,

@@ -30,7 +30,7 @@ from .online_softmax import (
 # Rows of `carry` [9, N], the state between two tiles; those of `stats` are the fields of `RowStats`.
 CARRY = ("m", "s", "b", "a_token", "n", "r", "c", "outside", "a_ref_token")
 
-NOT_SPECIALIZED = ["N", "stride_stats", "W", "first_column", "temperature", "logit_scale"]
+NOT_SPECIALIZED = ["N", "stride_stats", "W", "first_column", "vocabulary", "temperature", "logit_scale"]
 NOT_SPECIALIZED += ["rows_inner", "stride_outer", "stride_inner"]
 NOT_SPECIALIZED += ["ref_rows_inner", "ref_stride_outer", "ref_stride_inner"]
 
