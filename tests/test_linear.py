@@ -8,7 +8,7 @@ from cases import evaluate, hold, hold_to_reference, linear_case, policy_case, s
 from memory import Allocations
 
 from safe_kernels import linear_policy_loss, linear_token_stats, token_stats
-from safe_kernels.torch_backend import linear
+from safe_kernels.torch_backend import linear, rows
 from safe_kernels.triton_backend import linear as triton_linear
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -144,7 +144,8 @@ def test_nothing_asks_the_device(backend, monkeypatch):
 
 
 def _zero_rows_as_off_the_cpu(monkeypatch):
-    monkeypatch.setattr(linear, "without_masked_rows", lambda inputs: (None, inputs))
+    for module in (linear, rows):
+        monkeypatch.setattr(module, "is_on_host", lambda _: False)
 
 
 def test_strided_inputs_and_gradients(backend):

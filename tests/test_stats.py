@@ -405,6 +405,23 @@ def test_a_ratio_that_is_infinite_where_the_policy_underflows(any_backend, low):
     assert token_stats(**case, tokens=torch.tensor([0]), backend=any_backend).kl == math.inf
 
 
+@pytest.mark.parametrize("name", ["entropy", "kl", "logprob"])
+@pytest.mark.parametrize("where", ["policy", "both"])
+def test_large_slopes_beside_a_logit_without_mass(any_backend, name, where):
+    """A token of probability 0 has a gradient of 0, also where 1e18 times its log-prob would be beyond float32."""
+    case = logits_case((3,), 20)
+    for side in ("logits",) if where == "policy" else ("logits", "ref_logits"):
+        case[side][:, 7] = -math.inf
+    case["tokens"] = torch.tensor([1, 2, 3])
+    found = []
+    for scale in (1.0, 1e18):
+        leaf = case["logits"].clone().requires_grad_()
+        stats = token_stats(leaf, case["tokens"], ref_logits=case["ref_logits"], backend=any_backend)
+        found.append(torch.autograd.grad((scale * getattr(stats, name)).sum(), leaf)[0])
+    torch.testing.assert_close(found[1] / 1e18, found[0])
+    assert found[1][:, 7].eq(0).all()
+
+
 @pytest.mark.parametrize("poison", ["policy", "reference", "all of the reference"])
 def test_no_infinite_kl_where_there_is_none(any_backend, poison):
     """A row that is poisoned, or without a reference, has no KL, not even an infinite one."""

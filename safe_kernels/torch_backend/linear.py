@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..formulas import Objective
 from ..inputs import LinearInputs, RowStats, StatsGrad, compute_dtype, take
-from .rows import RowInputs, Tile, logit_gradient, restore, row_statistics, tiles, write
+from .rows import RowInputs, Tile, is_on_host, logit_gradient, restore, row_statistics, tiles, write
 
 PRODUCT_BYTES = 64 << 20  # logits of the rows of one product; a reference doubles it
 WEIGHT_TILE_BYTES = 16 << 20
@@ -83,7 +83,7 @@ def linear_loss(
 
 def without_masked_rows(inputs: LinearInputs) -> tuple[Tensor | None, LinearInputs]:
     """On a CPU, the inputs of the live tokens and their indices. On a GPU, selecting them would synchronise."""
-    if inputs.mask_N is None or inputs.mask_N.device.type != "cpu":
+    if inputs.mask_N is None or not is_on_host(inputs.mask_N):
         return None, inputs
     live = inputs.mask_N.nonzero().squeeze(1)
     return live, inputs.of_rows(live)._replace(mask_N=None)

@@ -22,8 +22,7 @@ from ..inputs import LinearInputs, LogitsInputs, RowStats, StatsGrad, take, with
 
 TILE_BYTES = 2 << 20  # one buffer; a tile's three (four with a reference) stay in the caches of two cores
 GPU_TILE_BYTES = 64 << 20  # every operation of a tile is a launch there; not measured yet
-FLOOR = -1e20  # replaces -inf, which would give NaN times a probability of 0
-REF_FLOOR = 2 * FLOOR  # that of the reference, so that "only the reference is -inf" can be told from "both are"
+FLOOR = -2e20  # replaces -inf, which would give NaN times a probability of 0; slopes may be as large as 1e18
 
 
 class RowInputs(NamedTuple):
@@ -112,13 +111,14 @@ def row_statistics(tile: Tile, per_row: RowInputs) -> RowStats:
         return RowStats(logprob, entropy, *_saved(peak_R1, log_total))
 
     a_token_R1, ref_peak_R1 = tile.a_ref.gather(1, index_R1), tile.a_ref.amax(1, keepdim=True)
-    _centre(tile.a_ref, ref_peak_R1, temperature, tile.y).clamp_(min=REF_FLOOR)
+    _centre(tile.a_ref, ref_peak_R1, temperature, tile.y)
     ref_total = _row_sum(torch.exp(tile.y, out=tile.scratch))
     ref_log_total = ref_total.log()
     ref_logprob = per_row.known(((a_token_R1 - ref_peak_R1) / temperature).squeeze(1) - ref_log_total)
-    torch.sub(tile.x, tile.y, out=tile.y)
+    _log_ratio(tile.x, tile.y)
     kl = _row_sum(torch.mul(tile.e, tile.y, out=tile.scratch)) / total - log_total + ref_log_total
-    kl = kl.masked_fill(tile.y.amax(1) > 1.5 * -FLOOR, math.inf)  # even where the probability underflowed
+    # With finite inputs, only a probability that underflowed times an infinite ratio is NaN.
+    kl = kl.masked_fill(kl.isnan() & ~(total + ref_total).isnan(), math.inf)
     policy = (logprob, entropy, *_saved(peak_R1, log_total))
     return RowStats(*policy, ref_logprob, per_row.live(kl), *_saved(ref_peak_R1, ref_log_total))
 
@@ -127,8 +127,8 @@ def restore(tile: Tile, per_row: RowInputs, stats: RowStats) -> None:
     """Centre a loaded tile as `row_statistics` did, from the statistics that it returned."""
     _centre_policy(tile, stats.peak[:, None], per_row.temperature_N1)
     if tile.a_ref is not None and tile.y is not None and stats.ref_peak is not None:
-        _centre(tile.a_ref, stats.ref_peak[:, None], per_row.temperature_N1, tile.y).clamp_(min=REF_FLOOR)
-        torch.sub(tile.x, tile.y, out=tile.y)
+        _centre(tile.a_ref, stats.ref_peak[:, None], per_row.temperature_N1, tile.y)
+        _log_ratio(tile.x, tile.y)
 
 
 def logit_gradient(tile: Tile, per_row: RowInputs, stats: RowStats, grads: StatsGrad, out: Tensor) -> Tensor:
@@ -159,6 +159,11 @@ def logit_gradient(tile: Tile, per_row: RowInputs, stats: RowStats, grads: Stats
     return out
 
 
+def is_on_host(x: Tensor) -> bool:
+    """Whether asking for its values waits for no device."""
+    return x.device.type == "cpu"
+
+
 def write(stats_R: RowStats, stats: Tensor, rows: slice) -> None:
     """Write to the rows of `RowStats`."""
     stats[:, rows] = torch.stack([x for x in stats_R if x is not None])
@@ -177,6 +182,14 @@ def _centre(a_RV: Tensor, peak_R1: Tensor, temperature: float | Tensor, out: Ten
 
 def _centre_policy(tile: Tile, peak_R1: Tensor, temperature: float | Tensor) -> None:
     torch.exp(_centre(tile.a, peak_R1, temperature, tile.x).clamp_(min=FLOOR), out=tile.e)
+
+
+def _log_ratio(x_RV: Tensor, y_RV: Tensor) -> None:
+    """y = x - y, but 0 where both are -inf; inf where only the reference is."""
+    torch.sub(x_RV, y_RV, out=y_RV)
+    if is_on_host(y_RV) and y_RV.amax() < math.inf:  # no -inf in the reference: a tenth of the time of a selection
+        return
+    y_RV.masked_fill_(x_RV <= FLOOR, 0)
 
 
 def _row_sum(x_RV: Tensor) -> Tensor:
