@@ -151,6 +151,9 @@ class SafeConfig:
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
     trust_remote_code: bool = option(False, "allow code from the model's repository to run")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward to save memory")
+    max_kept_bytes: str = option(
+        "default", "logits kept for the backward: bytes | auto: from free memory | default: the kernels' (GPU: none)"
+    )
 
     option = group("Adapter and reference")
     lora_r: int = option(16, "LoRA rank; 0 trains all parameters, with a frozen copy as the reference")

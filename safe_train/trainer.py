@@ -31,6 +31,7 @@ from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import MicroBatch
 from safe_train.data.prompts import Prompt, PromptDataset, load_prompts
 from safe_train.engines.engine import learning_rate, schedule
+from safe_train.engines.kept_logits import KeptLogits
 from safe_train.engines.launched import make_engine
 from safe_train.engines.preview import Preview, mean_kl
 from safe_train.models.determinism import check_torch_state
@@ -155,6 +156,7 @@ class SafeTrainer:
         self.controller, self.reward_moments = self.make_controller(args), self.make_moments()
         limit = args.max_preview_kl
         self.preview = None if limit is None else Preview(self.trainable, limit, args.preview_min_scale)
+        self.kept_logits = KeptLogits(args, self.device)
         self.step = self.bad_steps = 0
         self.best_reward: float | None = None  # of an evaluation
         self.known_position = 0, 0  # of a step, in the stream of prompts; a resumed run knows that of its checkpoint
@@ -322,8 +324,8 @@ class SafeTrainer:
                     )
                 for name, value in means.items():
                     seen[name].append(torch.as_tensor(value))
-        averages = {name: torch.stack(values).float().mean().item() for name, values in seen.items()}
-        return {"learning_rate": rate, **averages}
+        self.kept_logits.measure()
+        return {"learning_rate": rate} | {name: torch.stack(x).float().mean().item() for name, x in seen.items()}
 
     def set_learning_rates(self) -> float:
         """Those of this step; returns the policy's."""
@@ -346,7 +348,8 @@ class SafeTrainer:
         """A micro-batch's share of the loss, and of the means, of its minibatch."""
         weight_L = losses.token_weights(micro, totals, self.args)
         hidden_LH = self.engine.forward(micro.batch)
-        policy = losses.policy_loss(hidden_LH, self.policy.head(), micro, weight_L, control, self.args)
+        head, kept = self.policy.head(), self.kept_logits.bytes
+        policy = losses.policy_loss(hidden_LH, head, micro, weight_L, control, self.args, kept)
         total, value_loss = policy.loss, torch.zeros_like(policy.loss)
         if self.critic is not None:
             values_KL = self.critic(value_states(hidden_LH, micro.batch, self.args))

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch._dynamo.utils import counters
 from safe_kernels import linear_safe_terms, linear_token_stats
 from safe_kernels.torch_backend import linear as torch_linear
 from safe_kernels.triton_backend import linear as triton_linear
+from safe_train.algorithms import losses
+from safe_train.config import ConfigError, SafeConfig
+from safe_train.engines.kept_logits import KeptLogits
 
 pytestmark = pytest.mark.usefixtures("kernels")
 ROW = 37 * 4  # bytes of a token's logits in `linear_case`, which has 21 tokens
@@ -195,3 +199,47 @@ def test_the_default_is_the_tile_that_exists_anyway(backend, ops_seen, monkeypat
     evaluate(linear_token_stats, linear_case(), backend, ["hidden"])
     op, arguments = ops_seen[0]
     assert op(*arguments)[-1].shape == ((2, 13, 37) if backend == "torch" else (0, 0, 0))
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("default", None), ("auto", None), ("0", 0), ("123456", 123456)])
+def test_the_trainers_setting(setting, expected):
+    kept = KeptLogits(SafeConfig(max_kept_bytes=setting), torch.device("cpu"))
+    kept.measure()
+    assert kept.bytes == expected
+
+
+def test_auto_takes_half_of_what_no_update_needed(monkeypatch):
+    """1000 bytes free on the device and 300 in PyTorch's cache, of which 200 were in use at the highest point."""
+    known = {"mem_get_info": (1000, 5000), "memory_reserved": 300, "max_memory_allocated": 200}
+    for name, value in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    kept = KeptLogits(SafeConfig(max_kept_bytes="auto"), torch.device("cuda"))
+    assert kept.bytes == 0
+    kept.measure()
+    assert kept.bytes == 550
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 300)
+    kept.measure()
+    assert kept.bytes == 550
+
+
+@pytest.mark.parametrize("value", ["much", "-1", "1e9", ""])
+def test_a_setting_that_is_no_number_of_bytes(value):
+    with pytest.raises(ConfigError, match="max_kept_bytes must be a number of bytes, auto or default, got"):
+        SafeConfig(max_kept_bytes=value)
+
+
+def test_the_composed_loss_has_the_same_gradient(logits_made, backend, monkeypatch):
+    monkeypatch.setenv("SAFE_KERNELS_BACKEND", backend)
+    case, found = linear_case((21,)), []
+    for kept in (0, EVERYTHING):
+        rows = {name: torch.zeros(21) for name in ("logprob_L", "sampler_logprob_L", "ref_logprob_L")}
+        rows |= {"advantage_L": torch.ones(21), "ref_hidden_LH": case["ref_hidden"]}
+        micro = SimpleNamespace(batch=SimpleNamespace(targets_L=case["tokens"]), **rows)
+        args = SafeConfig(algorithm="cispo", completions_per_prompt=2, entropy_coef=0.01)
+        hidden = case["hidden"].clone().requires_grad_()
+        given = (micro, torch.full((21,), 1 / 21), SimpleNamespace(kl_coef=0.1, kl_threshold=0.2), args)
+        logits_made.clear()
+        losses.policy_loss(hidden, {"weight": case["weight"]}, *given, max_kept_bytes=kept).loss.backward()
+        found.append((hidden.grad, round(sum(logits_made))))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert [made for _, made in found] == [2 * 42, 42]

@@ -171,7 +171,7 @@ class Product(NamedTuple):
             a, *a_ref = self.logits_SRV[:, rows]
             return a, a_ref[0] if a_ref else None
 
-        return tiles(self.per_row, self.logits_SRV.shape[2], load, self.are_kept)
+        return tiles(self.per_row, self.logits_SRV.shape[2], load, kept=len(self.logits_SRV) if self.are_kept else 0)
 
 
 def products(

@@ -73,19 +73,19 @@ def tiles(
     per_row: RowInputs,
     vocabulary: int,
     load: Callable[[slice], tuple[Tensor, Tensor | None]],
-    keep_logits: bool = False,
+    kept: int = 0,
 ) -> Iterator[tuple[slice, RowInputs, Tile]]:
-    """Yield (rows, their inputs, a tile). `load` gives logits, and the reference's: overwritten, if they need not be
-    kept.
+    """Yield (rows, their inputs, a tile). `load` gives logits, and the reference's: `kept` of the two, all or none, are
+    not written over.
     """
     count, like = len(per_row.index_N), per_row.known_N
     height = tile_height(vocabulary, like)
-    e, scratch, *own = (like.new_empty(min(height, count), vocabulary) for _ in range(4 if keep_logits else 2))
+    e, scratch, *own = (like.new_empty(min(height, count), vocabulary) for _ in range(2 + kept))
     for start in range(0, count, height):
         rows = slice(start, min(start + height, count))
         a, a_ref = load(rows)
-        x, y = (buffer[: len(a)] for buffer in own) if own else (a, a_ref)
-        yield rows, take(per_row, rows), Tile(a, a_ref, x, None if a_ref is None else y, e[: len(a)], scratch[: len(a)])
+        x, y = own[0][: len(a)] if own else a, own[1][: len(a)] if len(own) > 1 else a_ref
+        yield rows, take(per_row, rows), Tile(a, a_ref, x, y, e[: len(a)], scratch[: len(a)])
 
 
 def tile_height(vocabulary: int, like: Tensor) -> int:

@@ -41,7 +41,13 @@ def token_weights(micro: MicroBatch, totals: Totals, args: SafeConfig) -> Tensor
 
 
 def policy_loss(
-    hidden_LH: Tensor, head: dict[str, Any], micro: MicroBatch, weight_L: Tensor, control: Control, args: SafeConfig
+    hidden_LH: Tensor,
+    head: dict[str, Any],
+    micro: MicroBatch,
+    weight_L: Tensor,
+    control: Control,
+    args: SafeConfig,
+    max_kept_bytes: int | None = None,
 ) -> PolicyLoss:
     """The algorithm's loss, entropy bonus, KL and one-sided KL penalty, summed over the tokens with their weights.
 
@@ -49,7 +55,7 @@ def policy_loss(
     """
     kl_coef = 0.0 if args.kl_in_reward else control.kl_coef
     if not is_built_in(args):
-        return composed_loss(hidden_LH, head, micro, weight_L, control, kl_coef, args)
+        return composed_loss(hidden_LH, head, micro, weight_L, control, kl_coef, args, max_kept_bytes)
     return linear_policy_loss(
         hidden_LH,
         tokens=micro.batch.targets_L,
@@ -81,9 +87,11 @@ def composed_loss(
     control: Control,
     kl_coef: float,
     args: SafeConfig,
+    max_kept_bytes: int | None,
 ) -> PolicyLoss:
     """The same of any algorithm: its loss is a function of log-probs, which `linear_token_stats` differentiates."""
-    stats = linear_token_stats(hidden_LH, tokens=micro.batch.targets_L, ref_hidden=micro.ref_hidden_LH, **head)
+    tokens, ref_hidden = micro.batch.targets_L, micro.ref_hidden_LH
+    stats = linear_token_stats(hidden_LH, tokens=tokens, ref_hidden=ref_hidden, max_kept_bytes=max_kept_bytes, **head)
     assert stats.kl is not None
     loss_L, is_clipped_L = token_losses(stats.logprob, micro, kl_coef, args)
     loss_L = loss_L - args.entropy_coef * stats.entropy
@@ -93,8 +101,8 @@ def composed_loss(
         loss_L = loss_L + args.kl_penalty_coef * (stats.kl - control.kl_threshold).relu().square()
     clip_fraction = is_clipped_L.float().sum() / max(1, len(weight_L))
     assert stats.ref_logprob is not None
-    constants = [x.detach() for x in (stats.logprob, stats.entropy, stats.ref_logprob, stats.kl, clip_fraction)]
-    return PolicyLoss((weight_L * loss_L).sum(), *constants)
+    seen = [x.detach() for x in (stats.logprob, stats.entropy, stats.ref_logprob, stats.kl, clip_fraction)]
+    return PolicyLoss((weight_L * loss_L).sum(), *seen)
 
 
 def token_losses(logprob_L: Tensor, micro: MicroBatch, kl_coef: float, args: SafeConfig) -> TokenLoss:

@@ -111,6 +111,8 @@ def check(c: SafeConfig) -> None:
             value = getattr(c, name)
             require(value is None or holds(value), name, needed)
     check_adapter(c, require)
+    words = c.max_kept_bytes in ("default", "auto")
+    require(words or c.max_kept_bytes.isdecimal(), "max_kept_bytes", "a number of bytes, auto or default")
     require(not c.save_best or c.eval_every > 0, "save_best", "false without eval_every: evaluations say what is best")
     low, high = c.kl_threshold_min, c.kl_threshold_max
     require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
