@@ -1,17 +1,22 @@
 """`python -m safe_kernels.inspect`: what every shipped choice of the kernels compiles to, without a GPU.
 
-Prints registers and bytes of shared and spilled memory a thread or block, for each target, with no optional argument
-and with all; of the matrix products also what they are made of. `--counts` prints instead what the row kernels spend on
-an element on sm_90, in instructions, and what follows for GPUs. `--json` prints the same for programs.
+    python -m safe_kernels.inspect                       registers, shared and spilled memory, for each target
+    python -m safe_kernels.inspect --every-combination   the same of the row kernels with all options, in many minutes
+    python -m safe_kernels.inspect --counts              what the row kernels spend on an element of the vocabulary
+
+The first compiles each kernel with no optional argument and with all. `--only REGEX` takes the lines that match,
+`--json` prints the same for programs. The exit code is 1 if something spills.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -19,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .machine_code import GPUS, counts, cuobjdump, least_seconds
+from .machine_code import GPUS, counts, cuobjdump, hot_loop, instructions, least_seconds
 from .triton_backend import launch
 from .triton_backend.fused import CARRY, POLICY_CARRY, fused_kernel, merge_kernel
 from .triton_backend.gemm import product_kernel
@@ -50,6 +55,17 @@ COUNTED = {  # kernel, and which of its optional arguments are there
     "gradient with KL": (gradient_kernel, ("ref_logits", "grad_logprob", "grad_entropy", "grad_kl")),
     "statistics with a reference and softcap": (statistics_kernel, ("ref_logits", "softcap")),
 }
+HEAD_OPTIONS = ("bias", "ref_bias", "logit_scale", "softcap")
+GRADIENTS = ("grad_logprob", "grad_entropy")
+COMBINED = (  # kernel, what it reads and writes, and the options that reach it there beside a reference
+    (statistics_kernel, "bf16", "", ()),
+    (statistics_kernel, "fp16", "", ()),
+    (statistics_kernel, "fp32", "", (*HEAD_OPTIONS, "carry")),
+    (gradient_kernel, "bf16", "bf16", GRADIENTS),
+    (gradient_kernel, "fp16", "fp16", GRADIENTS),
+    (gradient_kernel, "fp32", "fp32", (*GRADIENTS, *HEAD_OPTIONS)),
+    (gradient_kernel, "fp32", "bf16", (*GRADIENTS, *HEAD_OPTIONS)),  # float16 is packed alike
+)
 TOKENS, VOCABULARY = 8192, 151_936  # that the times are derived for
 ABSENT = {  # of the fused kernel, by its reference
     "none": ("ref_hidden", "ref_weight", "ref_bias"),
@@ -69,14 +85,26 @@ class Case(NamedTuple):
     required: tuple[str, ...] = ()  # of the optional arguments
     optional: tuple[bool, ...] = (False, True)  # without and with them
 
+    def __str__(self) -> str:
+        return f"kernel {self.kernel.__name__}  " + "  ".join(f"{name} {value}" for name, value in self.label.items())
 
-def main() -> None:
-    rows = counted() if "--counts" in sys.argv else measure()
-    if "--json" in sys.argv:
-        print(json.dumps(list(rows)))
-        return
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--counts", action="store_true")
+    parser.add_argument("--every-combination", action="store_true")
+    parser.add_argument("--only", default="", metavar="REGEX")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(arguments)
+    rows = counted() if args.counts else measure(combinations if args.every_combination else cases_of, args.only)
+    found = []
     for row in rows:
-        print("  ".join(f"{name} {value}" for name, value in row.items()))
+        found.append(row)
+        if not args.json:
+            print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    spilling = sum(row["spilled"] > 0 for row in found)
+    print(json.dumps(found) if args.json else f"{len(found)} compiled, {spilling} spill")
+    return 1 if spilling else 0
 
 
 def counted(target: str = "sm_90") -> Iterator[dict[str, Any]]:
@@ -87,18 +115,23 @@ def counted(target: str = "sm_90") -> Iterator[dict[str, Any]]:
         binary = compiled(case, TARGETS[target], False)
         found: dict[str, Any] = resources(binary)
         streams = 1 + ("ref_logits" in present)
-        found |= counts(binary.asm["cubin"], found["registers"], choice.num_warps, logit_bytes=2, streams=streams)
-        for gpu, rates in GPUS.items():
-            least = least_seconds(found, rates, TOKENS * VOCABULARY)
-            found[gpu] = {f"{bound}_ms": round(1e3 * seconds, 2) for bound, seconds in least.items()}
-        yield {"counted": name, "target": target, **found}
+        loop = hot_loop(instructions(binary.asm["cubin"]))
+        found |= counts(loop, found, choice.num_warps, logit_bytes=2, streams=streams)
+        yield {"counted": name, "target": target, **found, **least_times(found)}
 
 
-def measure() -> Iterator[dict[str, Any]]:
+def least_times(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By GPU, for so many tokens and such a vocabulary."""
+    by_gpu = {gpu: least_seconds(found, rates, TOKENS * VOCABULARY) for gpu, rates in GPUS.items()}
+    return {gpu: {f"{x}_ms": round(1e3 * least[x], 2) for x in least} for gpu, least in by_gpu.items()}
+
+
+def measure(cases: Callable[[str], Iterator[Case]], only: str) -> Iterator[dict[str, Any]]:
     """In threads: most of the time goes into the assembler and other programs."""
-    cases = [(target, case, optional) for target in TARGETS for case in cases_of(target) for optional in case.optional]
+    all_cases = [(target, case, optional) for target in TARGETS for case in cases(target) for optional in case.optional]
+    chosen = [(target, case, optional) for target, case, optional in all_cases if re.search(only, f"{target} {case}")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(lambda x: measured(*x), cases)
+        yield from pool.map(lambda x: measured(*x), chosen)
 
 
 def measured(target: str, case: Case, optional: bool) -> dict[str, Any]:
@@ -121,6 +154,40 @@ def row_cases(choice: RowChoice) -> Iterator[Case]:
         constants = {"ALIGNED": True, "R": choice.rows, "C": choice.columns}
         options = {"num_warps": choice.num_warps}
         yield Case(kernel, {"columns": choice.columns}, constants, options, required=("grad_logprob",))
+
+
+def combinations(target: str) -> Iterator[Case]:
+    """The row kernels with every combination that changes their loops; a mask and temperatures are read before them."""
+    by_kernel = {case.kernel: case for case in row_cases(launch.ROWS_BY_WARP[TARGETS[target].warp_size])}
+    for kernel, reads, writes, options in COMBINED:
+        case, types = by_kernel[kernel], {"logits": f"*{reads}", "ref_logits": f"*{reads}", "grad_logits": f"*{writes}"}
+        for present, aligned in itertools.product(subsets("ref_logits", *options), (True, False)):
+            if is_reachable(kernel, present):
+                label = {
+                    "reads": reads,
+                    "writes": writes or "statistics",
+                    "aligned": aligned,
+                    "with": " ".join(present),
+                }
+                constants = case.constants | {"ALIGNED": aligned} | without(kernel, present)
+                yield Case(kernel, label, constants, case.options, types, optional=(True,))
+
+
+def subsets(*names: str) -> list[tuple[str, ...]]:
+    return [found for n in range(len(names) + 1) for found in itertools.combinations(names, n)]
+
+
+def is_reachable(kernel: Any, present: Sequence[str]) -> bool:
+    if "ref_bias" in present and "ref_logits" not in present:
+        return False
+    return kernel is statistics_kernel or any(x in present for x in ("ref_logits", "grad_logprob", "grad_entropy"))
+
+
+def without(kernel: Any, present: Sequence[str]) -> dict[str, Any]:
+    """Constants for the options that are not present. The gradient reads a reference only for the KL."""
+    given = {*present, "mask", "temperatures"} | ({"grad_kl"} if "ref_logits" in present else set())
+    whole = "carry" not in present
+    return dict.fromkeys(optional_arguments(kernel) - given) | {"FIRST": whole, "LAST": whole}
 
 
 def scan_cases() -> Iterator[Case]:
@@ -190,7 +257,7 @@ def operand(choice: GemmChoice, bits: int, *block: int) -> str:
 def compiled(case: Case, target: GPUTarget, optional: bool) -> Any:
     """The kernel with every optional argument, or with none."""
     names = case.kernel.arg_names
-    constants = case.constants | {"FIRST": not optional, "LAST": True}
+    constants = {"FIRST": not optional, "LAST": True} | case.constants
     if not optional:
         constants |= dict.fromkeys(optional_arguments(case.kernel) - set(case.required))
     constants = {name: value for name, value in constants.items() if name in names}
@@ -245,4 +312,4 @@ def resources(binary: Any) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,8 +1,9 @@
 """What a kernel spends on one element of the vocabulary, counted in NVIDIA's machine code, without a GPU.
 
-It counts the hot loop's instructions by purpose, and the widths of its loads and stores. The hot loop is the
-longest innermost loop that loads from global memory without a mask. Derived from the counts: warps that fit on a
-multiprocessor, bytes in flight there, and the least time that a GPU's memory and issue slots allow.
+Counted: the hot loop's instructions, by purpose and by the pipe that executes them, and the widths of its loads and
+stores. The hot loop is the longest innermost loop that loads from global memory without a mask. Derived: the warps that
+fit on a multiprocessor, their bytes in flight, and the least time that each pipe and the memory of a GPU allow.
+Guessed: the latency of memory, for the least time that so many warps allow.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any, NamedTuple
 
 import triton
 
-LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
+LINE = re.compile(  # address, predicate, opcode, operands; the second word of its code begins the line below
+    r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*([^;\n]*);.*\n\s*/\* 0x([0-9a-f]{16}) \*/"
+)
 KINDS = {  # of instructions, by their names without modifiers
     "arithmetic": ("FFMA", "FADD", "FMUL", "FFMA2", "FADD2", "FMUL2", "HFMA2", "HADD2", "HMUL2"),
     "maximum": ("FMNMX", "IMNMX", "VIMNMX", "FMNMX3", "VIMNMX3"),
@@ -28,7 +31,18 @@ KINDS = {  # of instructions, by their names without modifiers
     "spill": ("LDL", "STL"),
 }
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
-WARP, REGISTERS, WARPS, BLOCKS = 32, 65_536, 64, 32  # of a multiprocessor of sm_90 and sm_100
+PIPES = {  # that execute instructions; uniform and control instructions only take an issue slot
+    "fma": ("FFMA", "FADD", "FMUL", "IMAD", "HFMA2", "HADD2", "HMUL2"),
+    "mufu": ("MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO"),
+    "lsu": ("LDG", "STG", "LDGSTS", "SHFL", "LDS", "STS", "LDSM", "STSM", "LDL", "STL", "ATOMG", "RED"),
+    "none": ("BRA", "EXIT", "BSSY", "BSYNC", "NOP", "WARPSYNC", "YIELD", "BAR", "DEPBAR", "LDGDEPBAR", "HGMMA"),
+}
+PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names}
+# Lanes a cycle of a multiprocessor of sm_90: "Throughput of Native Arithmetic Instructions", CUDA Programming Guide.
+LANES = {"issue": 128, "fma": 128, "alu": 64, "mufu": 16, "lsu": 32}
+HALF_RATE = ("IMAD", "HFMA2", "HADD2", "HMUL2")  # of the fma pipe
+WARP, REGISTERS, WARPS, BLOCKS, SHARED = 32, 65_536, 64, 32, 228 << 10  # of a multiprocessor of sm_90 and sm_100
+LATENCY = 650  # cycles from a load to its data, unloaded: a guess from published microbenchmarks, 560 to 800
 
 
 class Gpu(NamedTuple):
@@ -49,6 +63,7 @@ class Instruction(NamedTuple):
     predicate: str
     opcode: str  # with its modifiers
     operands: str
+    stall: int  # cycles until the warp's next instruction may issue
 
     @property
     def name(self) -> str:
@@ -60,9 +75,20 @@ class Instruction(NamedTuple):
         return KIND_OF.get(self.name, "other")
 
     @property
+    def pipe(self) -> str:
+        return "none" if self.name.startswith(("U", "R2U")) else PIPE_OF.get(self.name, "alu")
+
+    @property
+    def slots(self) -> float:
+        """How many lanes of its pipe a thread takes: the load/store path moves 4 bytes a lane."""
+        if self.pipe == "lsu":
+            return max(1, self.bytes / 4)
+        return 2 if self.name in HALF_RATE else 1
+
+    @property
     def bytes(self) -> int:
         """Of memory, a thread."""
-        if self.kind != "memory":
+        if self.pipe != "lsu" or self.name == "SHFL":
             return 0
         widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
         return next((widths[part] for part in self.opcode.split(".") if part in widths), 4)
@@ -77,47 +103,79 @@ def cuobjdump(cubin: bytes, what: str) -> str:
 
 
 def instructions(cubin: bytes) -> list[Instruction]:
-    found = (LINE.search(line) for line in cuobjdump(cubin, "--dump-sass").splitlines())
-    return [Instruction(int(x[1], 16), x[2] or "", x[3], x[4].strip()) for x in found if x]
+    found = LINE.finditer(cuobjdump(cubin, "--dump-sass"))
+    return [Instruction(int(x[1], 16), x[2] or "", x[3], x[4].strip(), int(x[5], 16) >> 41 & 15) for x in found]
 
 
-def hot_loop(code: list[Instruction]) -> list[Instruction]:
-    """Raises ValueError if no innermost loop loads from global memory without a mask."""
+def loops(code: list[Instruction]) -> list[tuple[int, int]]:
+    """Positions of the first and the last instruction of each loop."""
     at = {x.address: i for i, x in enumerate(code)}
-    loops: dict[int, int] = {}
+    found: dict[int, int] = {}
     for i, x in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)", x.operands) if x.name == "BRA" else None
         if target and int(target[1], 16) < x.address:
-            loops[at[int(target[1], 16)]] = i
-    inner = [(a, b) for a, b in loops.items() if not any(a < c and d <= b for c, d in loops.items())]
-    bodies = [code[a : b + 1] for a, b in inner]
+            found[at[int(target[1], 16)]] = i
+    return sorted(found.items())
+
+
+def innermost(found: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(a, b) for a, b in found if not any(a < c and d <= b for c, d in found)]
+
+
+def hot_loop(code: list[Instruction], may_mask: bool = False) -> list[Instruction]:
+    """Raises ValueError if no innermost loop loads from global memory, without a mask unless it may have one."""
+    bodies = [code[a : b + 1] for a, b in innermost(loops(code))]
     loads = [[x for x in body if x.name in ("LDG", "LDGSTS") and x.bytes >= 4] for body in bodies]
-    found = [body for body, load in zip(bodies, loads, strict=True) if load and not any(x.predicate for x in load)]
+    loading = [(body, any(x.predicate for x in load)) for body, load in zip(bodies, loads, strict=True) if load]
+    found = [body for body, is_masked in loading if may_mask or not is_masked]
     if not found:
-        raise ValueError("no loop without masks that loads from global memory")
+        raise ValueError("no loop loads from global memory without a mask")
     return max(found, key=len)
 
 
-def counts(cubin: bytes, registers: int, num_warps: int, logit_bytes: int, streams: int) -> dict[str, Any]:
-    """Of a row kernel that reads `streams` tensors of logits; instructions are a warp's, for each of its elements."""
-    loop = hot_loop(instructions(cubin))
+def spent(code: list[Instruction], elements: float) -> dict[str, Any]:
+    """Of a warp's instructions for each of its elements, of which each thread has so many."""
+    kinds, pipes = Counter(x.kind for x in code), dict.fromkeys((*LANES, "none"), 0.0)
+    for x in code:
+        pipes[x.pipe] += x.slots
+    return {
+        "instructions": round(len(code) / elements, 2),
+        "kinds": {kind: round(kinds[kind] / elements, 2) for kind in (*KINDS, "other") if kinds[kind]},
+        "pipes": {pipe: round(pipes[pipe] / elements, 2) for pipe in LANES if pipes[pipe]},
+    }
+
+
+def resident_warps(registers: int, shared: int, num_warps: int) -> int:
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * WARP * num_warps)
+    return num_warps * min(WARPS // num_warps, BLOCKS, by_registers, SHARED // (shared + 1024))
+
+
+def counts(
+    loop: list[Instruction], resources: dict[str, int], num_warps: int, logit_bytes: int, streams: int
+) -> dict[str, Any]:
+    """Of the hot loop of a row kernel that reads `streams` tensors of logits."""
     loads = [x.bytes for x in loop if x.name in ("LDG", "LDGSTS")]
     stores = [x.bytes for x in loop if x.name == "STG"]
     elements = sum(loads) / logit_bytes / streams  # of a thread in an iteration
-    kinds = Counter(x.kind for x in loop)
-    blocks = min(WARPS // num_warps, BLOCKS, REGISTERS // (-(-registers // 8) * 8 * WARP * num_warps))
+    warps = resident_warps(resources["registers"], resources["shared"], num_warps)
     return {
-        "instructions": round(len(loop) / elements, 2),
-        "kinds": {kind: round(kinds[kind] / elements, 2) for kind in (*KINDS, "other") if kinds[kind]},
+        **spent(loop, elements),
         "load_bytes": sorted(set(loads)),
         "store_bytes": sorted(set(stores)),
-        "warps": blocks * num_warps,
-        "bytes_in_flight": sum(loads) * WARP * num_warps * blocks,
+        "warps": warps,
+        "bytes_in_flight": sum(loads) * WARP * warps,
         "moved": (sum(loads) + sum(stores)) / elements,  # bytes an element
+        "cycles": round((LATENCY + sum(x.stall for x in loop)) / elements / warps / WARP, 3),  # an element
     }
 
 
 def least_seconds(found: dict[str, Any], gpu: Gpu, elements: int) -> dict[str, float]:
-    """The limits of memory and of issue slots, separately: a multiprocessor issues four instructions a cycle."""
-    issue = found["instructions"] * elements / WARP / 4 / gpu.multiprocessors / gpu.clock
-    return {"memory": found["moved"] * elements / gpu.bandwidth, "issue": issue}
+    """The limit of each resource alone: no kernel is faster than the slowest of them.
+
+    `latency`: each warp waits for its loads and then issues its instructions, while the others do the same.
+    """
+    a_second = gpu.multiprocessors * gpu.clock
+    slots = {"issue": found["instructions"], **found["pipes"]}
+    pipes = {name: slots[name] * elements / LANES[name] / a_second for name in slots}
+    latency = found["cycles"] * elements / a_second
+    return {"memory": found["moved"] * elements / gpu.bandwidth, **pipes, "latency": latency}

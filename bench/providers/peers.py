@@ -89,19 +89,19 @@ def liger(case: Case) -> Results:
 
 @on_live_rows
 def verl_torch(case: Case) -> Results:
-    module = _without_package_init("verl.utils.experimental.torch_functional", "verl", "verl.utils")
+    module = without_package_init("verl.utils.experimental.torch_functional", "verl", "verl.utils")
     return dict(zip(STATS, module.FusedLinearForPPO()(case["hidden"], case["weight"], case["tokens"]), strict=True))
 
 
 @on_live_rows
 def verl_triton(case: Case) -> Results:
-    module = _without_package_init("verl.utils.kernel.linear_cross_entropy", "verl", "verl.utils")
+    module = without_package_init("verl.utils.kernel.linear_cross_entropy", "verl", "verl.utils")
     found = module.linear_cross_entropy(case["hidden"], case["weight"], case["tokens"], 1.0, "none", None)
     return dict(zip(STATS, found, strict=True))
 
 
 @functools.cache
-def _without_package_init(module: str, *packages: str) -> types.ModuleType:
+def without_package_init(module: str, *packages: str) -> types.ModuleType:
     """Import a module whose packages import what it does not need: verl's want ray and tensordict."""
     for name in packages:
         if name not in sys.modules:
