@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .machine_code import GPUS, counts, cuobjdump, hot_loop, instructions, least_seconds
+from .machine_code import GPUS, counts, cuobjdump, hot_loop, instructions, least_seconds, spills_in_loops
 from .triton_backend import launch
 from .triton_backend.fused import CARRY, POLICY_CARRY, fused_kernel, merge_kernel
 from .triton_backend.gemm import product_kernel
@@ -288,6 +288,7 @@ def kind(name: str) -> str:
 
 def resources(binary: Any) -> dict[str, int]:
     """Registers, shared and spilled memory of a compiled kernel, its vector loads of 16 bytes and its instructions."""
+    inside = {}
     if "amdgcn" in binary.asm:
         listing = binary.asm["amdgcn"]
         # A spilled scalar register goes into a vector register, not into memory.
@@ -301,11 +302,14 @@ def resources(binary: Any) -> dict[str, int]:
         vector_loads = len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", ptx))
         with_bulk_loads = "cp.async.bulk" in ptx  # a listing takes a second
         listing = cuobjdump(binary.asm["cubin"], "--dump-sass") if with_bulk_loads else ""
+        if spilled:
+            inside = {"spills_in_loops": spills_in_loops(instructions(binary.asm["cubin"]))}
     counts = {name: len(re.findall(rf"\b{pattern}", listing)) for name, pattern in INSTRUCTIONS.items()}
     return {
         "registers": registers,
         "shared": binary.metadata.shared,
         "spilled": spilled,
+        **inside,
         "vector_loads": vector_loads,
         **{name: count for name, count in counts.items() if count},
     }

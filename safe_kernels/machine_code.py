@@ -133,6 +133,10 @@ def hot_loop(code: list[Instruction], may_mask: bool = False) -> list[Instructio
     return max(found, key=len)
 
 
+def spills_in_loops(code: list[Instruction]) -> int:
+    return sum(x.kind == "spill" for a, b in innermost(loops(code)) for x in code[a : b + 1])
+
+
 def spent(code: list[Instruction], elements: float) -> dict[str, Any]:
     """Of a warp's instructions for each of its elements, of which each thread has so many."""
     kinds, pipes = Counter(x.kind for x in code), dict.fromkeys((*LANES, "none"), 0.0)

@@ -57,7 +57,7 @@ def test_nothing_spills(compiled):
 
 
 def test_rows_that_are_not_aligned_spill_with_no_option_of_a_head():
-    """The combinations that need most registers; `--every-combination` alone compiles all, in a quarter of an hour."""
+    """The combinations that need most registers; `--every-combination` without it compiles 484 for each target."""
     head = "bias ref_bias logit_scale softcap"
     statistics = f"statistics_kernel .*aligned False  with ref_logits {head} carry"
     gradient = f"gradient_kernel .*aligned False  with ref_logits grad_logprob grad_entropy {head}"
@@ -107,6 +107,7 @@ def test_instructions_are_counted_by_pipe():
     loop = machine_code.hot_loop(listed("MOV", "LDG.E.128", "FFMA", "IMAD", "MUFU.EX2", "FMNMX", "UIADD3", 16, "EXIT"))
     assert [x.name for x in loop] == ["LDG", "FFMA", "IMAD", "MUFU", "FMNMX", "UIADD3", "BRA"]
     found = machine_code.counts(loop, {"registers": 32, "shared": 0}, num_warps=4, logit_bytes=2, streams=1)
+    assert machine_code.spills_in_loops(listed("STL", "LDL", 16, "LDL")) == 1
     assert found["instructions"] == round(7 / 8, 2) and found["warps"] == 64 and found["bytes_in_flight"] == 32 * KB
     assert found["pipes"] == {name: round(n / 8, 2) for name, n in {"fma": 3, "alu": 1, "mufu": 1, "lsu": 4}.items()}
     seconds = machine_code.least_seconds(
