@@ -1,4 +1,4 @@
-"""What is measured here, and how: the commands are run.py, tune.py, gpu.py and study/run.py.
+"""What is measured here, and how: the commands are run.py, counts.py, tune.py, gpu.py and study/run.py.
 
 measurement/  workloads, timing, the cost model, rows of results
 providers/    who is measured: plain PyTorch, this project, its peers, functions of other trainers

@@ -134,7 +134,8 @@ def hot_loop(code: list[Instruction], may_mask: bool = False) -> list[Instructio
 
 
 def spills_in_loops(code: list[Instruction]) -> int:
-    return sum(x.kind == "spill" for a, b in innermost(loops(code)) for x in code[a : b + 1])
+    inside = {i for a, b in loops(code) for i in range(a, b + 1)}
+    return sum(x.kind == "spill" for i, x in enumerate(code) if i in inside)
 
 
 def spent(code: list[Instruction], elements: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def inspected(*options):
     finished = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert finished.stdout, finished.stderr
     found = json.loads(finished.stdout)
-    assert finished.returncode == any(x["spilled"] for x in found)
+    assert finished.returncode == any(x.get("spills_in_loops", x["spilled"]) for x in found)
     return found
 
 
@@ -56,14 +56,14 @@ def test_nothing_spills(compiled):
     assert [x for x in compiled if x["spilled"]] == []
 
 
-def test_rows_that_are_not_aligned_spill_with_no_option_of_a_head():
-    """The combinations that need most registers; `--every-combination` without it compiles 484 for each target."""
+def test_rows_that_are_not_aligned_spill_in_no_loop_with_any_option_of_a_head():
+    """The combinations that need most registers; `--every-combination` alone compiles 484 for each target."""
     head = "bias ref_bias logit_scale softcap"
     statistics = f"statistics_kernel .*aligned False  with ref_logits {head} carry"
     gradient = f"gradient_kernel .*aligned False  with ref_logits grad_logprob grad_entropy {head}"
     found = inspected("--every-combination", "--only", f"{statistics}|{gradient}")
     assert len(found) == 3 * len(SHARED) and {x["with"].count(head) for x in found} == {1}
-    assert [x for x in found if x["spilled"]] == []
+    assert [x for x in found if x.get("spills_in_loops", x["spilled"])] == []
 
 
 def test_shared_memory_fits(compiled):
@@ -107,7 +107,7 @@ def test_instructions_are_counted_by_pipe():
     loop = machine_code.hot_loop(listed("MOV", "LDG.E.128", "FFMA", "IMAD", "MUFU.EX2", "FMNMX", "UIADD3", 16, "EXIT"))
     assert [x.name for x in loop] == ["LDG", "FFMA", "IMAD", "MUFU", "FMNMX", "UIADD3", "BRA"]
     found = machine_code.counts(loop, {"registers": 32, "shared": 0}, num_warps=4, logit_bytes=2, streams=1)
-    assert machine_code.spills_in_loops(listed("STL", "LDL", 16, "LDL")) == 1
+    assert machine_code.spills_in_loops(listed("STL", "LDL", 16, "LDL")) == 1  # the others are outside
     assert found["instructions"] == round(7 / 8, 2) and found["warps"] == 64 and found["bytes_in_flight"] == 32 * KB
     assert found["pipes"] == {name: round(n / 8, 2) for name, n in {"fma": 3, "alu": 1, "mufu": 1, "lsu": 4}.items()}
     seconds = machine_code.least_seconds(
