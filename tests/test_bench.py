@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from bench import compare, providers, report, run, tune
+from bench import compare, head_precision, providers, report, run, tune
 from bench.measurement import cost, machine, rows, timing, workloads
 from bench.providers import integrations, provider, pytorch
 from bench.suites import gate, host, kernels, launch_choices, trainer
@@ -349,3 +349,14 @@ except ValueError as error:
 def test_in_the_interpreter_no_host_time_is_taken():
     (row,) = host.measured(host.host_workloads("cpu", True)[0], settings())
     assert row.status == "failed" and "TRITON_INTERPRET" in row.reason and row.seconds is None
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("medium", 7), ("high", 10), ("highest", 23)])
+def test_factors_are_rounded_as_a_gpu_rounds_them(precision, bits):
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    found = head_precision.rounded(x, head_precision.MANTISSA[precision])
+    assert head_precision.MANTISSA[precision] == bits and ((found - x).abs() <= x.abs() * 2.0 ** -(bits + 1)).all()
+    scaled = found / 2.0 ** found.abs().log2().floor() * 2**bits
+    assert torch.equal(scaled, scaled.round())
+    if precision == "medium":
+        assert torch.equal(found, x.bfloat16().float())

@@ -3,6 +3,7 @@
 Each call must exist for CUDA tensors of these dtypes; and what it allocates is counted.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,8 @@ from memory import FakeAllocations
 from torch._subclasses import FakeTensorMode
 from triton.runtime.interpreter import InterpretedFunction
 
+from bench.measurement.cost import sum_bytes
+from bench.measurement.workloads import FROZEN, TRAINED, Workload
 from safe_kernels import reference, triton_backend
 from safe_kernels.formulas import Objective
 from safe_kernels.inputs import Head, ScanInputs, StatsGrad, TermsInputs
@@ -51,7 +54,7 @@ def a_gpu_that_does_nothing(monkeypatch):
     launch.architecture.cache_clear()
 
 
-def addmm(total, x, y, *, out_dtype, out):
+def addmm(total, x, y, *, beta, out_dtype, out):
     """As PyTorch has it for CUDA tensors, whose fake form copies with the C++ of CUDA."""
     assert total is out and total.dtype == out_dtype and x.dtype == y.dtype and x.dtype.itemsize == 2
     return torch.mm(x, y, out_dtype=out_dtype, out=out)
@@ -165,6 +168,40 @@ def test_no_gpu_gets_float32_copies_of_16_bit_factors(monkeypatch):
     x, y, out = (SimpleNamespace(**xpu) for _ in range(3))  # a copy would be an AttributeError
     triton_backend.linear.blas_product(x, y, out)
     assert asked == [(x, y, out)]
+
+
+@pytest.mark.parametrize(
+    ("entrance", "part", "most"),
+    [("hidden", FROZEN, 1.75e9), ("hidden", TRAINED, 7.2e9), ("loss", FROZEN, 0.14e9), ("loss", TRAINED, 32e9)],
+)
+def test_bytes_of_the_sums(entrance, part, most, monkeypatch):
+    """What adding products to float32 sums moves at 8192 x 151,936 x 2048, as the cost model says."""
+    workload, moved = Workload(entrance, "", 8192, WIDTH, 151_936, dtype="bfloat16"), []
+
+    def counted(total, product, x, y, factor, beta=1):
+        moved.append(total.numel() * 4 * (1 + beta))
+
+    monkeypatch.setattr(triton_backend.linear, "add_product", counted)
+    inputs, needed = linear_inputs(8192, 151_936, torch.bfloat16, "none"), (True, part == TRAINED, False)
+    if entrance == "loss":
+        triton_backend.linear_loss(inputs, objective_of(inputs), needed)
+    else:
+        stats = triton_backend.linear_statistics(inputs)
+        triton_backend.linear_gradients(inputs, stats, grads_of(inputs, False), needed)
+    assert sum(moved) == sum_bytes(workload, part)
+    assert sum_bytes(dataclasses.replace(workload, H=2048), part) <= most
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (True, True, True)])
+@pytest.mark.parametrize("kept", [0, 100, 256])
+def test_kept_logits(kept, needed):
+    inputs = linear_inputs(256, 5000, torch.bfloat16, "own")
+    rows = triton_backend.kept_rows(inputs, kept * 8 * 5000)
+    assert rows == {0: 0, 100: 0, 256: 256}[kept]
+    logits = torch.empty(2, rows, 5000)
+    stats = triton_backend.linear_statistics(inputs, logits)
+    found = triton_backend.linear_gradients(inputs, stats, grads_of(inputs, True), needed, logits)
+    check_gradients(found, inputs, needed)
 
 
 @pytest.mark.parametrize(("closed_form", "limit"), [(False, 400e6), (True, 1.2e9)])

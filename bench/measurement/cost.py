@@ -8,6 +8,7 @@ Shapes: N tokens, H hidden width, V vocabulary, R ranks. One product hidden @ we
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,26 @@ def tile_bytes(workload: Workload, part: str) -> float:
     live_logits = workload.N * (1 - workload.masked) * workload.V
     reads = (2 if workload.kl else 1) * LOGIT_BYTES
     return live_logits * (reads if part == FORWARD else 2 * reads + itemsize(workload))
+
+
+def sum_bytes(workload: Workload, part: str) -> float:
+    """What the backward of `hidden` and `loss` on the triton backend reads and writes of its float32 sums.
+
+    Each tile adds its share of the hidden gradient, and each row of tiles its share of the weight's: the first writes.
+    """
+    from safe_kernels.triton_backend import launch  # a prediction needs no Triton
+
+    if workload.entrance not in ("hidden", "loss") or part == FORWARD:
+        return 0.0
+    count, width, vocabulary = workload.N, workload.H, workload.V
+    rows = launch.ROWS_OF_A_TRAINED_TILE if part == TRAINED else launch.ROWS_OF_A_TILE
+    if workload.entrance == "loss":
+        rows = launch.SWEEP_BYTES // (LOGIT_BYTES * vocabulary) // launch.ROWS_OF_A_PRODUCT * launch.ROWS_OF_A_PRODUCT
+    rows = min(rows, count)
+    columns = vocabulary if workload.entrance == "loss" else launch.TILE_BYTES // (LOGIT_BYTES * rows) // 16 * 16
+    hidden = 2 * math.ceil(vocabulary / columns) * 4.0 * count * width
+    weight = (2 * math.ceil(count / rows) - 1) * 4.0 * vocabulary * width if part == TRAINED else 0.0
+    return hidden + weight
 
 
 def plan_seconds(workload: Workload, part: str, roofs: Roofs) -> float:

@@ -11,6 +11,11 @@ import safe_kernels
 from bench.measurement.workloads import OUTPUTS, WITH_KL
 from bench.providers.provider import KERNELS, OPERATIONS, Compute, Provider, by_name
 
+KEPT = {  # of logits, beside the default: max_kept_bytes
+    "torch": {"none": 0, "128 MiB": 128 << 20},
+    "triton": {"2 GiB": 2 << 30, "all": 1 << 40},
+}
+
 
 def ours(entrance: str, backend: str, **options: Any) -> Compute:
     return lambda case: by_name(getattr(safe_kernels, OPERATIONS[entrance])(**case, **options, backend=backend))
@@ -40,5 +45,8 @@ def our_providers() -> list[Provider]:
             found.append(Provider(f"safe-kernels {name}", entrance, outputs, ours(entrance, name), **where))
         in_place = over_the_logits(ours("logits", name, inplace_backward=True))
         found.append(Provider(f"safe-kernels {name}, in place", "logits", WITH_KL, in_place, **where))
+        for kept, size in KEPT[name].items():
+            keeping = ours("hidden", name, max_kept_bytes=size)
+            found.append(Provider(f"safe-kernels {name}, keeping {kept}", "hidden", WITH_KL, keeping, **where))
     fused = ours("hidden", "triton", batch_invariant=True)
     return [*found, Provider("safe-kernels triton, batch-invariant", "hidden", WITH_KL, fused, **on_gpus)]

@@ -50,7 +50,8 @@ class GemmChoice:
 
 
 # By architecture, work and bits of the operands: the largest tile that does not spill, chosen by compilation. The
-# comment is the highest number of registers a thread, over references and optional arguments.
+# comment is the highest number of registers a thread, over references and optional arguments, and the version of
+# Triton in which a larger tile spills, though not in 3.7.
 GEMMS = {
     ("sm_80", "statistics", 16): GemmChoice(128, 128, 32, num_warps=8, num_stages=4),  # 243
     ("sm_80", "with reference", 16): GemmChoice(128, 64, 32, num_warps=8, num_stages=4),  # 253
@@ -62,12 +63,12 @@ GEMMS = {
     ("sm_100", "with reference", 16): GemmChoice(64, 128, 64, num_warps=8, num_stages=3, descriptors=True),  # 176
     ("sm_100", "product", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=4, descriptors=True),  # 123
     ("gfx942", "statistics", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=2),  # 168
-    ("gfx942", "with reference", 16): GemmChoice(128, 128, 32, num_warps=8, num_stages=2),  # 233
+    ("gfx942", "with reference", 16): GemmChoice(128, 64, 64, num_warps=8, num_stages=2),  # 163; 128 columns: 3.8
     ("gfx942", "product", 16): GemmChoice(128, 128, 64, num_warps=8, num_stages=2),  # 130
 }
 FLOAT32 = {  # NVIDIA's tensor cores do not multiply float32 exactly, and without them bulk loads cost registers
     "statistics": GemmChoice(64, 128, 16, num_warps=8, num_stages=2),  # 190
-    "with reference": GemmChoice(64, 64, 32, num_warps=8, num_stages=2),  # 216
+    "with reference": GemmChoice(64, 64, 16, num_warps=8, num_stages=2),  # 212; an inner 32: 3.8
     "product": GemmChoice(64, 64, 16, num_warps=4, num_stages=1),  # 162; in Triton 3.6 two stages spill on sm_100
 }
 GEMMS |= {(target, work, 32): FLOAT32[work] for target, work, _ in GEMMS}
@@ -112,10 +113,11 @@ MERGE = MergeChoice(rows=32, num_warps=1)
 
 # Workspaces of `linear.py`: a tile of float32 logits, and the whole rows of the closed form. A reference doubles them,
 # low-precision inputs add half of one: less than 400 MB, and 1.2 GB, at 8192 tokens of width 2048. Tiles are wide,
-# so that few products are added to each sum over the vocabulary; for a trained head, whose sums are over rows, high.
+# so that few products are added to each sum over the vocabulary; for a trained head, whose sums are over rows, higher:
+# `bench/measurement/cost.py` counts the bytes, fewest at 4096 rows without more memory.
 ROWS_OF_A_PRODUCT = 128  # the height of the BLAS library's tiles
 ROWS_OF_A_TILE = 2048
-ROWS_OF_A_TRAINED_TILE = 8192
+ROWS_OF_A_TRAINED_TILE = 4096
 TILE_BYTES = 96 << 20
 SWEEP_BYTES = 384 << 20
 PART_BYTES = 64 << 20  # of a product that is then added to a float32 sum

@@ -184,9 +184,12 @@ class GradientSums:
 
     def __init__(self, inputs: LinearInputs, needed: Sequence[bool]) -> None:
         leaves = zip((inputs.hidden_NH, inputs.weight_VH, inputs.bias_V), needed, strict=True)
+        # The first row of tiles writes the gradient of the weight, if there is one.
+        is_written = len(inputs.tokens_N) > 0
+        make = (torch.zeros, torch.empty if is_written else torch.zeros, torch.zeros)
         self.sums = [
-            torch.zeros(x.shape, dtype=torch.float32, device=x.device) if x is not None and need else None
-            for x, need in leaves
+            new(x.shape, dtype=torch.float32, device=x.device) if x is not None and need else None
+            for new, (x, need) in zip(make, leaves, strict=True)
         ]
         self.product = product_of_rows if inputs.batch_invariant else blas_product
 
@@ -201,31 +204,40 @@ class GradientSums:
             factor, share_R1 = 1 / scale_R.amin(), (scale_R.amin() / scale_R).to(du_RW.dtype)[:, None]
         if grad_weight_VH is not None:
             hidden_RH = tile.hidden_RH if share_R1 is None else tile.hidden_RH * share_R1
-            add_product(grad_weight_VH[tile.columns], blas_product, du_RW.T, hidden_RH, factor)
+            beta = 0 if tile.rows.start == 0 else 1
+            add_product(grad_weight_VH[tile.columns], blas_product, du_RW.T, hidden_RH, factor, beta)
         if grad_bias_V is not None and share_R1 is None:
             grad_bias_V[tile.columns].add_(du_RW.sum(0, dtype=torch.float32))
         elif grad_bias_V is not None and share_R1 is not None:
             add_product(grad_bias_V[None, tile.columns], blas_product, share_R1.T, du_RW, factor)
 
 
-def add_product(total: Tensor, product: Callable[..., None], x: Tensor, y: Tensor, factor: Tensor | None) -> None:
-    """total += factor * (x @ y), some rows at a time: the whole float32 product would be as large as a head's gradient.
+def add_product(
+    total: Tensor, product: Callable[..., None], x: Tensor, y: Tensor, factor: Tensor | None, beta: int = 1
+) -> None:
+    """total = beta * total + factor * (x @ y), some rows at a time: the whole float32 product would be as large as a
+    head's gradient. With `beta` 0 the total is not read.
 
     `factor` has an entry for each row, or is 0-dim.
     """
     if product is blas_product and x.dtype == torch.float32:
         for first in range(0, x.shape[1], launch.INNER):
-            total.addmm_(x[:, first : first + launch.INNER], y[first : first + launch.INNER])
+            part = slice(first, first + launch.INNER)
+            total.addmm_(x[:, part], y[part], beta=beta if first == 0 else 1)
         return
     if product is blas_product and ADDS_IN_FLOAT32 and x.is_cuda and torch.version.hip is None and factor is None:
-        torch.addmm(total, x, y, out_dtype=torch.float32, out=total)
+        torch.addmm(total, x, y, beta=beta, out_dtype=torch.float32, out=total)
         return
     step = max(1, launch.PART_BYTES // (4 * total.shape[1]))
-    part = total.new_empty(min(step, len(total)), total.shape[1])
+    part_RW = total.new_empty(min(step, len(total)) if beta else 0, total.shape[1])
     for start in range(0, len(total), step):
         rows = total[start : start + step]
-        product(x[start : start + step], y, part[: len(rows)])
-        if factor is None:
-            rows += part[: len(rows)]
-        else:
-            rows.addcmul_(part[: len(rows)], factor if factor.dim() == 0 else factor[start : start + step, None])
+        found = part_RW[: len(rows)] if beta else rows
+        product(x[start : start + step], y, found)
+        scale = factor if factor is None or factor.dim() == 0 else factor[start : start + step, None]
+        if beta and scale is not None:
+            rows.addcmul_(found, scale)
+        elif beta:
+            rows += found
+        elif scale is not None:
+            rows *= scale
