@@ -51,7 +51,8 @@ def test_a_quick_run_writes_rows_a_table_and_a_picture(few, tmp_path, capsys):
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(set(row) == FIELDS for row in found)
     timed = [row for row in found if row["status"] == "ok"]
-    assert {row["provider"] for row in timed} == {"pytorch", "safe-kernels torch", "safe-kernels torch, in place"}
+    ours = {f"safe-kernels torch{how}" for how in ("", ", in place", ", keeping 128 MiB")}
+    assert {row["provider"] for row in timed} == {"pytorch", *ours}
     for row in timed:
         assert row["seconds_low"] <= row["seconds"] <= row["seconds_high"] and row["repeats"] >= 3
         assert row["gate"] == "green" and row["errors"] and row["peak_bytes"] > 0 and row["roof_share"] > 0
@@ -205,9 +206,10 @@ def test_compare_runs_the_revision_in_its_own_worktree(few):
     listed = subprocess.run(["git", "worktree", "list"], cwd=machine.ROOT, capture_output=True, text=True, check=True)
     assert str(tree) not in listed.stdout
     timed = [row for row in found if row.seconds is not None]
-    assert {row.provider for row in timed} == {"pytorch @HEAD", "safe-kernels torch @HEAD"}
+    ours = {"safe-kernels torch @HEAD", "safe-kernels torch, keeping 128 MiB @HEAD"}
+    assert {row.provider for row in timed} == {"pytorch @HEAD", *ours}
     here = [dataclasses.replace(row, provider=row.provider[:-6], seconds=2 * row.seconds) for row in timed]
-    assert report.ratios(here + found).count("2.000 of its time at HEAD") == 2 * len(TOY.passes)
+    assert report.ratios(here + found).count("2.000 of its time at HEAD") == 3 * len(TOY.passes)
 
 
 def test_compare_refuses_an_unknown_revision(capsys):

@@ -12,7 +12,7 @@ from bench.measurement.workloads import OUTPUTS, WITH_KL
 from bench.providers.provider import KERNELS, OPERATIONS, Compute, Provider, by_name
 
 KEPT = {  # of logits, beside the default: max_kept_bytes
-    "torch": {"none": 0, "128 MiB": 128 << 20},
+    "torch": {"128 MiB": 128 << 20},
     "triton": {"2 GiB": 2 << 30, "all": 1 << 40},
 }
 
