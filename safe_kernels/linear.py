@@ -71,8 +71,8 @@ def linear_token_stats(
         max_kept_bytes: of logits, a reference's included, that may stay in memory for the backward, which makes the
             others again: for what is kept two products do the work of three, or three of four if the weight is trained.
             Every call whose graph is alive holds so many bytes; its first backward uses them up. None is 0, but on the
-            torch backend on a CPU the one tile that exists anyway. With `batch_invariant`, and where nothing wants a
-            gradient, nothing is kept.
+            torch backend on a CPU the one tile that exists anyway. With `batch_invariant`, on the torch backend with
+            `process_group`, and where nothing wants a gradient, nothing is kept.
         process_group: the ranks that share the head; None is this one alone. See `safe_kernels`.
 
     The other arguments and the results are those of `token_stats`; where `mask` leaves most tokens out, select the
@@ -96,6 +96,8 @@ def linear_token_stats(
         inputs, name, bounds = vocab_parallel.sharded(inputs, len(head.weight), head.process_group)
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3])
     if not wants_gradient or (max_kept_bytes is None and backend == "triton"):
+        max_kept_bytes = 0
+    if head.process_group is not None and backend == "torch":  # which keeps them centred by the peak of this part
         max_kept_bytes = 0
     found = linear_token_stats_op(*inputs, max_kept_bytes, name, bounds, backend)
     return TokenStats.of(found[:4], tokens, ref_hidden is not None)

@@ -55,7 +55,7 @@ def linear_gradients(
         stats_here, grads_here = take(row_stats, product.rows), take(grads, product.rows)
         for rows, per_row_R, tile in product.tiles():
             stats_R, grads_R = take(stats_here, rows), take(grads_here, rows)
-            restore(tile, per_row_R, stats_R)
+            restore(tile, per_row_R, stats_R, product.is_centred)
             head.write_gradient(tile, per_row_R, stats_R, grads_R)
         sums.add(product)
     return sums.among_masked(live, len(inputs.tokens_N))
@@ -124,12 +124,12 @@ class Head(NamedTuple):
 
     def write_gradient(self, tile: Tile, per_row: RowInputs, stats: RowStats, grads: StatsGrad) -> None:
         """Write d loss / d (hidden @ weight.T + bias) over the logits of a centred tile."""
-        logit_gradient(tile, per_row, stats, grads, tile.a if self.softcap is None else tile.e)
+        logit_gradient(tile, per_row, stats, grads, tile.x if self.softcap is None else tile.e)
         if self.softcap is not None:
             share = tile.x.mul_(per_row.temperature_N1).add_(stats.peak[:, None]).div_(self.softcap)
-            torch.mul(tile.e, share.square_().neg_().add_(1), out=tile.a)
+            share.square_().neg_().add_(1).mul_(tile.e)
         if self.logit_scale != 1:
-            tile.a.mul_(self.logit_scale)
+            tile.x.mul_(self.logit_scale)
 
     def hidden_gradient(self, du_RV: Tensor) -> Tensor:
         grad_RH = du_RV.new_zeros(len(du_RV), self.weight_VH.shape[1])
@@ -164,14 +164,14 @@ class Product(NamedTuple):
     per_row: RowInputs
     logits_SRV: Tensor  # the gradient may write over them; S = 2 with a reference
     hidden_RH: Tensor
-    are_kept: bool = False  # for the gradient
+    is_centred: bool  # as `row_statistics` left them
 
     def tiles(self) -> Iterator[tuple[slice, RowInputs, Tile]]:
         def load(rows: slice) -> tuple[Tensor, Tensor | None]:
-            a, *a_ref = self.logits_SRV[:, rows]
-            return a, a_ref[0] if a_ref else None
+            x, *y = self.logits_SRV[:, rows]
+            return x, y[0] if y else None
 
-        return tiles(self.per_row, self.logits_SRV.shape[2], load, kept=len(self.logits_SRV) if self.are_kept else 0)
+        return tiles(self.per_row, self.logits_SRV.shape[2], load)
 
 
 def products(
@@ -185,20 +185,21 @@ def products(
     those of the first K rows, its beginning, which is filled last and emptied first.
     """
     count, height, streams = len(per_row.index_N), product_height(inputs), 1 + with_reference
-    kept = 0 if logits_SKV is None else logits_SKV.shape[1]
-    buffer = per_row.known_N.new_empty(streams, min(height, count), len(inputs.weight_VH))
-    if logits_SKV is not None and kept > 0:
+    kept, starts = 0 if logits_SKV is None else logits_SKV.shape[1], range(0, count, height)
+    if logits_SKV is None or kept == 0:
+        buffer = per_row.known_N.new_empty(streams, min(height, count), len(inputs.weight_VH))
+    else:
         buffer = logits_SKV[:streams]
-    starts = range(0, count, height)
-    for start in starts if are_known else reversed(starts):
+    for start in reversed(starts) if kept and not are_known else starts:
         rows, first = slice(start, min(start + height, count)), start if start < kept else 0
         per_row_R, logits_SRV = take(per_row, rows), buffer[:, first : first + rows.stop - start]
         hidden_RH = _float_rows(inputs.hidden_NH, rows, per_row_R)
-        if not (are_known and start < kept):
+        is_centred = are_known and start < kept
+        if not is_centred:
             head_of(inputs).logits(hidden_RH, logits_SRV[0])
             if with_reference and inputs.ref_hidden_NH is not None:
                 ref_head_of(inputs).logits(_float_rows(inputs.ref_hidden_NH, rows, per_row_R), logits_SRV[1])
-        yield Product(rows, per_row_R, logits_SRV, hidden_RH, are_kept=start < kept and not are_known)
+        yield Product(rows, per_row_R, logits_SRV, hidden_RH, is_centred)
 
 
 def product_height(inputs: LinearInputs) -> int:

@@ -2,7 +2,7 @@
 
 A tile holds R full rows in the compute dtype (float32, or float64 for float64 inputs), few enough for the cache:
 
-    load             a, the logits after scale, bias and softcap;  a_ref, the same of the reference
+    load             x = a, the logits after scale, bias and softcap;  y = a_ref, the same of the reference
     row_statistics   x = (a - peak) / T;  e = exp(x);  y = x - (a_ref - ref_peak) / T
     logit_gradient   d loss / d a
 
@@ -61,31 +61,23 @@ class RowInputs(NamedTuple):
 
 
 class Tile(NamedTuple):
-    a: Tensor
-    a_ref: Tensor | None
-    x: Tensor  # it may be a
-    y: Tensor | None  # it may be a_ref
+    x: Tensor
     e: Tensor
     scratch: Tensor
+    y: Tensor | None
 
 
 def tiles(
-    per_row: RowInputs,
-    vocabulary: int,
-    load: Callable[[slice], tuple[Tensor, Tensor | None]],
-    kept: int = 0,
+    per_row: RowInputs, vocabulary: int, load: Callable[[slice], tuple[Tensor, Tensor | None]]
 ) -> Iterator[tuple[slice, RowInputs, Tile]]:
-    """Yield (rows, their inputs, a tile). `load` gives logits, and the reference's: `kept` of the two, all or none, are
-    not written over.
-    """
+    """Yield (rows, their inputs, a tile). `load` gives logits, and the reference's, that may be overwritten."""
     count, like = len(per_row.index_N), per_row.known_N
     height = tile_height(vocabulary, like)
-    e, scratch, *own = (like.new_empty(min(height, count), vocabulary) for _ in range(2 + kept))
+    e, scratch = (like.new_empty(min(height, count), vocabulary) for _ in range(2))
     for start in range(0, count, height):
         rows = slice(start, min(start + height, count))
-        a, a_ref = load(rows)
-        x, y = own[0][: len(a)] if own else a, own[1][: len(a)] if len(own) > 1 else a_ref
-        yield rows, take(per_row, rows), Tile(a, a_ref, x, y, e[: len(a)], scratch[: len(a)])
+        x, y = load(rows)
+        yield rows, take(per_row, rows), Tile(x, e[: len(x)], scratch[: len(x)], y)
 
 
 def tile_height(vocabulary: int, like: Tensor) -> int:
@@ -101,17 +93,17 @@ def row_statistics(tile: Tile, per_row: RowInputs) -> RowStats:
     kl = sum(e^x y) / s - log s + log r,  where y = x - x_ref and r = sum e^x_ref.
     """
     index_R1, temperature = per_row.index_N[:, None], per_row.temperature_N1
-    a_token_R1, peak_R1 = tile.a.gather(1, index_R1), tile.a.amax(1, keepdim=True)
+    a_token_R1, peak_R1 = tile.x.gather(1, index_R1), tile.x.amax(1, keepdim=True)
     _centre_policy(tile, peak_R1, temperature)
     total = _row_sum(tile.e)
     log_total = total.log()
     logprob = per_row.known(((a_token_R1 - peak_R1) / temperature).squeeze(1) - log_total)
     entropy = per_row.live(log_total - _row_sum(torch.mul(tile.e, tile.x, out=tile.scratch)) / total)
-    if tile.a_ref is None or tile.y is None:
+    if tile.y is None:
         return RowStats(logprob, entropy, *_saved(peak_R1, log_total))
 
-    a_token_R1, ref_peak_R1 = tile.a_ref.gather(1, index_R1), tile.a_ref.amax(1, keepdim=True)
-    _centre(tile.a_ref, ref_peak_R1, temperature, tile.y)
+    a_token_R1, ref_peak_R1 = tile.y.gather(1, index_R1), tile.y.amax(1, keepdim=True)
+    _centre(tile.y, ref_peak_R1, temperature)
     ref_total = _row_sum(torch.exp(tile.y, out=tile.scratch))
     ref_log_total = ref_total.log()
     ref_logprob = per_row.known(((a_token_R1 - ref_peak_R1) / temperature).squeeze(1) - ref_log_total)
@@ -123,11 +115,14 @@ def row_statistics(tile: Tile, per_row: RowInputs) -> RowStats:
     return RowStats(*policy, ref_logprob, per_row.live(kl), *_saved(ref_peak_R1, ref_log_total))
 
 
-def restore(tile: Tile, per_row: RowInputs, stats: RowStats) -> None:
-    """Centre a loaded tile as `row_statistics` did, from the statistics that it returned."""
+def restore(tile: Tile, per_row: RowInputs, stats: RowStats, is_centred: bool = False) -> None:
+    """Centre a loaded tile as `row_statistics` did, from the statistics that it returned, or one that it left."""
+    if is_centred:
+        torch.exp(tile.x, out=tile.e)
+        return
     _centre_policy(tile, stats.peak[:, None], per_row.temperature_N1)
-    if tile.a_ref is not None and tile.y is not None and stats.ref_peak is not None:
-        _centre(tile.a_ref, stats.ref_peak[:, None], per_row.temperature_N1, tile.y)
+    if tile.y is not None and stats.ref_peak is not None:
+        _centre(tile.y, stats.ref_peak[:, None], per_row.temperature_N1)
         _log_ratio(tile.x, tile.y)
 
 
@@ -175,13 +170,13 @@ def _saved(peak_R1: Tensor, log_total_R: Tensor) -> tuple[Tensor, Tensor]:
     return peak_R, log_total_R.masked_fill(peak_R == -math.inf, -math.inf)
 
 
-def _centre(a_RV: Tensor, peak_R1: Tensor, temperature: float | Tensor, out: Tensor) -> Tensor:
-    torch.sub(a_RV, peak_R1, out=out)
-    return out if isinstance(temperature, float) and temperature == 1.0 else out.div_(temperature)
+def _centre(a_RV: Tensor, peak_R1: Tensor, temperature: float | Tensor) -> Tensor:
+    a_RV.sub_(peak_R1)
+    return a_RV if isinstance(temperature, float) and temperature == 1.0 else a_RV.div_(temperature)
 
 
 def _centre_policy(tile: Tile, peak_R1: Tensor, temperature: float | Tensor) -> None:
-    torch.exp(_centre(tile.a, peak_R1, temperature, tile.x).clamp_(min=FLOOR), out=tile.e)
+    torch.exp(_centre(tile.x, peak_R1, temperature).clamp_(min=FLOOR), out=tile.e)
 
 
 def _log_ratio(x_RV: Tensor, y_RV: Tensor) -> None:
