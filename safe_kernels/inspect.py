@@ -96,7 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="REGEX")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
-    rows = counted() if args.counts else measure(combinations if args.every_combination else cases_of, args.only)
+    rows = (
+        counted(args.only) if args.counts else measure(combinations if args.every_combination else cases_of, args.only)
+    )
     found = []
     for row in rows:
         found.append(row)
@@ -108,10 +110,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if in_loops else 0
 
 
-def counted(target: str = "sm_90") -> Iterator[dict[str, Any]]:
+def counted(only: str = "", target: str = "sm_90") -> Iterator[dict[str, Any]]:
     """The row kernels on bfloat16 logits: instructions an element, and the times that memory and issue slots allow."""
     choice = launch.ROWS_BY_WARP[TARGETS[target].warp_size]
     for name, (kernel, present) in COUNTED.items():
+        if not re.search(only, name):
+            continue
         case = next(x for x in row_cases(choice) if x.kernel is kernel)._replace(required=present)
         binary = compiled(case, TARGETS[target], False)
         found: dict[str, Any] = resources(binary)

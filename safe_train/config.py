@@ -238,7 +238,7 @@ class SafeConfig:
     gamma: float = option(1.0, "discount")
     gae_lambda: float | None = option(None, "GAE lambda (default: 1 - 1/max_new_tokens)")
     polyak: float = option(0.05, "step of the target heads toward the online heads")
-    value_coef: float = option(0.5, "weight of the value loss")
+    value_coef: float = option(0.5, "weight of the value loss, as critic_max_grad_norm sees it; Adam undoes the rest")
     value_clip: float = option(0.2, "clip of the value change, in units of normalised rewards")
     huber_delta: float = option(0.5, "Huber width of the value loss")
     normalize_rewards: bool = option(True, "divide by the running standard deviation after subtracting the mean")

@@ -125,7 +125,10 @@ def promises(parts: Parts) -> Iterator[tuple[str, str, str]]:
     yield "faster than each other", verdict(compared, behind, unfinished(parts, "rows")), text
     rates = roof_shares(parts)
     low = [name for name, share in rates.items() if share < NEAR_THE_ROOF]
-    text = ", ".join(f"{name} {share:.0%}" for name, share in rates.items())
+    least = {r["name"]: max(r["seconds"].values()) for r in records_of(parts, "least")}
+    taken = {r["name"]: r["seconds"] for r in records_of(parts, "kernel")}
+    beside = {x: f" ({1e3 * taken[x]:.2f} ms, at least {1e3 * least[x]:.2f})" for x in least.keys() & taken.keys()}
+    text = ", ".join(f"{name} {share:.0%}{beside.get(name, '')}" for name, share in rates.items())
     yield "at the roof", verdict(rates, low, unfinished(parts, "roof")), text
     memory = [(r, extra_bytes(r), MEMORY[r["entrance"], r["kl"]]) for r in timed(parts) if counted(r)]
     over = [r for r, found, most in memory if found > most]

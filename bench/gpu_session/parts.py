@@ -110,7 +110,8 @@ def roof(place: Place) -> list[Item]:
     """Each kernel beside a plain copy and a plain product of the same shapes, in the same minute."""
     case = place.shrink(of("hidden", "Qwen2.5-3B", 8192, kl=True, dtype="bfloat16"))
     seconds = COMPILE + 2 * SECONDS
-    return [Item(name, seconds, functools.partial(speed.kernel_rate, place, case, name)) for name in speed.RATES]
+    rates = [Item(name, seconds, functools.partial(speed.kernel_rate, place, case, name)) for name in speed.RATES]
+    return [*rates, Item("least times", 10.0, lambda: speed.least_times(place), extra=True)]
 
 
 def launches(place: Place) -> list[Item]:

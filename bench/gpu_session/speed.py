@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +19,14 @@ from bench.gpu_session.place import SECONDS, Place
 from bench.measurement import timing
 from bench.measurement.backbones import BACKBONES, random_model
 from bench.measurement.cost import itemsize
+from bench.measurement.machine import ROOT
 from bench.measurement.rows import record
 from bench.measurement.workloads import Workload, make_case
 from bench.providers.provider import OPERATIONS, Case, Provider
 from bench.suites import host, launch_choices
 from bench.suites.kernels import measured
 from safe_kernels import linear_token_stats, token_stats
+from safe_kernels.machine_code import GPUS
 
 FEW_SECONDS = 0.1  # of a candidate in a sweep
 
@@ -80,6 +86,18 @@ def kernel_rate(place: Place, workload: Workload, name: str) -> Iterator[Record]
         raise taken
     yield {"record": "kernel", "name": name, "workload": str(workload), "seconds": taken.median, "flops": flops,
            "bytes": moved, "repeats": taken.repeats}  # fmt: skip
+
+
+def least_times(place: Place) -> Iterator[Record]:
+    """By row kernel: the least time that its machine code allows on this GPU, at the shape of `kernel_rate`."""
+    command = [sys.executable, "-m", "safe_kernels.inspect", "--counts", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    one = ["--only", "^gradient$"] if place.tiny else []
+    done = subprocess.run([*command, *one], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    gpu = next((name for name in GPUS if name in ("H200" if place.tiny else torch.cuda.get_device_name())), None)
+    for row in json.loads(done.stdout) if gpu is not None else []:
+        least = {name.removesuffix("_ms"): 1e-3 * ms for name, ms in row[gpu].items()}
+        yield {"record": "least", "name": row["counted"], "instructions": row["instructions"], "seconds": least}
 
 
 def host_times(place: Place) -> Iterator[Record]:
