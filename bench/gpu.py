@@ -25,6 +25,8 @@ from bench.measurement import machine
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    if args.minutes is None:
+        args.minutes = 40 if args.rehearse else 8
     if args.minutes <= 0:
         sys.exit(f"--minutes must be above 0, got {args.minutes:g}")
     if args.install and not any(args.install.glob("*.whl")):
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--minutes", type=float, default=8, help="for all parts together; default 8")
+    found.add_argument("--minutes", type=float, help="for all parts together; default 8, and 40 to rehearse")
     found.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the files; default runs/gpu")
     found.add_argument("--parts", nargs="+", choices=list(SHARES), default=list(SHARES), help="default: all")
     found.add_argument("--commit", help="for a copy of the tree without git: the commit that it is")

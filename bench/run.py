@@ -69,6 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
         interpret_trl()
+        from bench.measurement.interpreter import patch_language_once_a_launch
+
+        patch_language_once_a_launch()
     run = Run.begin(device, args.commit)
     path = run.path(args.results)
     workloads = [(suite, w) for suite, w in chosen(args, device) if re.search(args.only, str(w))]

@@ -1,7 +1,9 @@
+import functools
 import os
 import sys
 
 import hypothesis
+import jinja2
 import pytest
 import torch
 
@@ -39,12 +41,15 @@ def float64_backend(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures():
-    """Drawing its report takes longer than the run of a tiny model: who wants to see one asks for `pictures`."""
+    """Drawing its report takes longer than the run of a tiny model: who wants to see one asks for `pictures`. And the
+    template of peft's model card is compiled once, not at every checkpoint.
+    """
     if "safe_train" not in sys.modules:  # tests of kernels alone do without its imports
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("safe_train.run.run_folder.write_report", lambda *_: None)
+        patch.setattr("jinja2.Template", functools.cache(jinja2.Template))
         yield
 
 
@@ -69,8 +74,7 @@ def kernels(monkeypatch):
 
 def make_small(monkeypatch):
     """Tiles so small that a test has many."""
-    from interpreter import patch_language_once_a_launch
-
+    from bench.measurement.interpreter import patch_language_once_a_launch
     from safe_kernels.torch_backend import linear, rows
     from safe_kernels.triton_backend import launch
 

@@ -114,7 +114,7 @@ def hangs():
 functions = dict(raises=raises, runs_out=runs_out, crashes=crashes, hangs=hangs, last=lambda: [{{"record": "note"}}])
 items = [parts.Item(name, 0.0, function) for name, function in functions.items()]
 parts.PARTS["smoke"] = lambda place: items
-process.SLACK = 1.0
+process.TINY_SLACK = 1.0
 sys.exit(process.main())
 """
 

@@ -57,10 +57,10 @@ def check_record(name: str, errors: dict[str, Error]) -> Record:
 
 def check_terms(place: Place) -> Iterator[Record]:
     """`safe_terms`, whose kernel no workload calls."""
-    draw = torch.Generator(place.device).manual_seed(0)
-    logits, ref_logits = torch.randn(2, 4, 30, 97, generator=draw, device=place.device)
-    values = dict(zip(("v1", "v2", "rewards"), torch.randn(3, 4, 30, generator=draw, device=place.device), strict=True))
-    tokens = torch.randint(97, (4, 30), generator=draw, device=place.device)
+    draw, N, T = torch.Generator(place.device).manual_seed(0), 4, 8 if place.tiny else 30
+    logits, ref_logits = torch.randn(2, N, T, 97, generator=draw, device=place.device)
+    values = dict(zip(("v1", "v2", "rewards"), torch.randn(3, N, T, generator=draw, device=place.device), strict=True))
+    tokens = torch.randint(97, (N, T), generator=draw, device=place.device)
     constants = {"ref_logits": ref_logits, "kl_threshold": 0.1, "alpha": 0.3, "gamma": 0.9}
 
     def terms(dtype: torch.dtype, function: Callable[..., Any], **backend: Any) -> Results:

@@ -192,6 +192,7 @@ def few_choices(place: Place) -> list[tuple[Knob, tuple[str, ...]]]:
         [place.shrink(qwen(entrance, kl=kl)) for kl in (False, True)] for entrance in ("logits", "hidden")
     )
     rows = [launch.RowChoice(1, columns, warps) for columns, warps in (ROWS[:1] if place.tiny else ROWS)]
+    logits = logits[1:] if place.tiny else logits
     found: list[tuple[Knob, tuple[str, ...]]] = [(Knob("ROWS", None, tuple(rows), tuple(logits)), (FORWARD, BACKWARD))]
     for (kind, tiles), workload in zip((TINY_TILES if place.tiny else TILES).items(), hidden, strict=False):
         key, names = (place.target, kind, 16), ("rows", "columns", "inner", "num_warps", "num_stages")

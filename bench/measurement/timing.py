@@ -41,7 +41,8 @@ def timed(
     most: int = 100,
     longest: float = LONGEST,
 ) -> dict[str, Timing | Exception]:
-    """For each name, about `budget` seconds of repeats going round its calls, which do the same work on other memory.
+    """For each name, about `budget` seconds of repeats going round its calls, which do the same work on other memory;
+    one repeat where it is 0.
 
     All take turns, so that a drift of the machine meets all of them. A name whose first calls fail gets the error.
     """
@@ -54,7 +55,7 @@ def timed(
             (guess,) = clock(own[-1:])
             if guess > longest:
                 raise TooSlow(f"one call took {guess:.1f} s")
-            repeats[name] = max(FEWEST, min(most, int(budget / max(guess, 1e-7))))
+            repeats[name] = max(FEWEST, min(most, int(budget / max(guess, 1e-7)))) if budget else 1
         except Exception as error:  # too little memory, or whatever a peer raises at this shape
             found[name] = error.with_traceback(None)  # whose frames would keep their tensors
     rounds = max(repeats.values(), default=0)

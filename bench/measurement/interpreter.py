@@ -1,6 +1,9 @@
 """Triton's interpreter, twice as fast."""
 
+from __future__ import annotations
+
 from types import SimpleNamespace
+from typing import Any
 
 import triton.language as tl
 from triton.runtime import interpreter
@@ -18,7 +21,7 @@ def patch_language_once_a_launch() -> None:
         interpreter.InterpretedFunction.__call__ = call
 
 
-def call(self, *arguments, **options):
+def call(self: interpreter.InterpretedFunction, *arguments: Any, **options: Any) -> Any:
     try:
         return self.rewrite()(*arguments, **options)
     except Exception as error:
