@@ -47,6 +47,7 @@ def test_the_rehearsal_runs_every_part(tmp_path):
     timed = {r["provider"] for r in records(tmp_path, "rows", "row") if r["seconds"]}
     assert {"pytorch", "safe-kernels triton", "safe-kernels triton, in place"} <= timed
     assert {r["name"] for r in records(tmp_path, "roof", "kernel")} == set(speed.RATES)
+    assert [r["name"] for r in records(tmp_path, "roof", "least")] == ["gradient"] and " ms, at least 1.19)" in summary
     (step,) = records(tmp_path, "step", "step")
     assert step["time/update_s"] > 0 and step["memory/peak_gb"] > 0
 
