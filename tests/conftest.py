@@ -40,6 +40,13 @@ def float64_backend(request):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def fast_interpreter():
+    from bench.measurement.interpreter import patch_language_once_a_launch
+
+    patch_language_once_a_launch()
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_pictures():
     """Drawing its report takes longer than the run of a tiny model: who wants to see one asks for `pictures`. And the
     template of peft's model card is compiled once, not at every checkpoint.
@@ -74,11 +81,9 @@ def kernels(monkeypatch):
 
 def make_small(monkeypatch):
     """Tiles so small that a test has many."""
-    from bench.measurement.interpreter import patch_language_once_a_launch
     from safe_kernels.torch_backend import linear, rows
     from safe_kernels.triton_backend import launch
 
-    patch_language_once_a_launch()
     monkeypatch.setattr(rows, "TILE_BYTES", 2048)
     monkeypatch.setattr(linear, "PRODUCT_BYTES", 2048)  # of 21 tokens beside 37 logits, 13
     monkeypatch.setattr(linear, "WEIGHT_TILE_BYTES", 1024)

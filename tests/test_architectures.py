@@ -25,6 +25,11 @@ NOT_BUILT = {
 }
 
 
+# One step of one optimizer step, whose sequences share a micro-batch.
+SETTINGS = {"total_steps": 1, "max_new_tokens": 3, "max_prompt_tokens": 8}
+SETTINGS |= {"inner_epochs": 1, "minibatch_size": 8, "max_tokens_per_microbatch": 96}
+
+
 @torch.no_grad()
 def own_logprobs(model):
     """Log-probs of the responses by the model's own forward, one sequence at a time."""
@@ -47,7 +52,7 @@ def verdict(kind, folder):
     model = tiny_kind(kind)
     expected = own_logprobs(model)
     try:
-        trainer = tiny.trainer(folder, policy=model, total_steps=1, max_new_tokens=3, max_prompt_tokens=8)
+        trainer = tiny.trainer(folder, policy=model, **SETTINGS)
     except ConfigError as error:
         assert type(model).__name__ in str(error)
         return "refused"
@@ -59,7 +64,7 @@ def verdict(kind, folder):
 
 
 @pytest.mark.slow
-def test_every_causal_kind_is_right_or_refused(tmp_path, monkeypatch):
+def test_every_causal_kind_is_right_or_refused(tmp_path):
     verdicts = {}
     for kind in KINDS:
         if kind in NOT_BUILT:
@@ -95,7 +100,7 @@ def test_the_language_model_of_a_composite_one_is_trained_and_saved_with_the_res
     model = composite(kind)
     towers = {name: p.clone() for name, p in model.named_parameters() if name.startswith(COMPOSITE[kind])}
     expected = own_logprobs(model)
-    settings = {"total_steps": 1, "max_new_tokens": 3, "max_prompt_tokens": 8, "lora_r": 0}
+    settings = SETTINGS | {"lora_r": 0}
     trainer = tiny.trainer(tmp_path, policy=model, **settings)
     assert (policy_logprobs(trainer) - expected).abs().max() < 1e-4
     trained = {id(p) for p in trainer.trainable}

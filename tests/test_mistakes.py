@@ -146,6 +146,7 @@ def missing_extra(here):
 
 def old_transformers(here):
     found = metadata.version
+    versions.check_versions.cache_clear()
     here.monkeypatch.setattr(
         versions.metadata, "version", lambda name: "4.57.1" if name == "transformers" else found(name)
     )

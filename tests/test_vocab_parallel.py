@@ -28,6 +28,7 @@ from memory import Allocations
 from torch import distributed
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
+from bench.measurement.interpreter import patch_language_once_a_launch
 from safe_kernels import (
     checks,
     dispatch,
@@ -343,6 +344,7 @@ ALSO_ON_FOUR = ["a_row_does_not_depend_on_the_batch", "a_dtensor_is_its_part"]
 def results_of_a_rank(names, behaviours):
     """In a process of a group: of every case and edge on every backend; and what went wrong in the behaviours."""
     patch = pytest.MonkeyPatch()
+    patch_language_once_a_launch()
     conftest.make_small(patch)
     distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=180))
     group, widths, found = distributed.group.WORLD, WIDTHS[distributed.get_world_size()], {}

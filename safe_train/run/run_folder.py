@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def keep_rows(path: Path, last_step: int) -> None:
     unfinished.replace(path)
 
 
+@cache
 def environment(device: torch.device) -> dict[str, Any]:
     versions: dict[str, str | None] = {}
     for package in PACKAGES:

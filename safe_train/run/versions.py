@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import metadata
 
 from packaging.requirements import Requirement
@@ -18,6 +19,7 @@ def own_version() -> str:
         return "of sources that are not installed"
 
 
+@cache
 def check_versions() -> None:
     """Whether the installed packages are as new as those that the trainer asks for."""
     try:
