@@ -52,7 +52,7 @@ def test_packed_statistics_equal_the_models_own_logits_one_sequence_at_a_time(ar
         stats = linear_token_stats(
             policy(batch), tokens=batch.targets_L, ref_hidden=policy.reference(batch), **policy.head()
         )
-    torch.testing.assert_close(stats.logprob, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(stats.logprob, expected, **tiny.FORWARDS)
     torch.testing.assert_close(stats.kl, torch.zeros_like(stats.kl), atol=1e-6, rtol=0)
 
 
@@ -110,7 +110,7 @@ def test_lora_reaches_the_linear_layers_of_gpt2(recwarn):
     with torch.no_grad():
         expected = torch.cat([alone(policy.model, p, c) for p, c in zip(*SEQUENCES, strict=True)])
         found = linear_token_stats(policy(batch), tokens=batch.targets_L, **policy.head()).logprob
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found, expected, **tiny.FORWARDS)
 
 
 def test_sequences_must_fit_the_models_positions():

@@ -62,7 +62,7 @@ def scored(policy, rollout):
 def test_sampler_and_trainer_agree_on_the_log_probs():
     policy, rollout = rollout_of(tiny.model(), copies=3)
     sampler = torch.tensor(sum(rollout.sampler_logprobs, []))
-    torch.testing.assert_close(sampler, scored(policy, rollout), atol=2e-5, rtol=0)
+    torch.testing.assert_close(sampler, scored(policy, rollout), **tiny.FORWARDS)
 
 
 @pytest.mark.parametrize("settings", [{}, {"generation_batch_size": 300, "cache_implementation": "static"}])
@@ -78,7 +78,7 @@ def test_samples_follow_the_whole_distribution(settings):
 def test_padding_does_not_change_the_distribution():
     policy, rollout = rollout_of(tiny.model(), [{"prompt": "the cat sat on a mat"}, {"prompt": "a"}], copies=4)
     torch.testing.assert_close(
-        torch.tensor(sum(rollout.sampler_logprobs, [])), scored(policy, rollout), atol=2e-5, rtol=0
+        torch.tensor(sum(rollout.sampler_logprobs, [])), scored(policy, rollout), **tiny.FORWARDS
     )
 
 
@@ -107,7 +107,7 @@ def test_a_static_cache_samples_the_same(make, lora_r):
         policy, rollout = rollout_of(make(), copies=3, max_new_tokens=8, cache_implementation=kind, lora_r=lora_r)
         rollouts.append(rollout)
         sampler = torch.tensor(sum(rollout.sampler_logprobs, []))
-        torch.testing.assert_close(sampler, scored(policy, rollout), atol=2e-5, rtol=0)
+        torch.testing.assert_close(sampler, scored(policy, rollout), **tiny.FORWARDS)
     assert rollouts[0].completions == rollouts[1].completions
 
 
@@ -127,7 +127,7 @@ def test_chunks_are_of_one_width_and_come_back_in_order(kind, monkeypatch):
     assert [shape[1] for shape, _ in seen] == [6, 4, 3, 1]
     assert [len(prompt.ids) for prompt in rollout.prompts] != sorted(len(prompt.ids) for prompt in rollout.prompts)
     sampler = torch.tensor(sum(rollout.sampler_logprobs, []))
-    torch.testing.assert_close(sampler, scored(policy, rollout), atol=2e-5, rtol=0)
+    torch.testing.assert_close(sampler, scored(policy, rollout), **tiny.FORWARDS)
 
 
 def test_chunks_hold_every_index_and_waste_little():
@@ -174,7 +174,7 @@ def test_decoding_is_compiled_once_for_all_rollouts(checkpointing, monkeypatch):
         rollout = sampler(prompts.at(3 * step, 3))
         addresses |= {cache.layers[0].keys.data_ptr() for cache in sampler.keywords["caches"].values()}
         recorded = torch.tensor(sum(rollout.sampler_logprobs, []))
-        torch.testing.assert_close(recorded, scored(policy, rollout), atol=2e-5, rtol=0)
+        torch.testing.assert_close(recorded, scored(policy, rollout), **tiny.FORWARDS)
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter += 0.01 * parameter.requires_grad
@@ -193,7 +193,7 @@ def test_the_sampler_follows_the_policy():
                 parameter.normal_()
     rollout = sampler(prompts)
     recorded = torch.tensor(sum(rollout.sampler_logprobs, []))
-    torch.testing.assert_close(recorded, scored(policy, rollout), atol=2e-5, rtol=0)
+    torch.testing.assert_close(recorded, scored(policy, rollout), **tiny.FORWARDS)
 
 
 def test_the_head_sees_whole_rows_in_generation():

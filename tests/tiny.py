@@ -6,6 +6,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from safe_train.config import SafeConfig
 
+# Of log-probs by two forwards of one float32 model, which sum in another order. A model has no plain twin whose error
+# the rule of cases.py could take.
+FORWARDS = {"atol": 2e-5, "rtol": 0}
 WORDS = ["<pad>", "<eos>", *"the a cat dog sat ran on under mat tree good bad happy sad very not and or is was".split()]
 PROMPTS = [{"prompt": text} for text in ("the cat", "a dog sat on", "the", "the happy dog ran under a", "a tree is")]
 
