@@ -92,6 +92,7 @@ def test_the_loss_and_its_gradient_are_the_formula(name, tmp_path, monkeypatch):
         sums = sum(totals)
         gradients = torch.autograd.grad(sums, trainer.trainable)
         exact = naive_loss(trainer, experience, control)
+        # Through a whole float32 model, whose rounding no plain twin measures.
         torch.testing.assert_close(sums.double(), exact, rtol=2e-5, atol=1e-6)
         for mine, theirs in zip(gradients, torch.autograd.grad(exact, trainer.trainable), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)

@@ -150,6 +150,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_tempered_policies(kind, temp
         hidden_LH = trainer.policy(micro.batch)
         loss = losses.policy_loss(hidden_LH, trainer.policy.head(), micro, weight_L, control, trainer.args).loss
         expected = composed(twin, micro, weight_L, control, trainer.args)
+        # Through a whole float32 model, whose rounding no plain twin measures.
         torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
         own = [p for p in twin.policy.parameters() if p.requires_grad]
         wanted = torch.autograd.grad(expected, own)
