@@ -5,6 +5,7 @@ Shapes: N tokens, V vocabulary, H hidden width.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ def linear_token_stats(
         )._replace(batch_invariant=batch_invariant, process_group=process_group)
     )
     if max_kept_bytes is not None:
-        max_kept_bytes = int(checks.require_number("max_kept_bytes", max_kept_bytes, 0))
+        max_kept_bytes = min(int(checks.require_number("max_kept_bytes", max_kept_bytes, 0)), sys.maxsize)
     backend = choose_backend(backend, *head[:8], group=head.process_group)
     if backend == "reference":
         with exact(hidden):
@@ -184,7 +185,8 @@ def new_logits(inputs: LinearInputs, max_kept_bytes: int | None, backend: str) -
 def save_for_the_gradient(ctx: Any, arguments: tuple[Any, ...], found: tuple[Tensor, ...]) -> None:
     _, _, ref_logprob, kl, stats, logits = found
     ctx.mark_non_differentiable(ref_logprob, stats, logits, *([kl] if len(stats) == 4 else []))
-    ctx.are_used_up = logits.shape[1] == 0
+    # A set, to be emptied: an attribute that a backward sets is lost under compiled autograd.
+    ctx.unused = {"logits"} if logits.shape[1] > 0 else set()
     keep(ctx, arguments, stats, logits)
 
 
@@ -196,13 +198,19 @@ def linear_token_stats_gradient(
         return [None, None, None]
     *arguments, stats, logits = kept(ctx)
     inputs, group, backend = LinearInputs(*arguments[:13]), arguments[14], arguments[16]
-    if ctx.are_used_up or any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in grads):
+    if not ctx.unused or any(x is not None and is_of_many_samples(x) for x in grads):
         return linear_gradients(inputs, stats, grads, needed, group, backend)
     # Not where a graph is recorded, by compilation or create_graph: it may run again, or is refused.
-    ctx.are_used_up = type(logits) is Tensor and not torch.is_grad_enabled()
-    # Autograd would refuse a second backward, which makes the logits again, if it saw that they are written over.
-    logits = logits.data if ctx.are_used_up else logits
-    return linear_gradients(inputs, stats, grads, needed, group, backend, logits=logits, write=ctx.are_used_up)
+    write = type(logits) is Tensor and not torch.is_grad_enabled()
+    if write:
+        ctx.unused.clear()
+        logits = logits.data  # with whose version autograd would refuse a second backward, which makes them again
+    return linear_gradients(inputs, stats, grads, needed, group, backend, logits=logits, write=write)
+
+
+def is_of_many_samples(x: Tensor) -> bool:
+    """By is_grads_batched, or by torch.func.vmap."""
+    return torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_batchedtensor(x)
 
 
 def linear_gradients(

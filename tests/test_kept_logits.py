@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +86,50 @@ def test_every_backward_gives_the_same(backend, kept):
     for x, y, z in zip(first, second, third, strict=True):
         torch.testing.assert_close(x, y)
         assert torch.equal(y, z)
+
+
+@pytest.mark.parametrize("kept", [0, 16, EVERYTHING])
+def test_many_slopes_at_once(backend, kept):
+    """By is_grads_batched and by vmap, which run the ops once a sample, before and after a backward of one sample."""
+    case = linear_case(max_kept_bytes=2 * kept * ROW)
+    leaves = [case.pop(name).requires_grad_() for name in ("hidden", "weight")]
+    kl, slopes = linear_token_stats(*leaves, **case, backend=backend).kl, torch.randn(2, 3, 7)
+
+    def gradient(slope, **options):
+        return torch.autograd.grad(kl, leaves, slope, retain_graph=True, **options)
+
+    at_once = [torch.func.vmap(gradient)(slopes), gradient(slopes, is_grads_batched=True)]
+    expected = [torch.stack(x) for x in zip(*map(gradient, slopes), strict=True)]
+    at_once += [torch.func.vmap(gradient)(slopes), gradient(slopes, is_grads_batched=True)]
+    for found in at_once:
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("kept", [16, EVERYTHING])
+def test_compiled_autograd_uses_them_up_too(backend, kept):
+    torch._dynamo.reset()
+    case = linear_case(max_kept_bytes=2 * kept * ROW)
+    leaves = [case.pop(name).requires_grad_() for name in ("hidden", "weight")]
+    stats = linear_token_stats(*leaves, **case, backend=backend)
+    loss, found = (stats.entropy + stats.kl).sum(), []
+    for is_compiled in (True, False, True):
+        compiled = torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager"))
+        with compiled if is_compiled else contextlib.nullcontext():
+            loss.backward(retain_graph=True)
+        found.append([x.grad for x in leaves])
+        for x in leaves:
+            x.grad = None
+    for again in found[1:]:
+        for x, y in zip(again, found[0], strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_more_bytes_than_any_memory(backend):
+    """Of any size that a caller may write for all of them."""
+    case = linear_case(max_kept_bytes=1e30)
+    hold_to_reference(linear_token_stats, case, backend, ["hidden"])
+    hold_to_reference(linear_token_stats, case | {"max_kept_bytes": sys.maxsize}, backend, ["hidden"])
 
 
 def test_a_backward_without_slopes_leaves_them(backend, logits_made):
