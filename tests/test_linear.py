@@ -128,6 +128,16 @@ def test_zeroed_rows_hold_to_reference(backend, monkeypatch):
     hold_to_reference(linear_token_stats, case, backend, ["hidden", "weight", "bias"])
 
 
+@pytest.mark.parametrize("everywhere", [True, False], ids=["left out", "zeroed"])
+def test_a_masked_row_has_no_gradient_where_only_the_references_bias_is_infinite(backend, everywhere, monkeypatch):
+    if not everywhere:
+        _zero_rows_as_off_the_cpu(monkeypatch)
+    case = linear_case(reference="own", bias=True, mask=some_mask())
+    case["ref_bias"][5] = -math.inf
+    found = evaluate(linear_token_stats, case, backend, ["hidden"])
+    assert found["d hidden"][~case["mask"]].eq(0).all() and (found["kl"][case["mask"]] == math.inf).all()
+
+
 def test_nothing_asks_the_device(backend, monkeypatch):
     """No value is read back to the host, in the forward or the backward."""
     _zero_rows_as_off_the_cpu(monkeypatch)

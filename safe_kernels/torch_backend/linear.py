@@ -130,6 +130,8 @@ class Head(NamedTuple):
             share.square_().neg_().add_(1).mul_(tile.e)
         if self.logit_scale != 1:
             tile.x.mul_(self.logit_scale)
+        if per_row.mask_N is not None:  # 0 times the log ratio where only the reference's bias is -inf
+            tile.x.masked_fill_(~per_row.mask_N[:, None], 0)
 
     def hidden_gradient(self, du_RV: Tensor) -> Tensor:
         grad_RH = du_RV.new_zeros(len(du_RV), self.weight_VH.shape[1])

@@ -22,7 +22,7 @@ from ..inputs import LinearInputs, LogitsInputs, RowStats, StatsGrad, take, with
 
 TILE_BYTES = 2 << 20  # one buffer; a tile's three (four with a reference) stay in the caches of two cores
 GPU_TILE_BYTES = 64 << 20  # every operation of a tile is a launch there; not measured yet
-FLOOR = -2e20  # replaces -inf, which would give NaN times a probability of 0; slopes may be as large as 1e18
+FLOOR = -2e20  # replaces -inf, which would give NaN times a probability of 0; a slope over T may be as large as 1e18
 
 
 class RowInputs(NamedTuple):
