@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import os
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -243,6 +242,10 @@ class SafeConfig:
     huber_delta: float = option(0.5, "Huber width of the value loss")
     normalize_rewards: bool = option(True, "divide by the running standard deviation after subtracting the mean")
 
+    option = group("KL budget")
+    kl_budget: float | None = option(None, "bound on a rollout's mean KL, nats per token: what leaves it is moved back")
+    kl_budget_control: bool = option(True, "kl_budget: a controller sets the KL coefficient, so that little is moved")
+
     option = group("SAFE controller")
     controller: str = option("auto", "safe: adaptive KL coefficient | fixed: beta alone | auto: by algorithm")
     kl_threshold: float = option(0.3, "base of the KL threshold, nats per token")
@@ -292,7 +295,11 @@ class SafeConfig:
                 setattr(self, name, FollowedNumber(value) if name == "beta" else FollowedText(value))
         for name in PATHS:
             value = getattr(self, name)
-            setattr(self, name, [at_home(name, x) for x in value] if isinstance(value, list) else at_home(name, value))
+            setattr(
+                self,
+                name,
+                [written.at_home(name, x) for x in value] if isinstance(value, list) else written.at_home(name, value),
+            )
         check(self)
 
     @property
@@ -373,16 +380,6 @@ def require_name(setting: str, value: str | None) -> None:
             f"{setting} is {value}: this run was made from Python with an object there; continue it from Python with "
             f"that object, or set {setting} to a name"
         )
-
-
-def at_home(name: str, path: str | None) -> str | None:
-    """A path that starts with ~ from the home folder on, as a shell would have it."""
-    if path is None or not path.startswith("~"):
-        return path
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
-        raise ConfigError(f"{name} {path!r} is in the home folder of a user that this machine does not know")
-    return found
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from safe_train.data.prompts import Prompt, PromptDataset, load_prompts
 from safe_train.engines.engine import learning_rate, schedule
 from safe_train.engines.kept_logits import KeptLogits
 from safe_train.engines.launched import make_engine
-from safe_train.engines.preview import Preview, mean_kl
+from safe_train.engines.projection import make_budget, make_preview
 from safe_train.models.determinism import check_torch_state
 from safe_train.models.policy import Policy
 from safe_train.models.reference import identity
@@ -154,8 +154,7 @@ class SafeTrainer:
         self.build_critic()
         start.check_space(Path(args.output_dir), [*self.trainable, *(self.critic.parameters() if self.critic else ())])
         self.controller, self.reward_moments = self.make_controller(args), self.make_moments()
-        limit = args.max_preview_kl
-        self.preview = None if limit is None else Preview(self.trainable, limit, args.preview_min_scale)
+        self.preview, self.budget = make_preview(self.engine, args), make_budget(self.engine, args)
         self.kept_logits = KeptLogits(args, self.device)
         self.step = self.bad_steps = 0
         self.best_reward: float | None = None  # of an evaluation
@@ -201,6 +200,8 @@ class SafeTrainer:
             self.compute_advantages(experience, learned_B, control)
             with self.timed("update"):
                 update = self.update(experience, control)
+            if self.budget is not None:
+                update |= self.budget.hold(experience, update["learning_rate"])
         metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
         return rollout, rewards, metrics | ({"prompts/drawn": self.drawn} if args.dynamic_sampling else {})
 
@@ -276,6 +277,8 @@ class SafeTrainer:
         mean = known_B.mean().item() if len(known_B) else self.reward_moments.mean
         seen = parallel.from_main((kl, entropy, mean, self.reward_moments.std))
         control = self.controller.update(*seen)
+        if self.budget is not None:
+            control = self.budget.steer(control, seen[0])
         parallel.check_same({"step": self.step, "controller": control, "random numbers": fingerprint()})
         return control
 
@@ -319,9 +322,7 @@ class SafeTrainer:
                 means |= self.optimizer_step(means["policy_loss"] + means["value_loss"])
                 means |= self.after_optimizer_step(epoch, means)
                 if self.preview is not None:
-                    means["preview_scale"] = self.preview.apply(
-                        means["kl_before_step"].item(), mean_kl(self.policy, minibatch)
-                    )
+                    means["preview_scale"] = self.preview.apply(minibatch, means["kl_before_step"].item())
                 for name, value in means.items():
                     seen[name].append(torch.as_tensor(value))
         self.kept_logits.measure()

@@ -129,6 +129,11 @@ CASES = {
     "FSDP2, LoRA": {"environment": FSDP},
     "FSDP2, one rank got no response token": {"environment": FSDP, "kind": "one rank got no response token"},
     "FSDP2, full fine-tuning": {"environment": FSDP, "max_preview_kl": 0.01, **FULL},
+    "LoRA, a KL budget": {"kl_budget": 0.01},
+    "full fine-tuning, a KL budget": {"kl_budget": 0.01, "algorithm": "grpo", **FULL},
+    "FSDP2, LoRA, a KL budget": {"environment": FSDP, "kl_budget": 0.01, "kind": "one rank got no response token"},
+    "FSDP2, a trained adapter, a KL budget": {"environment": FSDP, "kl_budget": 0.01, **HANDED_OVER},
+    "FSDP2, full fine-tuning, a KL budget": {"environment": FSDP, "kl_budget": 0.01, **FULL},
     "FSDP2, tied head, checkpointing": {
         "environment": FSDP, "gradient_checkpointing": True, "model": {"tie_word_embeddings": True}, **FULL
     },

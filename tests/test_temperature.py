@@ -13,8 +13,8 @@ import torch
 from architectures import tiny_of
 
 from safe_train.algorithms import losses
-from safe_train.engines import preview
-from safe_train.engines.preview import mean_kl
+from safe_train.engines import projection
+from safe_train.engines.projection import mean_kl
 from safe_train.models import scoring
 from safe_train.models.policy import make_policy
 from safe_train.run import self_check
@@ -218,7 +218,7 @@ def test_each_call_of_a_run_is_given_the_temperature(changes, tmp_path, monkeypa
 
     for place in ("models.checks", "run.self_check"):
         monkeypatch.setattr(f"safe_train.{place}.head_gap", lambda *_: 0.0)  # at temperature 1, on both sides
-    for module in (losses, scoring, preview):
+    for module in (losses, scoring, projection):
         for name in CALLS:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, watched(getattr(module, name)))

@@ -42,6 +42,10 @@ class Engine:
         sharding.reshard(self.policy)
         yield
 
+    def moving(self) -> AbstractContextManager[None]:
+        """Inside, the parts of the trained weights that a process stores may be changed for good."""
+        return self.replacing()
+
     def forward(self, batch: TokenBatch) -> Tensor:
         """Hidden states [L, H] of the policy, of which a gradient will be taken."""
         return self.policy.with_gradient(self.policy(batch))

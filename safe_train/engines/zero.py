@@ -88,10 +88,6 @@ class Zero2Engine(Engine):
     stage = 2
 
     def __init__(self, policy: Policy, device: torch.device, args: SafeConfig):
-        if args.max_preview_kl is not None:
-            raise ConfigError(
-                "max_preview_kl cannot be used with DeepSpeed, which holds the weights twice; FSDP2 takes it"
-            )
         self.policy = policy
         self.optimizer = adamw(policy, device, args)
         self.parameters = list(self.optimizer.param_groups[0]["params"])
@@ -134,9 +130,15 @@ class Zero2Engine(Engine):
             self.zero.averaged_gradients[group] = None
 
     @contextmanager
+    def moving(self) -> Iterator[None]:
+        with self.replacing():
+            yield
+        self.zero.refresh_fp32_params()  # DeepSpeed steps on a copy
+
+    @contextmanager
     def writable(self) -> Iterator[None]:
         yield
-        self.zero.refresh_fp32_params()  # DeepSpeed steps on a copy
+        self.zero.refresh_fp32_params()
 
     def parts(self) -> list[Tensor]:
         """The flat parts of the weights that this process steps on: the optimizer's own parameters."""

@@ -201,6 +201,8 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     events.load_state_dict(trainer, values.get("callbacks", {}))
     trainer.reward_moments = trainer.make_moments(**values["reward_moments"])
     trainer.controller.load_state_dict(values["controller"])
+    if trainer.budget is not None:
+        trainer.budget.law.load_state_dict(values.get("budget") or {})
     restore_generators(contents.random, values["random"])
 
 
@@ -255,6 +257,7 @@ def state_text(trainer: SafeTrainer) -> str:
         "callbacks": events.state_dict(trainer),
         "reward_moments": asdict(trainer.reward_moments),
         "controller": trainer.controller.state_dict(),
+        "budget": None if trainer.budget is None else trainer.budget.law.state_dict(),
         "random": python_generators(),
     }
     return json.dumps(state, indent=2)

@@ -177,5 +177,7 @@ def idle_mechanisms(run: Path, rows: Rows) -> str:
         }
     if settings.get("max_preview_kl") is not None:
         mechanisms["preview"] = (True, any(row.get("preview_scale", 1) < 1 for row in rows))
+    if settings.get("kl_budget") is not None:
+        mechanisms["KL budget"] = (True, any(row.get("budget/scale", 1) < 1 for row in rows))
     idle = [name for name, (is_on, has_acted) in mechanisms.items() if is_on and not has_acted]
     return "never acted: " + ", ".join(idle) if idle else ""

@@ -126,6 +126,8 @@ class Session:
         if is_saved:
             self.checkpoints.save_state(trainer)  # callbacks that learned of the checkpoint may have changed
         self.is_over = self.was_stopped() or ends
+        if trainer.budget is not None:
+            trainer.budget.check()
         if signal and not self.is_over:
             raise Stopped.after(trainer.step, signal, args.output_dir)
 
@@ -153,6 +155,8 @@ class Session:
         """Whether the run ends with this step: it is the last, a callback asked for it, or the KL passed `stop_kl`."""
         trainer, limit = self.trainer, self.args.stop_kl
         if trainer.step == self.args.total_steps or trainer.control.should_training_stop:
+            return True
+        if trainer.budget is not None and trainer.budget.failure:
             return True
         if limit is None or not parallel.from_main(kl > limit):
             return False

@@ -73,7 +73,7 @@ BOUNDS = (
         "positive",
         lambda x: x > 0,
         "alpha learning_rate critic_learning_rate huber_delta max_grad_norm critic_max_grad_norm value_clip "
-        "max_preview_kl max_sampler_gap reward_timeout async_reward_timeout ddp_timeout",
+        "max_preview_kl kl_budget max_sampler_gap reward_timeout async_reward_timeout ddp_timeout",
     ),
     (
         "at least 0",
@@ -88,7 +88,7 @@ BOUNDS = (
         math.isfinite,
         "learning_rate critic_learning_rate beta kl_excess_coef kl_momentum_coef kl_integral_coef kl_penalty_coef "
         "entropy_coef value_coef weight_decay alpha pid_kp pid_ki pid_kd missing_eos_penalty reward_timeout "
-        "ddp_timeout async_reward_timeout reward_variance_coef pass_reward",
+        "ddp_timeout async_reward_timeout reward_variance_coef pass_reward kl_budget",
     ),
     ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
@@ -116,6 +116,8 @@ def check(c: SafeConfig) -> None:
     require(not c.save_best or c.eval_every > 0, "save_best", "false without eval_every: evaluations say what is best")
     low, high = c.kl_threshold_min, c.kl_threshold_max
     require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
+    is_steered = c.kl_budget_control and c.kl_budget is not None and c.controller == "safe"
+    require(c.kl_threshold > 0 or not is_steered, "kl_threshold", "positive with kl_budget, whose target it scales")
     require(c.gate_min <= c.gate_max, "gate_min", "at most gate_max")
     require(
         c.stop_strings is None or c.generation == "hf", "stop_strings", "null with generation vllm; set stop_tokens"

@@ -7,6 +7,7 @@ key that stands there twice it would take the last.
 from __future__ import annotations
 
 import math
+import os
 import re
 import types
 import typing
@@ -156,3 +157,13 @@ def plain(value: Any) -> Any:
     if re.fullmatch(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|nan)", value, flags=re.I):
         return as_float(value)
     return str(value)
+
+
+def at_home(name: str, path: str | None) -> str | None:
+    """A path that starts with ~ from the home folder on, as a shell would have it."""
+    if path is None or not path.startswith("~"):
+        return path
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ConfigError(f"{name} {path!r} is in the home folder of a user that this machine does not know")
+    return found
