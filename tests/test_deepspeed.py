@@ -35,7 +35,7 @@ CASES = {
     "full fine-tuning": {"algorithm": "ppo", "max_preview_kl": 0.01, **FULL},
     "full fine-tuning, a KL budget": {"kl_budget": 0.01, "algorithm": "grpo", **FULL},
     "LoRA, a KL budget": {"kl_budget": 0.01},
-    "a trained adapter, a KL budget": {"kl_budget": 0.01, **HANDED_OVER},
+    "a trained adapter, a KL budget": {"kl_budget": 0.003, **HANDED_OVER},
     "tied head, checkpointing": {"gradient_checkpointing": True, "model": {"tie_word_embeddings": True}, **FULL},
     "biased head, LoRA on the last layer": {"model": {"bias": True}, "lora_last_layers": 1},
     "a trained adapter": HANDED_OVER,

@@ -295,16 +295,18 @@ def test_a_failing_reward_stops_the_run_and_leaves_the_checkpoint(reward, tmp_pa
     assert (tmp_path / "checkpoints" / "step-2" / "state.json").exists()
 
 
-def test_preview_walks_an_overshooting_step_back(tmp_path):
-    free = tiny.trainer(tmp_path / "free", learning_rate=0.3, minibatch_size=8, inner_epochs=1)
-    bound = tiny.trainer(tmp_path / "bound", learning_rate=0.3, minibatch_size=8, inner_epochs=1, max_preview_kl=0.02)
+@pytest.mark.parametrize("min_scale", [1e-3, 0.1])
+def test_preview_walks_an_overshooting_step_back(min_scale, tmp_path):
+    settings = {"learning_rate": 0.3, "minibatch_size": 8, "inner_epochs": 1}
+    bound = {"max_preview_kl": 0.02, "preview_min_scale": min_scale}
     kls, scales = [], []
-    for trainer in (free, bound):
+    for name, changes in (("free", {}), ("bound", bound)):
+        trainer = tiny.trainer(tmp_path / name, **settings, **changes)
         experience, control = tiny.experience_of(trainer)
         scales.append(trainer.update(experience, control).get("preview_scale"))
         kls.append(mean_kl(trainer.policy, experience.minibatches[0]))
-    assert scales[0] is None and scales[1] < 1
-    assert kls[1] <= 0.02 < kls[0]
+    assert scales[0] is None and scales[1] < 0.2 and kls[1] < kls[0] / 2
+    assert kls[1] <= 0.02 or scales[1] == pytest.approx(min_scale) and min_scale == 0.1
 
 
 def test_evaluation_repeats_and_leaves_the_random_numbers_of_training_alone(tmp_path):

@@ -23,11 +23,11 @@ from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import MicroBatch
 from safe_train.engines import sharding
 from safe_train.engines.engine import Engine
-from safe_train.models.adapters import FACTOR, adapter_state
+from safe_train.models.adapters import FACTOR, adapter_state, method_of
 from safe_train.models.policy import Policy
 from safe_train.models.reference import stored
 
-AIMS = 0.97, 0.95, 0.9  # where the forwards look for the KL, as parts of the way from the origin's to the bound
+AIMS = 0.97, 0.9, 0.7  # where the forwards look for the KL, as parts of the way from the origin's to the bound
 TOO_LOW = 0.8  # a KL below this part gives away what the bound allows: another forward goes up again
 
 
@@ -97,7 +97,7 @@ def secant(way: Sequence[tuple[float, float]], wanted: float, power: float) -> f
     if len(way) > 1 and kl > 0:
         before, kl_before = way[-2]
         slope = math.log(kl_before / kl) / math.log(before / scale)
-        power = min(max(slope, power / 2), 2 * power)
+        power = min(max(slope, power / 4), 2 * power)
     return scale * (max(wanted, 0.0) / kl) ** (1 / power) if kl > 0 else scale
 
 
@@ -146,6 +146,11 @@ def to_reference(engine: Engine) -> Line:
     reference keeps: those handed over of an adapter, the frozen copy for full fine-tuning.
     """
     policy = engine.policy
+    if policy.is_lora and method_of(policy.model) == "DELORA":
+        raise ConfigError(
+            "kl_budget cannot be used with the peft method DELORA, which normalises its factors: no scale of theirs "
+            "leads back to the start. Use LoRA or DoRA, or set kl_budget null"
+        )
     if policy.frozen_copies:
         names = {id(p): name for name, p in policy.model.named_parameters()}
         frozen = dict(policy.frozen_copies[0].named_parameters())

@@ -161,6 +161,12 @@ def active(model: Any) -> str:
     return names[0] if isinstance(names, list) else names
 
 
+def method_of(model: Any) -> str:
+    """What peft calls the active adapter's method."""
+    method = model.peft_config[active(model)].peft_type
+    return getattr(method, "value", str(method))
+
+
 def check_adapter(model: Any, reference: str) -> None:
     """Refuses an adapter whose checkpoint or reference would not be what it is in memory."""
     if isinstance(model.active_adapter, str):
