@@ -155,8 +155,7 @@ class SafeTrainer:
         start.check_space(Path(args.output_dir), [*self.trainable, *(self.critic.parameters() if self.critic else ())])
         self.controller, self.reward_moments = self.make_controller(args), self.make_moments()
         self.preview, self.budget = make_preview(self.engine, args), make_budget(self.engine, args)
-        self.kept_logits = KeptLogits(args, self.device)
-        self.step = self.bad_steps = 0
+        self.kept_logits, self.step, self.bad_steps = KeptLogits(args, self.device), 0, 0
         self.best_reward: float | None = None  # of an evaluation
         self.known_position = 0, 0  # of a step, in the stream of prompts; a resumed run knows that of its checkpoint
         self.drawn = args.prompts_per_step  # prompts that the last step was given
