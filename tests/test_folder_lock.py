@@ -123,6 +123,13 @@ def test_locks_of_one_process_are_released_one_by_one(tmp_path):
     assert not (tmp_path / "new" / "run").exists() and not FolderLock.descriptors  # nothing was written there
 
 
+def test_a_lock_that_lives_as_long_as_the_interpreter_is_released_without_a_word(tmp_path):
+    script = "import sys, pathlib\nfrom safe_train.run.folder_lock import FolderLock\n"
+    script += "lock = FolderLock(pathlib.Path(sys.argv[1]))\nlock.acquire()\nlock.itself = lock\n"  # a cycle
+    ended = subprocess.run([sys.executable, "-c", script, tmp_path / "run"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "") and not (tmp_path / "run").exists()
+
+
 def test_a_trainer_that_could_not_be_made_leaves_no_lock(tmp_path):
     with pytest.raises(ConfigError):
         tiny.trainer(tmp_path / "run", prompts=[])

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import socket
+import weakref
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,6 +40,7 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.path = os.path.realpath(folder / NAME)
+        weakref.finalize(self, self.let_go, self.path, id(self))  # at the interpreter's end while modules still live
 
     @parallel.main_only
     def acquire(self) -> None:
@@ -53,13 +55,14 @@ class FolderLock:
         self.holders.setdefault(self.path, set()).add(id(self))
 
     def release(self) -> None:
-        holders = self.holders.get(self.path, set())
-        holders.discard(id(self))
-        if not holders and self.path in self.descriptors:
-            leave(Path(self.path), self.descriptors.pop(self.path), self.made.pop(self.path, []))
+        self.let_go(self.path, id(self))
 
-    def __del__(self) -> None:
-        self.release()
+    @classmethod
+    def let_go(cls, path: str, holder: int) -> None:
+        holders = cls.holders.get(path, set())
+        holders.discard(holder)
+        if not holders and path in cls.descriptors:
+            leave(Path(path), cls.descriptors.pop(path), cls.made.pop(path, []))
 
 
 def releasing(always: bool) -> Callable[[Callable[P, T]], Callable[P, T]]:
