@@ -252,7 +252,7 @@ def test_both_layouts_take_the_same_step():
     ours, published = (found[name, "update"] for name in ("safe-kernels", "published layout"))
     assert ours.errors.keys() == {*trainer.STATISTICS, "loss", "worst gradient"}
     judged = [row for row in found.values() if row.provider.startswith("safe-kernels") and row.part != "rollout"]
-    assert len(judged) == 6 and all(row.gate == "green" for row in judged)
+    assert len(judged) == 7 and all(row.gate == "green" for row in judged)
     assert all(error["error"] <= error["allowed"] for row in judged for error in row.errors.values())
     assert published.peak_bytes > ours.peak_bytes > 0
 

@@ -21,7 +21,7 @@ PASSES = {
     "hidden": (FORWARD, FROZEN, TRAINED),
     "loss": (FROZEN, TRAINED),
     "gae": (FORWARD,),
-    "step": ("rollout", "score", "update", "loss part"),
+    "step": ("rollout", "score", "update", "loss part", "budget"),
 }
 WITH_KL = ("logprob", "entropy", "kl")
 POLICY, VALUES = ("loss", *WITH_KL), ("value", "advantage", "returns")

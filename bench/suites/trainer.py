@@ -4,8 +4,9 @@
     published layout   padded sequences, a second copy of the model as the reference, plain PyTorch on float32 logits
 
 The passes: rollout (generation, which both share), score (statistics under policy and reference), update (forward and
-backward of one pass of optimisation) and loss part (the update behind the backbone: from hidden states to their
-gradient). The model is built from its configuration with random weights, and nothing is downloaded.
+backward of one pass of optimisation), loss part (the update behind the backbone: from hidden states to their gradient)
+and budget (one measurement for `kl_budget`, which the published step has not). The model is built from its
+configuration with random weights, and nothing is downloaded.
 
 Shapes: B sequences of T tokens, half of them prompt; L response tokens, H hidden width, V vocabulary.
 """
@@ -36,12 +37,13 @@ from safe_train.algorithms.critic import Critic
 from safe_train.config import SafeConfig
 from safe_train.data.batches import TokenBatch
 from safe_train.data.prompts import Prompt
+from safe_train.engines.projection import mean_kl
 from safe_train.models import scoring
 from safe_train.models.attention import use_attention
 from safe_train.models.policy import Policy, make_policy, use_tensor_cores
 from safe_train.sampling.samplers import make_sampler
 
-ROLLOUT, SCORE, UPDATE, LOSS = "rollout", "score", "update", "loss part"
+ROLLOUT, SCORE, UPDATE, LOSS, BUDGET = "rollout", "score", "update", "loss part", "budget"
 STATISTICS = ("logprob", "entropy", "ref_logprob", "kl")
 KL_COEF, KL_THRESHOLD = 0.1, 0.01
 LONGEST = 10.0  # seconds of a pass that is worth repeating
@@ -128,6 +130,9 @@ class Ours(Layout):
     def loss(self, hidden: Tensor) -> Tensor:
         head = self.policy.head()
         return losses.policy_loss(hidden, head, self.micro, self.weight_L, self.control, self.args).loss
+
+    def measure_kl(self) -> float:
+        return mean_kl(self.policy, [self.micro])
 
 
 class OursAsPPO(Ours):
@@ -221,6 +226,7 @@ def rows_of(workload: Workload, settings: Settings) -> list[Row]:
     right.append(Published(policy, inputs, args, device, base))
     calls = {part: {layout.name: call(layout) for layout in right} for part, call in PASSES.items()}
     calls[ROLLOUT] = {Ours.name: generation(policy, inputs, workload)}  # which all share
+    calls[BUDGET] = {layout.name: layout.measure_kl for layout in right if type(layout) is Ours}
     for part, by_name in calls.items():
         one_each = {name: [call] for name, call in by_name.items()}
         timings = timing.timed(one_each, device, settings.seconds, longest=LONGEST)
