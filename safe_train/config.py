@@ -224,7 +224,7 @@ class SafeConfig:
     entropy_coef: float = option(0.01, "entropy bonus")
     beta: float = option(None, "constant part of the KL coefficient (default: 0.01 for safe, else 0.1)")
     kl_estimator: str = option("exact", "KL in the loss: exact (full vocabulary) | k2 | k3")
-    kl_in_reward: bool = option(False, "charge KL in the reward (sequence-level gradient) instead of the loss")
+    kl_gradient: str = option("token", "token: the KL of each token | return: charges it for later KL, too")
     kl_penalty_coef: float = option(0.0, "per-token one-sided penalty relu(KL - threshold)^2")
 
     option = group("Advantages and critic")
@@ -234,7 +234,7 @@ class SafeConfig:
     critic: str = option("auto", "soft_min | mean | single | none | auto: by algorithm")
     value_level: str = option("token", "token: V at the state predicting each token | sequence: V at the prompt's end")
     alpha: float = option(0.3, "soft-min temperature, in units of normalised rewards")
-    gamma: float = option(1.0, "discount")
+    gamma: float = option(1.0, "discount of rewards, and of later KL with kl_gradient return")
     gae_lambda: float | None = option(None, "GAE lambda (default: 1 - 1/max_new_tokens)")
     polyak: float = option(0.05, "step of the target heads toward the online heads")
     value_coef: float = option(0.5, "weight of the value loss, as critic_max_grad_norm sees it; Adam undoes the rest")

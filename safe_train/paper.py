@@ -146,10 +146,10 @@ class PaperController:
 class PaperCritic(Critic):
     """Two heads behind one LayerNorm; "single" is one head without it. Nothing reads the targets, as published."""
 
-    def __init__(self, hidden_size: int, reading: str):
+    def __init__(self, hidden_size: int, args: SafeConfig):
         nn.Module.__init__(self)
-        single, width = reading == "single", max(1, hidden_size // 4)
-        self.reading = reading
+        single, width = args.critic == "single", max(1, hidden_size // 4)
+        self.args = args
         heads = (
             nn.Sequential(nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, 1)) for _ in range(2 - single)
         )

@@ -167,7 +167,7 @@ class SafeTrainer:
         self.critic_optimizer: torch.optim.Optimizer | None = None
         if args.critic != "none":
             with seeded(seed_of(args.seed)):  # runs that differ in the critic alone sample the same first rollout
-                self.critic = self.make_critic(self.policy.hidden_size, args.critic).to(self.device)
+                self.critic = self.make_critic(self.policy.hidden_size, args).to(self.device)
             parallel.broadcast(self.critic.parameters())
             self.critic_optimizer = torch.optim.AdamW(self.critic.heads.parameters(), lr=args.critic_learning_rate)
 
@@ -286,7 +286,7 @@ class SafeTrainer:
         return experience.tokens("kl_L").mean().item(), experience.tokens("entropy_L").mean().item()
 
     def compute_advantages(self, experience: Experience, reward_B: Tensor, control: Control) -> None:
-        credit(experience, reward_B, control.kl_coef if self.args.kl_in_reward else 0.0, self.args)
+        credit(experience, reward_B, control, self.args)
 
     def training_rewards(self, reward_B: Tensor, rollout: Rollout) -> Tensor:
         """Rewards as the advantages see them: normalised, charged for not ending, permuted in the control run.

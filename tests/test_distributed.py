@@ -119,7 +119,10 @@ CASES = {
         "kind": "one rank got no response token"
     },
     "ppo, full fine-tuning": {"algorithm": "ppo", **FULL},
-    "KL in the reward, preview": {"kl_in_reward": True, "max_preview_kl": 0.01},
+    "KL as a return, preview": {"kl_gradient": "return", "max_preview_kl": 0.01},
+    "grpo, KL as a return, one rank got no response token": {
+        "algorithm": "grpo", "kl_gradient": "return", "kind": "one rank got no response token"
+    },
     "a trained adapter": HANDED_OVER,
     "FSDP2, a trained adapter": {"environment": FSDP, **HANDED_OVER},
     "FSDP2, trained biases, the head's too": {

@@ -128,7 +128,7 @@ def test_the_reward_moments_are_a_weighted_mixture_from_a_faint_prior():
 
 def test_the_critic_is_a_shared_norm_and_two_heads():
     torch.manual_seed(0)
-    critic, states_BH = PaperCritic(8, "soft_min"), torch.randn(5, 8, requires_grad=True)
+    critic, states_BH = PaperCritic(8, SafeConfig(critic="soft_min")), torch.randn(5, 8, requires_grad=True)
     normal = (states_BH - states_BH.mean(-1, keepdim=True)) / (
         states_BH.var(-1, correction=0, keepdim=True) + 1e-5
     ).sqrt()
@@ -140,7 +140,7 @@ def test_the_critic_is_a_shared_norm_and_two_heads():
     torch.testing.assert_close(critic(states_BH), torch.stack(expected))
     critic(states_BH).sum().backward()
     assert states_BH.grad.abs().sum() > 0  # the value loss moves the policy
-    single = PaperCritic(8, "single")
+    single = PaperCritic(8, SafeConfig(critic="single"))
     assert len(single(states_BH)) == 1 and not any(isinstance(m, torch.nn.LayerNorm) for m in single.modules())
 
 

@@ -485,7 +485,7 @@ def test_normalize_then_sum_is_that_of_trl(tmp_path):
     trainer.reward_moments.update([3.0, 40.0])
     learned_from_B = learned_from(scores, trainer.args)
     experience = Experience(trainer.policy, None, rollout, trainer.args, trainer.device)
-    credit(experience, trainer.training_rewards(learned_from_B, rollout), 0.0, trainer.args)
+    credit(experience, trainer.training_rewards(learned_from_B, rollout), trainer.controller.last, trainer.args)
 
     normal = [
         None if x is None and y is None else u + 0.5 * v - 2.0 * (i % 2)
@@ -514,7 +514,7 @@ def test_a_completion_that_no_reward_applies_to_teaches_nothing(algorithm, tmp_p
     experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
     control = trainer.update_controller(experience, scores["reward"])
     assert trainer.reward_moments.mean == 2.0 and math.isfinite(control.kl_coef)
-    credit(experience, trainer.training_rewards(scores["reward"], rollout), 0.0, trainer.args)
+    credit(experience, trainer.training_rewards(scores["reward"], rollout), control, trainer.args)
     absent = [i for i, value in enumerate(values) if value is None]
     known = []
     for micro in experience:

@@ -247,7 +247,7 @@ def test_importance_weights_scale_the_surrogate_and_not_the_critics(tmp_path):
     rewards = trainer.rewards(*rollout.for_rewards())["reward"]
     experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
     control = trainer.update_controller(experience, rewards)
-    credit(experience, trainer.training_rewards(rewards, rollout), 0.0, trainer.args)
+    credit(experience, trainer.training_rewards(rewards, rollout), control, trainer.args)
     micro, results = experience.minibatches[0][0], {}
     for ratio in (1.0, 0.5, 9.0):
         micro.sampler_logprob_L = micro.logprob_L - math.log(ratio)

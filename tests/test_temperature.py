@@ -199,7 +199,7 @@ CALLS = ("linear_token_stats", "linear_policy_loss")
     [
         {"max_preview_kl": 0.01, "eval_every": 1},
         {"algorithm": "grpo", "kl_estimator": "k3"},
-        {"algorithm": "ppo", "kl_in_reward": True, "lora_r": 0},
+        {"algorithm": "ppo", "kl_gradient": "return", "lora_r": 0},
         {"algorithm": "safe_paper", "top_k": 5, "minibatch_size": None},
         {"algorithm": "ppo_paper", "normalize_rewards": False, "entropy_coef": 0.0, "minibatch_size": None,
          "critic_max_grad_norm": float("inf")},

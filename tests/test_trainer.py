@@ -140,7 +140,7 @@ def test_returns_come_from_the_target_heads_and_advantages_from_the_online_ones(
         for p in getattr(trainer.critic, zeroed).parameters():
             p.zero_()
     experience = Experience(trainer.policy, trainer.critic, trainer.sample(0), trainer.args, trainer.device)
-    credit(experience, torch.arange(8.0), 0.0, trainer.args)
+    credit(experience, torch.arange(8.0), trainer.controller.last, trainer.args)
     (micro,) = experience
     lengths = micro.batch.response_cu_seqlens.diff().tolist()
     expected = torch.tensor(
@@ -172,7 +172,7 @@ def test_empty_completions_train_nothing_and_disturb_nobody(algorithm, tmp_path)
     rollout = rollout_of([[5], [6, 7], [8], [9]], [[], [1], [], [10, 11, 1]])
     experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
     control = trainer.update_controller(experience, torch.arange(4.0))
-    credit(experience, trainer.training_rewards(torch.arange(4.0), rollout), 0.0, trainer.args)
+    credit(experience, trainer.training_rewards(torch.arange(4.0), rollout), control, trainer.args)
     assert len(experience.tokens("advantage_L")) == 4
     assert all(math.isfinite(value) for value in trainer.update(experience, control).values())
 
@@ -218,26 +218,9 @@ def test_weights_that_are_trained_must_be_float32(tmp_path):
     assert {parameter.dtype for parameter in trained} == {torch.float32}
 
 
-@pytest.mark.parametrize("settings", [{"kl_in_reward": True}, {"kl_estimator": "k3"}, {"critic": "mean"}], ids=str)
+@pytest.mark.parametrize("settings", [{"kl_gradient": "return"}, {"kl_estimator": "k3"}, {"critic": "mean"}], ids=str)
 def test_variants_run(settings, tmp_path):
     assert all(math.isfinite(row["policy_loss"]) for row in tiny.trainer(tmp_path, **settings).train())
-
-
-def test_kl_in_reward_charges_the_controllers_coefficient(tmp_path):
-    trainer = tiny.trainer(tmp_path, gae_lambda=1.0)
-    with torch.no_grad():
-        for p in trainer.trainable:
-            p.add_(0.1 * torch.randn_like(p))
-        for p in trainer.critic.parameters():
-            p.zero_()
-    experience, _ = tiny.experience_of(trainer)
-    plain = [micro.returns_L for micro in experience]
-    credit(experience, torch.zeros(8), 0.5, trainer.args)
-    for micro, _ in zip(experience, plain, strict=True):
-        charges = -0.5 * (micro.logprob_L - micro.ref_logprob_L)
-        bounds = micro.batch.response_cu_seqlens.tolist()
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-            torch.testing.assert_close(micro.returns_L[start:end], charges[start:end].flip(0).cumsum(0).flip(0))
 
 
 def test_missing_end_is_charged_and_control_run_permutes(tmp_path):
@@ -331,6 +314,10 @@ def test_report_names_the_mechanisms_that_never_acted(tmp_path):
     assert idle_mechanisms(tmp_path / "off", read_metrics(tmp_path / "off")) == "never acted: clip, KL momentum"
     note = idle_mechanisms(tmp_path / "a", read_metrics(tmp_path / "a"))
     assert re.match(r"never acted: clip, KL threshold, KL momentum, entropy gate", note)
+    for beta, idle in ((0.0, True), (0.1, False)):
+        run = tmp_path / str(beta)
+        tiny.trainer(run, algorithm="grpo", beta=beta, kl_gradient="return").train()
+        assert ("KL's return" in idle_mechanisms(run, read_metrics(run))) == idle
     write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "both.png")
     assert (tmp_path / "both.png").stat().st_size > 10_000
 

@@ -97,5 +97,5 @@ def experience_of(trainer):
     rewards = trainer.rewards(*rollout.for_rewards())["reward"]
     experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
     control = trainer.update_controller(experience, rewards)
-    credit(experience, trainer.training_rewards(rewards, rollout), 0.0, trainer.args)
+    credit(experience, trainer.training_rewards(rewards, rollout), control, trainer.args)
     return experience, control

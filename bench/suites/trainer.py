@@ -78,7 +78,7 @@ class Layout:
     def __init__(self, policy: Policy, inputs: Inputs, args: SafeConfig, device: str):
         self.policy, self.inputs, self.args = policy, inputs, args
         torch.manual_seed(SEED)
-        self.critic = Critic(policy.hidden_size, args.critic).to(device)
+        self.critic = Critic(policy.hidden_size, args).to(device)
         self.trained = [p for p in (*policy.parameters(), *self.critic.heads.parameters()) if p.requires_grad]
         self.micro: Any = SimpleNamespace(
             logprob_L=inputs.old_logprob_L,

@@ -10,41 +10,43 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from safe_kernels import ValueTargets, soft_min_gae
 from safe_train.algorithms.registry import ALGORITHMS
+from safe_train.algorithms.returns import charge_later_kl, gae
 
 if TYPE_CHECKING:
+    from safe_train.algorithms.controller import Control
     from safe_train.algorithms.critic import Critic
     from safe_train.config import SafeConfig
-    from safe_train.data.batches import MicroBatch
+    from safe_train.data.batches import MicroBatch, TokenBatch
     from safe_train.sampling.experience import Experience
 
 
-def credit(experience: Experience, reward_B: Tensor, kl_charge: float, args: SafeConfig) -> None:
-    """Fills in advantages, and returns for a critic, from the completions' rewards and a charge per nat of sampled KL.
+def credit(experience: Experience, reward_B: Tensor, control: Control, args: SafeConfig) -> None:
+    """Fills in advantages, and returns for a critic, from the completions' rewards, and from the KL as asked for.
 
-    A completion whose reward is nan has advantage 0, is no target of the critic, and is left out of what others
-    are compared with.
+    A completion whose reward is nan has no advantage from it, is no target of the critic, and is left out of what
+    others are compared with. The KL's part is neither whitened nor divided by a standard deviation of the rewards.
     """
     of_groups = ALGORITHMS[args.algorithm].advantages
     if of_groups is None:
-        credit_tokens(experience, reward_B, kl_charge, args)
-        return
-    advantage_B = of_groups(reward_B, args).float().to(experience.device)
-    for micro in experience:
-        if micro.indices:
-            micro.advantage_L = per_token(advantage_B[micro.indices], micro.batch.response_cu_seqlens)
+        credit_tokens(experience, reward_B, args)
+    else:
+        advantage_B = of_groups(reward_B, args).float().to(experience.device)
+        for micro in experience:
+            if micro.indices:
+                micro.advantage_L = per_token(advantage_B[micro.indices], micro.batch.response_cu_seqlens)
+    if args.kl_gradient == "return":
+        charge_later_kl(experience, control, args)
 
 
-def credit_tokens(experience: Experience, reward_B: Tensor, kl_charge: float, args: SafeConfig) -> None:
+def credit_tokens(experience: Experience, reward_B: Tensor, args: SafeConfig) -> None:
     """By GAE on the critic; the advantages are whitened over the rollout of all processes."""
     assert experience.critic is not None
     for micro in experience:
         if not micro.indices:
             continue
         own_B, boundaries = reward_B[micro.indices], micro.batch.response_cu_seqlens
-        charge_L = kl_charge * (micro.logprob_L - micro.ref_logprob_L)
-        rewards_L = token_rewards(own_B.nan_to_num(), boundaries, charge_L)
+        rewards_L = token_rewards(own_B.nan_to_num(), micro.batch)
         micro.advantage_L, micro.returns_L = value_targets(experience.critic, micro, rewards_L, args)
         micro.is_scored_L = per_token(~own_B.isnan(), boundaries)
     scored = experience.tokens("advantage_L")[experience.tokens("is_scored_L")]
@@ -61,21 +63,17 @@ def value_targets(critic: Critic, micro: MicroBatch, rewards_L: Tensor, args: Sa
     Each scan has one value function in both of its places: bootstrapping on lagged targets under an online baseline
     would leave a bias that does not vanish even for a perfect critic.
     """
-
-    def scan(values_KL: Tensor) -> ValueTargets:
-        lam = 1 - 1 / args.max_new_tokens if args.gae_lambda is None else args.gae_lambda
-        boundaries = micro.batch.response_cu_seqlens
-        v1, v2 = critic.pair(values_KL)
-        return soft_min_gae(v1, v2, rewards_L, None, gamma=args.gamma, lam=lam, alpha=args.alpha, cu_seqlens=boundaries)
-
-    return scan(micro.values_KL).advantage, scan(micro.target_values_KL).returns
+    online, target = (
+        gae(*critic.pair(values_KL), rewards_L, micro, args) for values_KL in (micro.values_KL, micro.target_values_KL)
+    )
+    return online.advantage, target.returns
 
 
-def token_rewards(reward_B: Tensor, response_cu_seqlens: Tensor, kl_charge_L: Tensor) -> Tensor:
-    """Minus the charge on every token, plus the sequence's reward on its last one. Empty responses get nothing."""
-    lives = response_cu_seqlens.diff() > 0
-    last = response_cu_seqlens[1:][lives].long() - 1
-    return (-kl_charge_L).index_add(0, last, reward_B[lives])
+def token_rewards(reward_B: Tensor, batch: TokenBatch) -> Tensor:
+    """The sequence's reward on its last token, 0 on the others. Empty responses get nothing."""
+    lives = batch.response_cu_seqlens.diff() > 0
+    last = batch.response_cu_seqlens[1:][lives].long() - 1
+    return reward_B.new_zeros(len(batch.targets_L)).index_copy(0, last, reward_B[lives])
 
 
 def per_token(values_B: Tensor, response_cu_seqlens: Tensor) -> Tensor:

@@ -25,16 +25,23 @@ class Head(nn.Sequential):
 
 
 class Critic(nn.Module):
-    """`heads` value heads and their Polyak-averaged targets.
+    """Value heads of the reward, and their Polyak-averaged targets.
 
-    How two heads are read is `reading`: "soft_min" leaves both to the soft-min, "mean" replaces each by their mean, and
-    "single" is one head read twice; soft_min(v, v) = v, so the same value code serves all three.
+    How two heads are read is `args.critic`: "soft_min" leaves both to the soft-min, "mean" replaces each by their mean,
+    and "single" is one head read twice; soft_min(v, v) = v, so the same value code serves all three.
+
+    With `kl_gradient: return` one head more, the last, values the cost of later KL. It starts from 0.
     """
 
-    def __init__(self, hidden_size: int, reading: str):
+    def __init__(self, hidden_size: int, args: SafeConfig):
         super().__init__()
-        self.reading = reading
-        self.heads = nn.ModuleList(Head(hidden_size) for _ in range(1 if reading == "single" else 2))
+        self.args = args
+        self.heads = nn.ModuleList(Head(hidden_size) for _ in range(reward_heads(args)))
+        if args.kl_gradient == "return":
+            of_kl = Head(hidden_size)
+            for parameter in of_kl[-1].parameters():
+                nn.init.zeros_(parameter)
+            self.heads.append(of_kl)
         self.target_heads = copy.deepcopy(self.heads).requires_grad_(False)
 
     def forward(self, hidden_LH: Tensor) -> Tensor:
@@ -51,10 +58,10 @@ class Critic(nn.Module):
         return torch.stack([head(hidden_LH).squeeze(-1) for head in heads])
 
     def pair(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The two values that the soft-min reads, from values [heads, L]."""
-        if self.reading == "soft_min":
+        """The two values of the reward that the soft-min reads, from values [heads, L]."""
+        if self.args.critic == "soft_min":
             return values[0], values[1]
-        mean = values.mean(0)
+        mean = values[: reward_heads(self.args)].mean(0)
         return mean, mean
 
     @torch.no_grad()
@@ -62,6 +69,10 @@ class Critic(nn.Module):
         """target <- target + rate (online - target)."""
         for target, online in zip(self.target_heads.parameters(), self.heads.parameters(), strict=True):
             target.lerp_(online, rate)
+
+
+def reward_heads(args: SafeConfig) -> int:
+    return 1 if args.critic == "single" else 2
 
 
 def value_states(hidden_LH: Tensor, batch: TokenBatch, args: SafeConfig) -> Tensor:

@@ -14,8 +14,10 @@ from torch.nn.functional import huber_loss
 from safe_kernels import PolicyLoss, linear_policy_loss, linear_token_stats
 from safe_train.algorithms.advantages import per_token
 from safe_train.algorithms.algorithm import TokenLoss
+from safe_train.algorithms.critic import reward_heads
 from safe_train.algorithms.ppo import clipped
 from safe_train.algorithms.registry import ALGORITHMS
+from safe_train.algorithms.returns import kl_cost
 
 if TYPE_CHECKING:
     from safe_train.algorithms.controller import Control
@@ -53,9 +55,8 @@ def policy_loss(
 
     The controller's `kl_coef` multiplies the live KL, so what it decides has a gradient. Only `loss` carries one.
     """
-    kl_coef = 0.0 if args.kl_in_reward else control.kl_coef
     if not is_built_in(args):
-        return composed_loss(hidden_LH, head, micro, weight_L, control, kl_coef, args, max_kept_bytes)
+        return composed_loss(hidden_LH, head, micro, weight_L, control, args, max_kept_bytes)
     return linear_policy_loss(
         hidden_LH,
         tokens=micro.batch.targets_L,
@@ -66,7 +67,7 @@ def policy_loss(
         clip_low=args.clip_low,
         clip_high=args.clip_high,
         entropy_coef=args.entropy_coef,
-        kl_coef=kl_coef,
+        kl_coef=control.kl_coef,
         kl_penalty_coef=args.kl_penalty_coef,
         kl_threshold=control.kl_threshold,
         **head,
@@ -85,7 +86,6 @@ def composed_loss(
     micro: MicroBatch,
     weight_L: Tensor,
     control: Control,
-    kl_coef: float,
     args: SafeConfig,
     max_kept_bytes: int | None,
 ) -> PolicyLoss:
@@ -93,12 +93,10 @@ def composed_loss(
     tokens, ref_hidden = micro.batch.targets_L, micro.ref_hidden_LH
     stats = linear_token_stats(hidden_LH, tokens=tokens, ref_hidden=ref_hidden, max_kept_bytes=max_kept_bytes, **head)
     assert stats.kl is not None
-    loss_L, is_clipped_L = token_losses(stats.logprob, micro, kl_coef, args)
+    loss_L, is_clipped_L = token_losses(stats.logprob, micro, control.kl_coef, args)
     loss_L = loss_L - args.entropy_coef * stats.entropy
-    if args.kl_estimator == "exact" and kl_coef != 0:
-        loss_L = loss_L + kl_coef * stats.kl
-    if args.kl_penalty_coef != 0:
-        loss_L = loss_L + args.kl_penalty_coef * (stats.kl - control.kl_threshold).relu().square()
+    if args.kl_estimator == "exact":
+        loss_L = loss_L + kl_cost(stats.kl, control, args)
     clip_fraction = is_clipped_L.float().sum() / max(1, len(weight_L))
     assert stats.ref_logprob is not None
     seen = [x.detach() for x in (stats.logprob, stats.entropy, stats.ref_logprob, stats.kl, clip_fraction)]
@@ -156,16 +154,25 @@ def importance_corrected(x_L: Tensor, micro: MicroBatch, args: SafeConfig) -> Te
 
 
 def value_loss(values_KL: Tensor, micro: MicroBatch, weight_L: Tensor, args: SafeConfig) -> Tensor:
-    """Mean over the K heads of the clipped Huber loss, summed over the tokens with their weights.
+    """Mean over the reward's heads of the clipped Huber loss, summed over the tokens with their weights; and the KL's.
 
     Each head regresses the returns by itself; moving further than `value_clip` from the rollout's value gains nothing.
-    A completion that no reward applies to has no returns.
+    A completion that no reward applies to has no returns. The KL's head, the last, has a target at every token.
     """
-    clipped_KL = micro.values_KL + (values_KL - micro.values_KL).clamp(-args.value_clip, args.value_clip)
-    target_KL = micro.returns_L.expand_as(values_KL)
+    count = reward_heads(args)
+    loss_L = clipped_errors(values_KL[:count], micro.values_KL[:count], micro.returns_L, args) * micro.is_scored_L
+    if args.kl_gradient == "return":
+        loss_L = loss_L + clipped_errors(values_KL[count:], micro.values_KL[count:], micro.unusual_cost_L, args)
+    return (loss_L * weight_L).sum()
+
+
+def clipped_errors(values_KL: Tensor, old_values_KL: Tensor, target_L: Tensor, args: SafeConfig) -> Tensor:
+    """[L]: mean over the heads of the clipped Huber loss of a token."""
+    clipped_KL = old_values_KL + (values_KL - old_values_KL).clamp(-args.value_clip, args.value_clip)
+    target_KL = target_L.expand_as(values_KL)
     plain = huber_loss(values_KL, target_KL, reduction="none", delta=args.huber_delta)
     bounded = huber_loss(clipped_KL, target_KL, reduction="none", delta=args.huber_delta)
-    return (torch.maximum(plain, bounded).mean(0) * weight_L * micro.is_scored_L).sum()
+    return torch.maximum(plain, bounded).mean(0)
 
 
 def means(policy: PolicyLoss, value_loss: Tensor, micro: MicroBatch, totals: Totals) -> dict[str, Tensor]:

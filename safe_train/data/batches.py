@@ -97,6 +97,18 @@ class MicroBatch:
     advantage_L: Tensor
     returns_L: Tensor
     is_scored_L: Tensor  # False where no reward applies to the completion
+    later_cost_L: Tensor  # of the KL of later states, with kl_gradient return
+    unusual_cost_L: Tensor  # the part of it that a critic has to predict
+    kl_charge_L: Tensor  # the part of it that the advantage is charged with
+
+    @property
+    def place_L(self) -> Tensor:
+        """The completion of the rollout and the position in its response of each token [2, L]."""
+        boundaries = self.batch.response_cu_seqlens.long()
+        tokens_L = torch.arange(len(self.batch.targets_L), device=boundaries.device)
+        sequence_L = torch.searchsorted(boundaries, tokens_L, right=True) - 1
+        completions = boundaries.new_tensor(self.indices or [0])
+        return torch.stack([completions[sequence_L], tokens_L - boundaries[sequence_L]])
 
 
 def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

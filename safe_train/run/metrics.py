@@ -16,6 +16,7 @@ from torch import Tensor
 
 from safe_train import parallel
 from safe_train.algorithms.controller import Control
+from safe_train.algorithms.critic import reward_heads
 from safe_train.algorithms.losses import k3
 from safe_train.rewards.rewards import Scores, distinct
 from safe_train.sampling.experience import Experience
@@ -44,11 +45,16 @@ def step_metrics(
         **costs(seconds, sum(lengths), experience.device),
     }
     if experience.critic is not None:
-        values_KL, returns_L = experience.tokens("values_KL"), experience.tokens("returns_L")
+        values_KL = experience.tokens("values_KL")[: reward_heads(experience.args)]
+        returns_L = experience.tokens("returns_L")
         scored_L = experience.tokens("is_scored_L")
         residual = variance_of((returns_L - values_KL.mean(0))[scored_L])
         values["explained_variance"] = 1 - residual / max(variance_of(returns_L[scored_L]), 1e-8)
         values["value_gap"] = (values_KL[0] - values_KL[-1]).abs().mean().item()
+    if experience.args.kl_gradient == "return":
+        cost_L, left_L = experience.tokens("later_cost_L"), experience.tokens("kl_charge_L")
+        values["kl_return"] = cost_L.mean().item()
+        values["kl_return_explained"] = 1 - (left_L.square().sum() / cost_L.square().sum()).item()
     return values | logged_metrics(rewards, taken=values)
 
 

@@ -175,6 +175,8 @@ def idle_mechanisms(run: Path, rows: Rows) -> str:
             "PID": (gains, any(row["pid"] != 0 for row in rows)),
             "phases": (settings["phases"], len({row["phase"] for row in rows}) > 1),
         }
+    if settings.get("kl_gradient") == "return":
+        mechanisms["KL's return"] = (True, any(row.get("kl_return", 0) > 0 for row in rows))
     if settings.get("max_preview_kl") is not None:
         mechanisms["preview"] = (True, any(row.get("preview_scale", 1) < 1 for row in rows))
     if settings.get("kl_budget") is not None:

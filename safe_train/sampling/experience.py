@@ -46,6 +46,14 @@ class Experience:
         """A field of all micro-batches of all processes, over all response tokens."""
         return parallel.gather(torch.cat([getattr(micro, name) for micro in self], dim=-1))
 
+    def table(self, name: str) -> Tensor:
+        """A field of all response tokens of all processes [B, T] in float64, nan behind the end of a completion."""
+        completion_L, position_L = self.tokens("place_L")
+        longest = int(position_L.max()) + 1 if len(position_L) else 0
+        found = torch.full((self.count, longest), torch.nan, dtype=torch.float64, device=position_L.device)
+        found[completion_L, position_L] = self.tokens(name).double()
+        return found
+
 
 def gathered(rollout: Rollout) -> Rollout:
     """The completions of all processes, by rank."""
@@ -102,4 +110,7 @@ def score(
         advantage_L=torch.zeros_like(stats.logprob),
         returns_L=torch.zeros_like(stats.logprob),
         is_scored_L=torch.ones_like(stats.logprob, dtype=torch.bool),
+        later_cost_L=torch.zeros_like(stats.logprob),
+        unusual_cost_L=torch.zeros_like(stats.logprob),
+        kl_charge_L=torch.zeros_like(stats.logprob),
     )

@@ -23,6 +23,7 @@ CHOICES = {
     "controller": ("auto", "safe", "fixed", *PAPER),
     "value_level": ("token", "sequence"),
     "kl_estimator": ("exact", "k2", "k3"),
+    "kl_gradient": ("token", "return"),
     "loss_aggregation": ("token_mean", "sequence_mean", "constant_length"),
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
@@ -47,7 +48,7 @@ NO_FILTERS = (
 
 # What the published algorithms fix, or do not have.
 NOT_IN_PAPER = """
-beta kl_estimator kl_in_reward kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef entropy_gate gate_min
+beta kl_estimator kl_gradient kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef entropy_gate gate_min
 gate_max phases window value_level gamma gae_lambda minibatch_size importance_cap warmup_steps lr_scheduler_type
 loss_aggregation importance_sampling_level
 """.split()
@@ -103,7 +104,7 @@ def check(c: SafeConfig) -> None:
             raise ConfigError(f"{name} must be {needed}, got {getattr(c, name)!r}")
 
     if c.kl_estimator == "k1":
-        raise ConfigError("kl_estimator k1 has zero gradient in expectation; use exact, k2 or k3, or kl_in_reward")
+        raise ConfigError("kl_estimator k1 has zero gradient in expectation; use exact, k2 or k3")
     for name, allowed in CHOICES.items():
         require(getattr(c, name) in allowed, name, "one of " + ", ".join(allowed))
     for needed, holds, names in BOUNDS:
@@ -164,8 +165,9 @@ def check(c: SafeConfig) -> None:
     require_unfiltered(c, "top_p", 1.0)
     exact = c.kl_estimator == "exact"
     require(exact or c.kl_penalty_coef == 0, "kl_estimator", "exact when kl_penalty_coef is set")
-    require(exact or not c.kl_in_reward, "kl_estimator", "exact when kl_in_reward is set")
-    require(not c.kl_in_reward or c.critic != "none", "kl_in_reward", "false without a critic")
+    of_tokens = c.importance_sampling_level == "token"
+    require(exact or c.kl_gradient == "token", "kl_estimator", "exact with kl_gradient return")
+    require(of_tokens or c.kl_gradient == "token", "kl_gradient", "token with importance_sampling_level sequence")
 
 
 def check_adapter(c: SafeConfig, require: Require) -> None:

@@ -93,7 +93,7 @@ TABLE = (
     Row("load_in_8bit=true bnb_4bit_quant_type use_bnb_nested_quant", note=QUANTISED),
     # Loss
     Row("kl_coef=0.05 init_kl_coef kl_loss_coef", "beta={}"),
-    Row("use_kl_in_reward=true", "kl_in_reward={}"),
+    Row("use_kl_in_reward=true", {"true": "kl_gradient=return", "false": "kl_gradient=token"}, "the exact KL"),
     Row(
         "kl_loss_type=low_var_kl kl_penalty",
         {"low_var_kl": "kl_estimator=k3", "k3": "kl_estimator=k3", "mse": "kl_estimator=k2", "k2": "kl_estimator=k2"},
@@ -132,12 +132,15 @@ TABLE = (
 )  # fmt: skip
 
 
-GONE = {"ema_long": (0.99, "it decided nothing but a logged average")}  # old defaults, and why
+GONE = {  # old defaults, and why
+    "ema_long": (0.99, "it decided nothing but a logged average"),
+    "kl_in_reward": (False, "kl_gradient=return charges a token with the exact KL of later ones, not the sampled KL"),
+}
 
 
 def without_gone(values: dict[str, Any]) -> dict[str, Any]:
     """Settings of an older file: those that there were, at their defaults, mean nothing."""
-    return {name: value for name, value in values.items() if name not in GONE or str(value) != str(GONE[name][0])}
+    return {name: x for name, x in values.items() if name not in GONE or written(x) != written(GONE[name][0])}
 
 
 def answer(name: str, value: Any) -> str | None:
