@@ -166,9 +166,11 @@ def test_values_do_not_see_the_tokens_they_judge(value_level, tmp_path):
         torch.testing.assert_close(one, other[:, :1].expand(2, 3))
 
 
+@pytest.mark.parametrize("kl_gradient", ["token", "return"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_empty_completions_train_nothing_and_disturb_nobody(algorithm, tmp_path):
-    trainer = tiny.trainer(tmp_path, algorithm=algorithm, minibatch_size=2, max_tokens_per_microbatch=1)
+def test_empty_completions_train_nothing_and_disturb_nobody(algorithm, kl_gradient, tmp_path):
+    settings = {"algorithm": algorithm, "kl_gradient": kl_gradient}
+    trainer = tiny.trainer(tmp_path, **settings, minibatch_size=2, max_tokens_per_microbatch=1)
     rollout = rollout_of([[5], [6, 7], [8], [9]], [[], [1], [], [10, 11, 1]])
     experience = Experience(trainer.policy, trainer.critic, rollout, trainer.args, trainer.device)
     control = trainer.update_controller(experience, torch.arange(4.0))
@@ -199,8 +201,10 @@ def test_equal_rewards_move_nothing_but_the_entropy_term(algorithm, tmp_path):
     assert math.isfinite(trainer.train()[0]["policy_loss"])
 
 
-def test_a_batch_of_one(tmp_path):
+@pytest.mark.parametrize("kl_gradient", ["token", "return"])
+def test_a_batch_of_one(kl_gradient, tmp_path):
     settings = {"prompts_per_step": 1, "completions_per_prompt": 1, "minibatch_size": 1, "max_new_tokens": 1}
+    settings |= {"kl_gradient": kl_gradient}
     history = tiny.trainer(tmp_path, **settings).train()
     assert [row["completions/mean_length"] for row in history] == [1, 1, 1]
     assert all(math.isfinite(row["policy_loss"]) and math.isfinite(row["grad_norm"]) for row in history)
