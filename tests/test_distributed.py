@@ -121,7 +121,7 @@ CASES = {
     "ppo, full fine-tuning": {"algorithm": "ppo", **FULL},
     "KL as a return, preview": {"kl_gradient": "return", "max_preview_kl": 0.01},
     "grpo, KL as a return, one rank got no response token": {
-        "algorithm": "grpo", "kl_gradient": "return", "kind": "one rank got no response token"
+        "algorithm": "grpo", "kl_gradient": "return", "learning_rate": 1e-3, "kind": "one rank got no response token"
     },
     "a trained adapter": HANDED_OVER,
     "FSDP2, a trained adapter": {"environment": FSDP, **HANDED_OVER},
