@@ -105,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     option("what", metavar="RUN|CHECKPOINT|MODEL")
     option("--checkpoint", metavar="STEP", help="of the run: a step's number, or best")
     option("--config", help="settings for what is no run: " + settings["help"])
+    option("--kl", metavar="KL,...", help="also moved toward its reference, to these KLs in nats a token")
     option("--output", type=home_path, help="folder to write (default: eval/..., in the run if any)")
     option("overrides", **pairs)
 
@@ -112,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     option("run", metavar="RUN|CHECKPOINT")
     option("output", type=home_path, metavar="OUT")
     option("--checkpoint", metavar="STEP", help="a step's number, or best (default: the newest)")
+    option("--kl", metavar="KL", help="move it toward its reference first, to this KL on the prompts of eval_dataset")
     option("--merge", action="store_true", help="a whole model, with the adapter added to its weights")
     option("--dtype", choices=DTYPES, help="of a whole model (default: as in training)")
     option("overrides", **pairs, help="such as model=NAME, for another base's place")
@@ -221,29 +223,30 @@ def command_demo(arguments: argparse.Namespace) -> None:
 
 def command_eval(arguments: argparse.Namespace) -> None:
     from safe_train import parallel
-    from safe_train.commands import subject
+    from safe_train.commands import frontier, subject
     from safe_train.paper import make_trainer
     from safe_train.run.evaluation import comparison, save
 
+    kls = frontier.kls_of(arguments.kl)
     found = subject.find(arguments.what, arguments.checkpoint, arguments.config, arguments.overrides)
     with tempfile.TemporaryDirectory() as elsewhere:  # the run may be going on, and goes on
         trainer = make_trainer(subject.for_evaluation(found, elsewhere), **found.objects())
-        evaluations, step = {"before" if found.run else "now": trainer.evaluate()}, 0
-        if found.run is not None:
-            step = found.restore(trainer)
-            evaluations["after"] = trainer.evaluate()
+        evaluations, places = frontier.evaluate(found, trainer, kls)
+    step = trainer.step
     name = f"step-{step}" if found.run is not None else found.name
     folder = arguments.output or (found.run or Path()) / "eval" / name
-    save(folder, evaluations, step)
-    parallel.say(comparison(evaluations), str(folder / "evaluation.jsonl"))
+    save(folder, evaluations, step, arguments.overrides if found.run else ())
+    parallel.say(comparison(evaluations), *map(str, places), str(folder / "evaluation.jsonl"))
 
 
 def command_export(arguments: argparse.Namespace) -> None:
     from safe_train.commands import subject
     from safe_train.commands.export import export
+    from safe_train.commands.frontier import one_kl
 
+    kl = one_kl(arguments.kl)
     found = subject.find(arguments.run, arguments.checkpoint, None, arguments.overrides)
-    print(export(found, arguments.output, merge=arguments.merge, dtype=arguments.dtype))
+    print(export(found, arguments.output, merge=arguments.merge, dtype=arguments.dtype, kl=kl))
 
 
 def command_report(arguments: argparse.Namespace) -> None:

@@ -564,7 +564,7 @@ def test_the_best_evaluation_keeps_its_checkpoint_also_through_a_resume(tmp_path
         trainer = tiny.trainer(
             tmp_path, total_steps=total_steps, save_best=True, eval_every=1, save_every=1, keep_checkpoints=1
         )
-        trainer.evaluate = lambda: SimpleNamespace(numbers=lambda: {"reward": rewards[trainer.step]}, completions=[])
+        trainer.evaluate = lambda: SimpleNamespace(numbers=lambda: {"reward": rewards[trainer.step]}, rows=lambda _: [])
         trainer.train(**resume)
         return [path.name for path in (tmp_path / "best").iterdir()]
 
@@ -581,7 +581,7 @@ def test_the_best_of_an_abandoned_branch_goes_with_it(tmp_path):
 
     def run(total_steps, **resume):
         trainer = tiny.trainer(tmp_path, total_steps=total_steps, save_best=True, eval_every=1, save_every=1)
-        trainer.evaluate = lambda: SimpleNamespace(numbers=lambda: {"reward": rewards[trainer.step]}, completions=[])
+        trainer.evaluate = lambda: SimpleNamespace(numbers=lambda: {"reward": rewards[trainer.step]}, rows=lambda _: [])
         trainer.train(**resume)
         return [path.name for path in (tmp_path / "best").iterdir()]
 

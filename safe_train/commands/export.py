@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from safe_kernels.integrations.transformers import text_config
+from safe_train.commands.frontier import moved_checkpoint
 from safe_train.commands.subject import Subject, adapted, own_tokenizer
 from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.models import adapters
@@ -51,12 +53,33 @@ class Probe(NamedTuple):
     dtype: torch.dtype
 
 
-def export(subject: Subject, target: Path, *, merge: bool, dtype: str | None) -> str:
-    """Writes the folder, and returns what there is to say of it."""
+def export(subject: Subject, target: Path, *, merge: bool, dtype: str | None, kl: float | None = None) -> str:
+    """Writes the folder, and returns what there is to say of it.
+
+    Args:
+        kl: to the reference, to which the policy is moved first.
+    """
     checkpoint = checkpoint_of(subject)
     is_adapter = (checkpoint / "policy" / "adapter_config.json").is_file()
     check_request(subject.args, target, merge=merge, dtype=dtype, is_adapter=is_adapter)
-    args = as_trained(subject.args, checkpoint, is_adapter)
+    args, origin = as_trained(subject.args, checkpoint, is_adapter), str(checkpoint)
+    if kl is None:
+        gap = write(args, checkpoint, target, merge=merge, dtype=dtype, is_adapter=is_adapter)
+    else:
+        try:
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.moved-") as folder:
+                origin += f", moved: {moved_checkpoint(subject, checkpoint, kl, Path(folder))}"
+                gc.collect()  # the trainer, before another model is loaded
+                gap = write(args, Path(folder), target, merge=merge, dtype=dtype, is_adapter=is_adapter)
+        except OSError as error:
+            raise ConfigError(f"cannot write {target}: {error}") from error
+    return described(target, origin, gap, args.temperature)
+
+
+def write(
+    args: SafeConfig, checkpoint: Path, target: Path, *, merge: bool, dtype: str | None, is_adapter: bool
+) -> float:
+    """Writes the folder, and returns how far the log-probs of what it holds are from the policy's."""
     model, tokenizer = load_policy(args, checkpoint, is_adapter), own_tokenizer(checkpoint / "policy", args)
     sequences = probes(model.get_base_model() if is_adapter else model)
     probe = Probe(sequences, log_probs(model, sequences), model.dtype)
@@ -83,10 +106,10 @@ def export(subject: Subject, target: Path, *, merge: bool, dtype: str | None) ->
         raise ConfigError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return described(target, checkpoint, gap, args.temperature)
+    return gap
 
 
-def described(target: Path, checkpoint: Path, gap: float, temperature: float) -> str:
+def described(target: Path, origin: str, gap: float, temperature: float) -> str:
     config = target / "adapter_config.json"
     size = sum(path.stat().st_size for path in target.iterdir())
     what, serve = "a whole model", str(target)
@@ -96,7 +119,7 @@ def described(target: Path, checkpoint: Path, gap: float, temperature: float) ->
     others = [each for each in changing(GenerationConfig.from_pretrained(target)) if "temperature" not in each]
     beside = f", beside the model's own {', '.join(others)}, without which it was trained" if others else ""
     return (
-        f"{target}: {what}, {size / 1e6:,.1f} MB, of {checkpoint}; loaded again, its log-probs differ by {gap:.2g} "
+        f"{target}: {what}, {size / 1e6:,.1f} MB, of {origin}; loaded again, its log-probs differ by {gap:.2g} "
         f"nats on average from the policy's\nsample at temperature {temperature:g}, at which it was trained, as "
         f"generation_config.json says{beside}\ntransformers: AutoModelForCausalLM.from_pretrained({str(target)!r})\n"
         f"vLLM: vllm serve {serve}"

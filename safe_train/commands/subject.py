@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from safe_train.config import ConfigError, SafeConfig
+from safe_train.models.policy import Policy
 from safe_train.models.pretrained import load_model, load_tokenizer, loading
-from safe_train.run.checkpoint import named, restore_policy
+from safe_train.run.checkpoint import Contents, named
 from safe_train.run.checkpoints import Checkpoints
-from safe_train.trainer import SafeTrainer
 
 
 class Subject(NamedTuple):
@@ -24,16 +24,14 @@ class Subject(NamedTuple):
     checkpoint: Path | None = None  # of the run; None: the newest
     adapter: Path | None = None  # without a run, around the model that args names
 
-    def restore(self, trainer: SafeTrainer) -> int:
-        """Puts the checkpoint's policy in place, and returns its step."""
+    def contents(self, policy: Policy) -> tuple[Path, Contents]:
+        """The checkpoint, and what is in it."""
         assert self.run is not None
-        path, policy = self.checkpoint, trainer.policy
+        path = self.checkpoint
         found = (path, named(path, policy)) if path else Checkpoints(self.run, keep=1).newest(policy)
         if found is None:
             raise ConfigError(f"{self.run} has no complete checkpoint")
-        restore_policy(trainer, *found)
-        trainer.step = found[1].state["step"]  # which rewards are told
-        return trainer.step
+        return found
 
     def objects(self) -> dict[str, Any]:
         """What a trainer takes beside the settings: the kind of a run's adapter; an adapter's model and tokenizer."""

@@ -29,6 +29,7 @@ from safe_train.models.reference import stored
 
 AIMS = 0.97, 0.9, 0.7  # where the forwards look for the KL, as parts of the way from the origin's to the bound
 TOO_LOW = 0.8  # a KL below this part gives away what the bound allows: another forward goes up again
+MOVES = 8  # at most, toward a KL that is asked for
 
 
 class OverBudget(RuntimeError):
@@ -68,17 +69,20 @@ def walk_back(
     at_origin: float = 0.0,
     power: float = 2.0,
     shortest: float = 0.0,
+    aims: Sequence[float] = AIMS,
+    too_low: float = TOO_LOW,
 ) -> Walk:
     """Shrinks a line at whose end the KL is `kl` until it is at most `bound`, by a secant on KL(s) - KL(0) ~ s^power.
 
-    Each of at most three moves is measured. The walk ends at the last measured scale within the bound, if there is one.
+    Each move is measured, one for each of the `aims`. The walk ends at the last measured scale within the bound, if
+    there is one.
     """
     if not kl > bound:
         return Walk(1.0, kl, 0)
     room, way = bound - at_origin, [(1.0, kl)]
-    for aim in AIMS:
+    for aim in aims:
         scale, kl = way[-1]
-        if TOO_LOW * room <= kl - at_origin <= room or not math.isfinite(kl) or scale == shortest:
+        if too_low * room <= kl - at_origin <= room or not math.isfinite(kl) or scale == shortest:
             break
         following = max(shortest, secant([(s, k - at_origin) for s, k in way], aim * room, power))
         shrink(following / scale)
@@ -89,6 +93,14 @@ def walk_back(
         shrink(within[-1][0] / scale)
         scale, kl = within[-1]
     return Walk(scale, kl, len(way) - 1)
+
+
+def walk_to(
+    shrink: Callable[[float], None], measure: Callable[[], float], kl: float, wanted: float, tolerance: float
+) -> Walk:
+    """Shrinks a line at whose end the KL is `kl` until it is `wanted` within a part of it, in at most `MOVES` moves."""
+    most, least = 1 + tolerance, 1 - tolerance
+    return walk_back(shrink, measure, kl, wanted * most, aims=[1 / most] * MOVES, too_low=least / most)
 
 
 def secant(way: Sequence[tuple[float, float]], wanted: float, power: float) -> float:
@@ -139,7 +151,7 @@ class Preview:
         return walk_back(line.shrink, measure, measure(), bound, kl_before, 1.0, self.min_scale).scale
 
 
-def to_reference(engine: Engine) -> Line:
+def to_reference(engine: Engine, asked_by: str = "kl_budget") -> Line:
     """The line on which the policy becomes the reference.
 
     LoRA whose reference is the model without it is scaled; anything else is interpolated to the values that the
@@ -148,8 +160,8 @@ def to_reference(engine: Engine) -> Line:
     policy = engine.policy
     if policy.is_lora and method_of(policy.model) == "DELORA":
         raise ConfigError(
-            "kl_budget cannot be used with the peft method DELORA, which normalises its factors: no scale of theirs "
-            "leads back to the start. Use LoRA or DoRA, or set kl_budget null"
+            f"{asked_by} cannot be used with the peft method DELORA, which normalises its factors: no scale of theirs "
+            f"leads back to the start. Use LoRA or DoRA, or leave {asked_by} out"
         )
     if policy.frozen_copies:
         names = {id(p): name for name, p in policy.model.named_parameters()}
@@ -157,19 +169,19 @@ def to_reference(engine: Engine) -> Line:
         return Line(engine, engine.parameters, [stored(frozen[names[id(p)]]) for p in engine.parameters])
     if policy.handed_over is not None:
         return Line(engine, policy.handed_over.parameters, policy.handed_over.values)
-    factors = scaled_factors(policy)
+    factors = scaled_factors(policy, asked_by)
     return Line(engine, factors, [None] * len(factors))
 
 
-def scaled_factors(policy: Policy) -> list[nn.Parameter]:
+def scaled_factors(policy: Policy, asked_by: str) -> list[nn.Parameter]:
     """One trained factor of each layer of LoRA: B where it is trained. With it scales what the layer adds."""
     scaled: dict[str, nn.Parameter] = {}
     for name, parameter in sorted(adapter_state(policy.model).items()):  # A before B
         factor = FACTOR.fullmatch(name)
         if factor is None:
             raise ConfigError(
-                f"kl_budget with reference base needs plain LoRA, whose scale leads to the base, and the adapter has "
-                f"{name}: set reference initial, or kl_budget null"
+                f"{asked_by} with reference base needs plain LoRA, whose scale leads to the base, and the adapter has "
+                f"{name}: set reference initial, or leave {asked_by} out"
             )
         if parameter.requires_grad:
             assert isinstance(parameter, nn.Parameter)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,12 +58,8 @@ class Contents(NamedTuple):
 
 
 def write_files(folder: Path, trainer: SafeTrainer, policy: dict[str, Tensor], optimizers: dict[str, Any]) -> None:
-    model, handed_over = trainer.policy.model, trainer.policy.handed_over
-    if trainer.policy.is_lora:
-        adapters.save(model, folder / "policy", policy, trainer.policy.resized_vocabulary)
-    else:
-        save_whole(model, folder / "policy", policy)
-    trainer.tokenizer.save_pretrained(folder / "policy")
+    handed_over = trainer.policy.handed_over
+    write_policy(folder / "policy", trainer.policy, trainer.tokenizer, policy)
     torch.save(optimizers, folder / "optimizers.pt")
     if trainer.critic is not None:
         save_file(trainer.critic.state_dict(), folder / "critic.safetensors")
@@ -73,6 +70,14 @@ def write_files(folder: Path, trainer: SafeTrainer, policy: dict[str, Tensor], o
     (folder / "state.json").write_text(state_text(trainer))
     for path in (folder, *folder.rglob("*")):
         flush(path)
+
+
+def write_policy(folder: Path, policy: Policy, tokenizer: Any, weights: dict[str, Tensor]) -> None:
+    if policy.is_lora:
+        adapters.save(policy.model, folder, weights, policy.resized_vocabulary)
+    else:
+        save_whole(policy.model, folder, weights)
+    tokenizer.save_pretrained(folder)
 
 
 def save_whole(model: Any, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -183,7 +188,7 @@ def prompts_state(trainer: SafeTrainer) -> dict[str, Any]:
 def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     check_seed(trainer, contents.state, path)
     restore_policy(trainer, path, contents)
-    try:
+    with fitting(path):
         if trainer.critic is not None:
             trainer.critic.load_state_dict(contents.critic)
         # A run that goes on with another learning rate than before has to get it.
@@ -192,8 +197,6 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
         for name, saved in contents.optimizers.items():
             saved["param_groups"] = [group | own[name] for group in saved["param_groups"]]
             optimizers(trainer)[name].load_state_dict(saved)
-    except UNFITTING as error:
-        raise ConfigError(f"{path} does not fit this run's settings: {error}") from error
     values = contents.state
     trainer.known_position = values["step"], position(trainer, values)
     trainer.step, trainer.bad_steps = values["step"], values["bad_steps"]
@@ -208,6 +211,13 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
 
 def restore_policy(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     """The policy and its reference, which is all that an evaluation needs."""
+    restore_start(trainer, path, contents)
+    with fitting(path), trainer.engine.writable():
+        load_policy(trainer.policy, contents.policy)
+
+
+def restore_start(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
+    """The policy as it was handed over when the run began, where that was more than the model."""
     sharding.reshard(trainer.policy)
     if "weights" in contents.identity:
         check_identity(contents.identity, trainer.identity, path)
@@ -215,10 +225,15 @@ def restore_policy(trainer: SafeTrainer, path: Path, contents: Contents) -> None
         parallel.say(
             f"{path} is of an earlier version: whether the model is that of the run's beginning is not checked"
         )
-    try:
+    with fitting(path):
         restore_reference(trainer, contents.handed_over)
-        with trainer.engine.writable():
-            load_policy(trainer.policy, contents.policy)
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Says what it means when weights cannot be loaded."""
+    try:
+        yield
     except UNFITTING as error:
         raise ConfigError(f"{path} does not fit this run's settings: {error}") from error
 

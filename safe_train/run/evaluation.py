@@ -38,10 +38,16 @@ class Evaluation:
     rollout: Rollout  # what was sampled
     completions: list[dict[str, Any]]  # rows of evaluation.jsonl, sampled and greedy
     more: dict[str, float]  # of each reward, pass@k, and what rewards logged
+    scale: float | None = None  # of a policy on the line from its reference, 0, to what was trained, 1
 
     def numbers(self) -> dict[str, float]:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rollout", "completions", "more")}
-        return own | self.more
+        return {name: value for name, value in own.items() if value is not None} | self.more
+
+    def rows(self, step: int) -> list[dict[str, Any]]:
+        """Of evaluation.jsonl, with the place on the line and the KL there, if it is known."""
+        place = {} if self.scale is None else {"scale": self.scale, "policy_kl": self.kl}
+        return [{"step": step, **place, **row} for row in self.completions]
 
 
 class Judged(NamedTuple):
@@ -52,7 +58,7 @@ class Judged(NamedTuple):
     parts: list[Experience]  # in which the tokens' statistics are
 
     def mean(self, name: str) -> float:
-        return torch.cat([part.tokens(name) for part in self.parts]).mean().item()
+        return mean_over_tokens(self.parts, name)
 
 
 class Judge:
@@ -63,15 +69,32 @@ class Judge:
 
     def __call__(self, prompts: PromptDataset, count: int, *, of_each: int = 1, greedy: bool) -> Judged:
         """`of_each` completions of the first prompts in turn, `count` or more in all, as many on each process."""
+        sampled, parts = self.sample(prompts, count, of_each=of_each, greedy=greedy)
+        with parallel.together("the rewards of evaluate()"), guest(EVALUATION_SEED, 1):
+            own_scores = self.rewards(*sampled.for_rewards())
+        return Judged(gathered(sampled), own_scores.gathered(), parts)
+
+    def sample(
+        self, prompts: PromptDataset, count: int, *, of_each: int, greedy: bool
+    ) -> tuple[Rollout, list[Experience]]:
+        """The completions of this process, and the statistics of those of all processes."""
         own, size = (-(-total // parallel.size()) for total in (-(-count // of_each), self.args.completions_per_step))
         chosen = [prompt for prompt in prompts.in_turn(parallel.rank() * own, own) for _ in range(of_each)]
         with own_random_numbers(EVALUATION_SEED, 0):
             rollouts = [self.sampler(chosen[i : i + size], greedy=greedy) for i in range(0, len(chosen), size)]
         parts = [Experience(self.policy, None, gathered(part), self.args, self.device) for part in rollouts]
-        sampled = joined(rollouts)
-        with parallel.together("the rewards of evaluate()"), guest(EVALUATION_SEED, 1):
-            own_scores = self.rewards(*sampled.for_rewards())
-        return Judged(gathered(sampled), own_scores.gathered(), parts)
+        return joined(rollouts), parts
+
+    def kl(self, prompts: PromptDataset) -> float:
+        """What `evaluate` finds for the KL, of the same completions, with the same bits on every process."""
+        with seeded(EVALUATION_SEED):
+            of_each = self.args.eval_completions_per_prompt
+            _, parts = self.sample(prompts, self.args.eval_completions, of_each=of_each, greedy=False)
+        return parallel.from_main(mean_over_tokens(parts, "kl_L"))
+
+
+def mean_over_tokens(parts: Sequence[Experience], name: str) -> float:
+    return torch.cat([part.tokens(name) for part in parts]).mean().item()
 
 
 def evaluate(
@@ -186,6 +209,9 @@ def comparison(evaluations: Mapping[str, Evaluation]) -> str:
     lines = [f"{f'on {count} held-out completions':<38}" + "".join(f"{name:>10}" for name in evaluations)]
     for name, title in titles.items():
         lines.append(f"{title:<38}" + "".join(f"{getattr(each, name):>10.3f}" for each in evaluations.values()))
+    if any(each.scale is not None for each in evaluations.values()):
+        scales = ("" if each.scale is None else f"{each.scale:.3f}" for each in evaluations.values())
+        lines.append(f"{'scale: 0 the reference, 1 as trained':<38}" + "".join(f"{scale:>10}" for scale in scales))
     for name in next(iter(evaluations.values())).more:
         if name.startswith("pass@"):
             lines.append(f"{name:<38}" + "".join(f"{each.more[name]:>10.3f}" for each in evaluations.values()))
@@ -193,14 +219,15 @@ def comparison(evaluations: Mapping[str, Evaluation]) -> str:
 
 
 @parallel.main_only
-def save(folder: Path, evaluations: Mapping[str, Evaluation], step: int) -> None:
-    """The numbers of evaluations before a run and at a step of it, and all their completions."""
+def save(folder: Path, evaluations: Mapping[str, Evaluation], step: int, overrides: Sequence[str] = ()) -> None:
+    """The numbers of evaluations before a run and at a step of it, and all their completions.
+
+    Args:
+        overrides: settings that were not the run's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {"step": step, **{name: each.numbers() for name, each in evaluations.items()}}
+    numbers |= {"overrides": list(overrides)} if overrides else {}
     (folder / "evaluation.json").write_text(strict_json(numbers, indent=2) + "\n")
-    lines = [
-        strict_json({"step": 0 if name == "before" else step, **row})
-        for name, each in evaluations.items()
-        for row in each.completions
-    ]
-    (folder / "evaluation.jsonl").write_text("\n".join(lines) + "\n")
+    rows = [row for name, each in evaluations.items() for row in each.rows(0 if name == "before" else step)]
+    (folder / "evaluation.jsonl").write_text("\n".join(map(strict_json, rows)) + "\n")

@@ -84,7 +84,7 @@ class RunFolder:
 
     @parallel.main_only
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        append(self.evaluations, [{"step": step, **row} for row in evaluation.completions])
+        append(self.evaluations, evaluation.rows(step))
 
     @parallel.main_only
     def finish(self) -> None:
