@@ -197,8 +197,10 @@ def run_settings(arguments: argparse.Namespace) -> SafeConfig:
 
 
 def command_demo(arguments: argparse.Namespace) -> None:
+    from safe_train import parallel
     from safe_train.paper import make_trainer
-    from safe_train.run.evaluation import comparison
+    from safe_train.run.evaluation import comparison, save
+    from safe_train.run.report import write_report
     from safe_train.run.run_folder import refuse_existing, refuse_foreign, remove_run
 
     chosen = [f"model={arguments.model}"] if arguments.model else []
@@ -215,7 +217,11 @@ def command_demo(arguments: argparse.Namespace) -> None:
         remove_run(folder)
     trainer.train()
     after = trainer.evaluate()
-    print(f"\n{comparison({'before': before, 'after': after})}\n")
+    evaluations = {"before": before, "after": after}
+    save(folder / "eval" / f"step-{trainer.step}", evaluations, trainer.step)
+    if parallel.is_main():
+        write_report([folder], folder / "report.png")
+    print(f"\n{comparison(evaluations)}\n")
     for prompt, text in list(zip(after.rollout.prompts, after.rollout.texts, strict=True))[:4]:
         print(f"  {prompt.text!r} ->{text!r}")
     print(f"\n{perf_counter() - started:.0f} s; report: {folder / 'report.png'}")

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from safe_train.config import ConfigError, read_yaml
+from safe_train.run.frontier import Evaluated, draw_frontier, draw_path
 from safe_train.settings.written import plain
 
 COLORS = ("#2a6fb0", "#d1622b", "#3a8f5c", "#8a5aa8", "#b03a5b", "#6b6b6b")
 PHASE_COLORS = {"warmup": "#d9d9d9", "climbing": "#cfe8d5", "plateau": "#f6e3c5", "converged": "#cfdff2"}
+
+# Of the panels in a grid of two rows: reward against KL takes the first column.
+PLACES = [(slice(None), 0), *((row, column) for row in (0, 1) for column in (1, 2, 3))]
+SAME_EVALUATION = ("eval_completions=", "eval_completions_per_prompt=", "eval_pass_at=", "use_cpu=", "model=")
 
 Rows = list[dict[str, Any]]
 
@@ -46,6 +51,26 @@ def read_rows(path: Path) -> Rows:
     return rows
 
 
+def read_evaluations(run: Path, last_step: int) -> list[Evaluated]:
+    """What `safe-train eval` left in a run up to a step, where its prompts, rewards and sampling were the run's own."""
+    found = []
+    for path in sorted((run / "eval").glob("*/evaluation.json")):
+        try:
+            numbers = json.loads(path.read_text())
+        except json.JSONDecodeError:  # cut short
+            continue
+        rows, overrides = path.with_suffix(".jsonl"), numbers.get("overrides", [])
+        is_own = all(pair.startswith(SAME_EVALUATION) for pair in overrides)
+        if is_own and numbers["step"] <= last_step and rows.is_file():
+            found.append(Evaluated(numbers, read_rows(rows)))
+    return found
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    config = run / "config.yaml"
+    return plain(read_yaml(config)) if config.is_file() else {}
+
+
 def strict_json(value: Any, **options: Any) -> str:
     """JSON without NaN and Infinity, which it has no words for: they are null."""
     return json.dumps(finite(value), allow_nan=False, **options)
@@ -69,12 +94,22 @@ def write_report(runs: Sequence[Path], target: Path) -> None:
     short = [run.resolve().name for run in runs]
     names = short if len(set(short)) == len(runs) else [str(run) for run in runs]
     histories = {name: read_metrics(run) for name, run in zip(names, runs, strict=True)}
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     panels = (draw_reward, draw_kl, draw_entropy, draw_value, draw_control, draw_time)
-    for axis, draw in zip(axes.flat, panels, strict=True):
-        for color, (name, rows) in zip(COLORS * len(runs), histories.items(), strict=False):
+    figure = plt.figure(figsize=(20, 8), layout="constrained")
+    grid = figure.add_gridspec(2, 4, width_ratios=(1.5, 1, 1, 1))
+    frontier, *axes = [figure.add_subplot(grid[place]) for place in PLACES]
+    for color, (name, rows), run in zip(COLORS * len(runs), histories.items(), runs, strict=False):
+        evaluations = read_evaluations(run, rows[-1]["step"])
+        if len(runs) == 1:
+            draw_frontier(frontier, rows, evaluations, color, settings_of(run).get("kl_budget"))
+        else:
+            draw_path(frontier, rows, evaluations, color, name)
+        for axis, draw in zip(axes, panels, strict=True):
             draw(axis, rows, color, name, alone=len(runs) == 1)
-        axis.set_xlabel("step")
+            axis.set_xlabel("step")
+    frontier.set_title("reward against KL", loc="left")
+    frontier.set_xlabel("exact KL to the reference, nats per token")
+    for axis in (frontier, *axes):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0]:
@@ -157,8 +192,7 @@ def draw_time(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None
 
 def idle_mechanisms(run: Path, rows: Rows) -> str:
     """The mechanisms that were switched on and never acted in this run; they cannot have made a difference."""
-    config = run / "config.yaml"
-    settings = plain(read_yaml(config)) if config.is_file() else {}
+    settings = settings_of(run)
     # name: whether it is switched on, whether it acted
     mechanisms = {"clip": (True, any(row.get("clip_fraction", 0) > 0 for row in rows))}
     if settings.get("controller") == "safe":

@@ -1,0 +1,120 @@
+"""Reward against KL in a run's picture: the best of n by brute force, and which points are drawn."""
+
+import itertools
+import json
+import math
+import random
+import statistics
+
+import pytest
+import yaml
+from test_evaluation import run
+
+from safe_train.cli import main
+from safe_train.run.frontier import Evaluated, best_of, draw_frontier, held_out, longest_ruler, moved, ruler
+from safe_train.run.report import read_evaluations, read_metrics, write_report
+
+
+@pytest.mark.parametrize(
+    "rewards", [[3.0], [0.0, 1.0], [2.0, -1.0, 2.0, 0.5, 7.0], [random.Random(i).random() for i in range(9)]]
+)
+def test_the_best_of_n_is_the_mean_over_all_subsets(rewards):
+    expected = [statistics.fmean(map(max, itertools.combinations(rewards, n))) for n in range(1, len(rewards) + 1)]
+    assert best_of(rewards) == pytest.approx(expected)
+
+
+def test_the_best_of_n_of_many_samples_is_a_number():
+    best = best_of([i / 2000 for i in range(2000)])  # binomials of 2000 are beyond a float
+    assert (
+        best[0] == pytest.approx(1999 / 4000) and best[1] == pytest.approx(2 / 3, abs=1e-3) and best[-1] == 1999 / 2000
+    )
+    assert best == sorted(best)
+
+
+def row(prompt, reward, tokens=10, **more):
+    return {"step": 0, "how": "sampled", "prompt": prompt, "reward": reward, "tokens": tokens} | more
+
+
+def test_the_ruler_is_the_mean_over_prompts_at_the_kl_of_the_best_of_n():
+    chat = [{"role": "user", "content": "b"}]
+    rows = [row("a", x) for x in (0.0, 1.0, 4.0)] + [row(chat, x, tokens=20) for x in (2.0, 3.0)] + [row("c", None)]
+    first, second = ruler(rows)  # one prompt has two alone, and one none
+    tokens = (4 * 10 + 2 * 20) / 6
+    assert first[:2] == pytest.approx((0.0, (5 / 3 + 5 / 2) / 2))
+    assert second[:2] == pytest.approx(((math.log(2) - 0.5) / tokens, ((1 + 4 + 4) / 3 + 3) / 2))
+    assert second.error == pytest.approx(0.0) and first.error == pytest.approx((5 / 2 - 5 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[], [row("a", 1.0), row("b", 2.0)], [row("a", 1.0), row("a", 2.0), row("b", 1.0)], [row("a", 1.0, tokens=0)] * 2],
+)
+def test_there_is_no_ruler_where_a_prompt_was_completed_once(rows):
+    assert ruler(rows) == []
+
+
+def test_the_ruler_is_of_the_reference_alone():
+    rows = [row("a", 0.0), row("a", 1.0)]
+    greedy, later = [x | {"how": "greedy"} for x in rows], [x | {"step": 2, "reward": 5.0} for x in rows]
+    (_, best) = longest_ruler([Evaluated({}, [*rows, *greedy, *later]), Evaluated({}, greedy)])
+    assert best.reward == 1.0
+
+
+NUMBERS = {
+    "step": 4,
+    "before": {"kl": 0.0, "reward": 0.1, "reward_error": 0.01, "scale": 0.0},
+    "kl 0.1": {"kl": 0.1, "reward": 0.3, "reward_error": None, "scale": 0.5},
+    "after": {"kl": 0.4, "reward": 0.5, "reward_error": 0.02, "scale": 1.0},
+}
+
+
+def test_points_are_those_of_evaluations_and_of_moved_policies():
+    plain = {name: {k: v for k, v in x.items() if k != "scale"} for name, x in NUMBERS.items() if name != "step"}
+    steps = [{"kl": 1.0, "reward": 9.0}, {"eval/kl": 0.2, "eval/reward": 0.4, "eval/reward_error": 0.03}]
+    found = held_out(steps, [Evaluated(NUMBERS, [])])
+    assert found == [(0.2, 0.4, 0.03), (0.0, 0.1, 0.01), (0.4, 0.5, 0.02)]
+    assert [p.kl for p in moved(Evaluated(NUMBERS, []))] == [0.0, 0.1, 0.4]
+    assert moved(Evaluated(plain, [])) == []
+
+
+def labels(rows, evaluations, budget=None):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots()
+    draw_frontier(axis, rows, evaluations, "#000000", budget)
+    figure.canvas.draw()
+    found = axis.get_legend_handles_labels()[1]
+    plt.close(figure)
+    return found
+
+
+def test_the_panel_names_what_it_has():
+    steps = [{"kl": 0.0, "reward": 1.0}, {"kl": math.nan, "reward": 1.0}]
+    once, twice = [row("a", 1.0)], [row("a", 1.0), row("a", 2.0)]
+    assert labels(steps, []) == ["rollouts"]
+    assert labels(steps, [Evaluated({"before": NUMBERS["before"]}, once)]) == ["rollouts", "held out"]
+    found = labels(steps, [Evaluated(NUMBERS, twice)], budget=0.2)
+    best = "best of n of the reference (KL: at most)"
+    assert sorted(found) == sorted(["rollouts", "held out", "KL budget", "moved toward the reference", best])
+
+
+def test_evaluations_of_the_run_alone_are_drawn(tmp_path, pictures):
+    folder = run(tmp_path, "eval_completions=10", "eval_completions_per_prompt=2", "kl_budget=2.0")
+    assert main(["eval", str(folder), "--kl", "0"]) == 0
+    (found,) = read_evaluations(folder, 2)
+    assert len(longest_ruler([found])) == 2 and list(found.numbers) == ["step", "before", "kl 0.0", "after"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["kl_budget"] == 2.0
+    assert read_evaluations(folder, 1) == []  # the run went back
+    assert main(["eval", str(folder), "eval_completions=4", "use_cpu=true"]) == 0
+    assert len(read_evaluations(folder, 2)) == 1
+    assert main(["eval", str(folder), f"reward={tmp_path}/rewards.py:length"]) == 0
+    assert read_evaluations(folder, 2) == []
+    path = folder / "eval" / "step-2" / "evaluation.json"
+    assert json.loads(path.read_text())["overrides"] == [f"reward={tmp_path}/rewards.py:length"]
+    path.write_text(path.read_text()[:40])  # cut short
+    assert read_evaluations(folder, 2) == [] and len(read_metrics(folder)) == 2
+    write_report([folder, folder], tmp_path / "both.png")
+    assert (tmp_path / "both.png").stat().st_size > 10_000
