@@ -1,6 +1,7 @@
 """A policy at KLs of one's choice: what `eval --kl` evaluates and `export --kl` writes, and what both refuse."""
 
 import math
+import shutil
 
 import peft
 import processes
@@ -19,7 +20,8 @@ from safe_train.commands.frontier import LEAST, TOLERANCE, Mover, Place, kls_of,
 from safe_train.config import ConfigError
 from safe_train.engines.projection import MOVES, walk_to
 
-MANY = "eval_completions=64"
+AT_ONCE = {"eval_completions": 32, "completions_per_prompt": 8, "max_tokens_per_microbatch": 512}
+MANY = [f"{name}={value}" for name, value in AT_ONCE.items()]
 
 
 @pytest.mark.parametrize("wanted", [1e-4, 0.01, 0.1, 0.3])
@@ -36,8 +38,8 @@ def test_a_walk_that_finds_no_such_kl_ends_below_it_and_says_so():
     walk = walk_to(curve.shrink, curve.measure, 0.5, 0.1, TOLERANCE)
     assert walk.kl == 0.01 and curve.forwards <= MOVES and curve.scale == pytest.approx(walk.scale)
     place = Place(0.1, walk.kl, walk.scale, walk.forwards)
-    assert f"{walk.forwards} moves came no nearer to 0.1" in str(place)
-    assert "came no nearer" not in str(Place(0.1, 0.104, 0.5, 2))
+    assert f"{walk.forwards} moves did not bring it within 5% of 0.1" in str(place)
+    assert "did not bring" not in str(Place(0.1, 0.104, 0.5, 2))
     flat = Curve(lambda s: 0.5)
     assert walk_to(flat.shrink, flat.measure, 0.5, 0.1, TOLERANCE).kl == 0.5 and flat.forwards <= MOVES
 
@@ -72,7 +74,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_policy_is_moved_to_each_kl_and_to_its_reference(kind, tmp_path):
     make, settings = KINDS[kind]
-    trainer = tiny.trainer(tmp_path, policy=make(), eval_completions=48, **settings)
+    trainer = tiny.trainer(tmp_path, policy=make(), **AT_ONCE | settings)
     draw = torch.Generator().manual_seed(3)
     while (mover := Mover(trainer)).reached < 0.05:
         with torch.no_grad(), trainer.engine.moving():
@@ -99,39 +101,45 @@ def kl_of_samples(trainer, evaluation):
     return sum(row["kl"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
 
 
-def moved(folder, *more):
-    """A run on disk, long enough for a KL of some tenths."""
-    found = run(folder, *more, MANY)
-    assert main(["eval", str(found)]) == 0
-    return found, results(found / "eval" / "step-2")[0]["after"]["kl"]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of LoRA with a KL of some tenths, and this KL."""
+    folder = tmp_path_factory.mktemp("run")
+    return run(folder, *MANY), reached_by(folder / "run")
 
 
-def test_eval_writes_the_moved_policies_beside_before_and_after(tmp_path, capsys):
-    folder, reached = moved(tmp_path)
+def reached_by(folder):
+    output = folder.parent / "reached"
+    assert main(["eval", str(folder), "--output", str(output)]) == 0
+    return results(output)[0]["after"]["kl"]
+
+
+def test_eval_writes_the_moved_policies_beside_before_and_after(trained, tmp_path, capsys):
+    folder, reached = trained
     kls = 0.7 * reached, 0.2 * reached
     assert main(["eval", str(folder), "--kl", f"{kls[0]},0,{kls[1]},{kls[0]}"]) == 0
     printed = capsys.readouterr().out
     numbers, rows = results(folder / "eval" / "step-2")
-    names = ["before", "kl 0.0", f"kl {kls[1]}", f"kl {kls[0]}", "after"]
+    names = ["before", "kl 0", f"kl {kls[1]}", f"kl {kls[0]}", "after"]
     assert list(numbers) == ["step", *names] and numbers["after"]["kl"] == reached
     scales = [numbers[name]["scale"] for name in names]
     assert scales == sorted(scales) and scales[:2] == [0, 0] and scales[-1] == 1 and 0 < scales[2] < scales[3] < 1
-    for name, wanted in (("kl 0.0", 0), (names[2], kls[1]), (names[3], kls[0])):
+    for name, wanted in (("kl 0", 0), (names[2], kls[1]), (names[3], kls[0])):
         assert numbers[name]["kl"] == pytest.approx(wanted, rel=TOLERANCE, abs=LEAST)
         own = [row for row in rows if row["scale"] == numbers[name]["scale"] and row["step"] == 2]
-        assert len(own) == 64 + 5 and {row["policy_kl"] for row in own} == {numbers[name]["kl"]}
+        assert len(own) == 32 + 5 and {row["policy_kl"] for row in own} == {numbers[name]["kl"]}
         rewards = [row["reward"] for row in own if row["how"] == "sampled"]
-        assert sum(rewards) / 64 == pytest.approx(numbers[name]["reward"])
+        assert sum(rewards) / 32 == pytest.approx(numbers[name]["reward"])
         assert f"KL {numbers[name]['kl']:.4g} nats a token at" in printed
-    assert numbers["kl 0.0"]["reward"] == numbers["before"]["reward"] and "scale: 0 the reference" in printed
+    assert numbers["kl 0"]["reward"] == numbers["before"]["reward"] and "scale: 0 the reference" in printed
     alone = str(tmp_path / "alone")
     assert main(["eval", str(folder), "--kl", str(kls[1]), "--output", alone]) == 0
     again = results(tmp_path / "alone")[0][names[2]]
     assert again == pytest.approx(numbers[names[2]], rel=1e-4)  # whatever else is asked for
 
 
-def test_a_kl_above_what_was_reached_is_refused_with_its_number(tmp_path, capsys):
-    folder, reached = moved(tmp_path)
+def test_a_kl_above_what_was_reached_is_refused_with_its_number(trained, tmp_path, capsys):
+    folder, reached = trained
     assert main(["eval", str(folder), "--kl", f"0.001,{1.1 * reached}"]) == 2
     assert f"is above the KL of the policy, {reached:.4g} nats a token" in capsys.readouterr().err
     assert main(["export", str(folder), str(tmp_path / "out"), "--kl", "30"]) == 2
@@ -142,11 +150,11 @@ def test_a_kl_above_what_was_reached_is_refused_with_its_number(tmp_path, capsys
     assert "is above the KL of the policy, 0 nats" in capsys.readouterr().err
 
 
-def test_an_adapter_without_a_run_is_moved_toward_its_model(tmp_path, monkeypatch):
-    folder, reached = moved(tmp_path)
+def test_an_adapter_without_a_run_is_moved_toward_its_model(trained, tmp_path, monkeypatch):
+    folder, reached = trained
     monkeypatch.chdir(tmp_path)
-    (folder / "checkpoints" / "step-2" / "policy").rename("adapter")
-    assert main(["eval", "adapter", *files(tmp_path)[:-3], MANY, *files(tmp_path)[-2:], "--kl", str(reached / 2)]) == 0
+    shutil.copytree(folder / "checkpoints" / "step-2" / "policy", "adapter")
+    assert main(["eval", "adapter", *files(tmp_path), *MANY, "--kl", str(reached / 2)]) == 0
     numbers = results(tmp_path / "eval" / "adapter")[0]
     assert list(numbers) == ["step", f"kl {reached / 2}", "now"]
     assert numbers[f"kl {reached / 2}"]["kl"] == pytest.approx(reached / 2, rel=TOLERANCE)
@@ -162,42 +170,41 @@ def test_the_evaluation_before_is_of_the_adapter_that_the_run_began_with(tmp_pat
     given = [str(tmp_path / "run"), f"model={tmp_path}/model"]
     assert main(["eval", *given, "--kl", "0"]) == 0
     numbers = results(tmp_path / "run" / "eval" / "step-2")[0]
-    for name in ("before", "kl 0.0"):
+    for name in ("before", "kl 0"):
         assert {key: numbers[name][key] for key in right} == pytest.approx(right, abs=1e-5)
     assert numbers["after"]["kl"] > 1e-3
 
 
-@pytest.mark.parametrize("more", [[], ["lora_r=0"]], ids=str)
-@pytest.mark.parametrize("options", [[], ["--merge"]], ids=str)
-def test_export_writes_the_moved_policy(more, options, tmp_path, capsys):
-    if more and options:
-        pytest.skip("--merge is for adapters")
-    folder, reached = moved(tmp_path, *more)
+@pytest.mark.parametrize("options", [[], ["--merge"], ["lora_r=0"]], ids=str)
+def test_export_writes_the_moved_policy(options, trained, tmp_path, capsys):
+    folder, reached = trained
+    if options == ["lora_r=0"]:
+        folder, options = run(tmp_path, *MANY, *options), []
+        reached = reached_by(folder)
     wanted = reached / 3
     assert main(["export", str(folder), str(tmp_path / "out"), "--kl", str(wanted), *options]) == 0
     said = capsys.readouterr().out
     assert "step-2, moved: KL " in said and "of the way from the reference" in said
     assert sorted(path.name for path in tmp_path.glob("out*")) == ["out"]
-    trainer = tiny.trainer(
-        tmp_path / "other",
-        policy=AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
-        **{"lora_r": 0, "eval_completions": 64, "max_new_tokens": 4, "max_prompt_tokens": 32},
-    )
-    trainer.policy.model.load_state_dict(whole(tmp_path / "out", bool(options or more)).state_dict())
+    sizes = AT_ONCE | {"lora_r": 0, "prompts_per_step": 2, "max_new_tokens": 4, "max_prompt_tokens": 32}
+    trainer = tiny.trainer(tmp_path / "other", **sizes)
+    trainer.policy.model.load_state_dict(whole(tmp_path / "out").state_dict())
     assert trainer.evaluate().kl == pytest.approx(wanted, rel=TOLERANCE)
 
 
-def whole(out, is_whole):
-    if is_whole:
-        return AutoModelForCausalLM.from_pretrained(out)
-    return peft.AutoPeftModelForCausalLM.from_pretrained(out).merge_and_unload()
+def whole(out):
+    """The model in a folder, with its adapter added if it is one."""
+    if (out / "adapter_config.json").exists():
+        return peft.AutoPeftModelForCausalLM.from_pretrained(out).merge_and_unload()
+    return AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_export_needs_no_reward_but_held_out_prompts(tmp_path, capsys):
-    folder, reached = moved(tmp_path)
-    (tmp_path / "rewards.py").unlink()
-    assert main(["export", str(folder), str(tmp_path / "out"), "--kl", str(reached / 2)]) == 0
-    assert main(["export", str(folder), str(tmp_path / "more"), "--kl", "0.1", "eval_dataset=null"]) == 2
+def test_export_needs_no_reward_but_held_out_prompts(trained, tmp_path, capsys):
+    folder, reached = trained
+    given = [str(folder), str(tmp_path / "out"), "reward=gone.py:gone", "--kl"]
+    assert main(["export", *given, str(reached / 2)]) == 0
+    given[1] = str(tmp_path / "more")
+    assert main(["export", *given, "0.1", "eval_dataset=null"]) == 2
     assert "set eval_dataset" in capsys.readouterr().err and not list(tmp_path.glob("more*"))
 
 
@@ -221,7 +228,7 @@ def test_an_adapter_that_cannot_be_scaled_is_refused_by_name(case, tmp_path, cap
 
 
 def at_half(folder):
-    trainer = tiny.trainer(folder, eval_completions=32, learning_rate=0.1, total_steps=2)
+    trainer = tiny.trainer(folder, **AT_ONCE, learning_rate=0.1, total_steps=2)
     trainer.train()
     mover = Mover(trainer)
     return mover.reached, tuple(mover.move(mover.reached / 2)), trainer.evaluate().kl

@@ -105,7 +105,7 @@ def test_evaluations_of_the_run_alone_are_drawn(tmp_path, pictures):
     folder = run(tmp_path, "eval_completions=10", "eval_completions_per_prompt=2", "kl_budget=2.0")
     assert main(["eval", str(folder), "--kl", "0"]) == 0
     (found,) = read_evaluations(folder, 2)
-    assert len(longest_ruler([found])) == 2 and list(found.numbers) == ["step", "before", "kl 0.0", "after"]
+    assert len(longest_ruler([found])) == 2 and list(found.numbers) == ["step", "before", "kl 0", "after"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["kl_budget"] == 2.0
     assert read_evaluations(folder, 1) == []  # the run went back
     assert main(["eval", str(folder), "eval_completions=4", "use_cpu=true"]) == 0

@@ -38,7 +38,7 @@ class Place(NamedTuple):
         found = f"KL {self.kl:.4g} nats a token at {self.scale:.4g} of the way from the reference"
         if abs(self.kl - self.asked) <= max(LEAST, TOLERANCE * self.asked):
             return found
-        return f"{found}: {self.moves} moves came no nearer to {self.asked:g}"
+        return f"{found}: {self.moves} moves did not bring it within {TOLERANCE:.0%} of {self.asked:g}"
 
 
 class Mover:
@@ -111,7 +111,7 @@ def evaluate(found: Subject, trainer: SafeTrainer, kls: Sequence[float]) -> tupl
     mover.require(kls)
     for kl in kls:
         places.append(mover.move(kl))
-        moved[f"kl {kl}"] = dataclasses.replace(trainer.evaluate(), scale=mover.scale)
+        moved[f"kl {kl}".removesuffix(".0")] = dataclasses.replace(trainer.evaluate(), scale=mover.scale)
     before = {name: dataclasses.replace(each, scale=0.0) for name, each in before.items()}
     ordered = dict(reversed(moved.items()))
     return before | ordered | {now: dataclasses.replace(trained, scale=1.0)}, places[::-1]
@@ -123,6 +123,7 @@ def unrewarded(completions: list[str], **columns: object) -> list[float]:
 
 def moved_checkpoint(found: Subject, checkpoint: Path, kl: float, folder: Path) -> Place:
     """Writes what an export reads of a checkpoint, with the policy moved to a KL."""
+    found = found._replace(checkpoint=checkpoint)
     args = for_evaluation(found, str(folder / "run"))
     rewards = [unrewarded] * len(args.reward)
     trainer = make_trainer(args, reward_funcs=rewards, eval_dataset=args.eval_dataset, **found.objects())

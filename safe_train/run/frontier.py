@@ -113,7 +113,7 @@ def draw_path(
     axis: Any, rows: Rows, evaluations: Sequence[Evaluated], color: str, name: str, held_out_name: str | None = None
 ) -> None:
     kls, rewards = ([row.get(name, math.nan) for row in rows] for name in ("kl", "reward"))
-    axis.plot(kls, rewards, color=color, alpha=0.5, linewidth=1, marker=".", label=name)
+    axis.plot(kls, rewards, color=color, alpha=0.4, linewidth=0.7, marker=".", label=name)
     draw_points(axis, held_out(rows, evaluations), color, "o", held_out_name)
 
 
@@ -125,7 +125,9 @@ def draw_ruler(axis: Any, best: Sequence[Point]) -> None:
     axis.plot(kls, rewards, color=RULER, marker=".", label="best of n of the reference (KL: at most)")
     axis.fill_between(kls, low, high, color=RULER, alpha=0.15, linewidth=0)
     for n in (2**i for i in range(1, len(best).bit_length())):
-        axis.annotate(f"n = {n}", best[n - 1][:2], (5, -11), textcoords="offset points", color=RULER, fontsize=8)
+        axis.annotate(
+            f"n = {n}", best[n - 1][:2], (-4, 5), textcoords="offset points", ha="right", color=RULER, fontsize=8
+        )
 
 
 def draw_points(axis: Any, points: Sequence[Point], color: str, fmt: str, label: str | None) -> None:
