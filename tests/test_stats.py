@@ -55,6 +55,17 @@ def test_a_finite_mask_has_no_mass(any_backend, low, allowed, temperature):
         torch.testing.assert_close(x, expected[name], msg=name)
 
 
+def test_rows_of_the_lowest_logits_are_uniform(any_backend):
+    """Of finfo.min alone, or beside -inf: the lowest number is a logit like any other."""
+    low, logits = torch.finfo(torch.float32).min, torch.full((2, 64), -math.inf)
+    logits[0], logits[1, 40:] = low, low
+    stats = token_stats(logits, torch.tensor([5, 50]), ref_logits=logits, backend=any_backend)
+    expected = torch.tensor([64.0, 24.0]).log()
+    torch.testing.assert_close(stats.logprob, -expected)
+    torch.testing.assert_close(stats.entropy, expected)
+    torch.testing.assert_close(stats.kl, torch.zeros(2))
+
+
 def test_one_row_has_the_bits_that_it_has_among_others(backend, coarse):
     """Also where rows do not begin at 16 bytes."""
     for seed in range(10):

@@ -21,6 +21,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32
 LEAST = tl.constexpr(-1e20)  # clamp of an exponent before it is multiplied: with a weight of 0 the product is 0
 
 
@@ -40,25 +41,24 @@ class Reference(NamedTuple):
 @triton.jit
 def empty_policy(zero):
     """`zero`: zeros of the state's shape."""
-    return Policy(zero - float("inf"), zero, zero)
+    return Policy(zero + LOWEST, zero, zero)
 
 
 @triton.jit
 def empty_reference(zero):
-    return Reference(zero - float("inf"), zero, zero, zero)
+    return Reference(zero + LOWEST, zero, zero, zero)
 
 
 @triton.jit
 def centred(a, peak, inverse_temperature):
-    """(a - peak) / (T ln 2); -inf where a is, even while the peak itself is."""
-    finite_peak = tl.where(peak == -float("inf"), 0.0, peak)
-    return (a - finite_peak) * (inverse_temperature * LOG2_E)
+    """(a - peak) / (T ln 2)."""
+    return (a - peak) * (inverse_temperature * LOG2_E)
 
 
 @triton.jit
-def moved(old, new, total, inverse_temperature):
-    """What a new maximum adds to every exponent so far, clamped at LEAST; 0 while the sum is empty."""
-    return tl.where(total > 0, tl.maximum((old - new) * (inverse_temperature * LOG2_E), LEAST), 0.0)
+def moved(old, new, inverse_temperature):
+    """What a new maximum adds to every exponent so far, clamped at LEAST."""
+    return tl.maximum((old - new) * (inverse_temperature * LOG2_E), LEAST)
 
 
 @triton.jit
@@ -106,15 +106,15 @@ def merge(policy, reference, other_policy, other_reference, inverse_temperature)
 @triton.jit
 def moved_policy(state, m, inverse_temperature):
     """The state of the same columns under a larger maximum, or the same one."""
-    shift = moved(state.m, m, state.s, inverse_temperature)
+    shift = moved(state.m, m, inverse_temperature)
     scale = tl.exp2(shift)
     return Policy(m, state.s * scale, (state.b + shift * state.s) * scale)
 
 
 @triton.jit
 def moved_reference(policy, reference, m, n, inverse_temperature):
-    shift = moved(policy.m, m, policy.s, inverse_temperature)
-    ref_shift = moved(reference.n, n, reference.r, inverse_temperature)
+    shift = moved(policy.m, m, inverse_temperature)
+    ref_shift = moved(reference.n, n, inverse_temperature)
     c = (reference.c + (shift - ref_shift) * policy.s) * tl.exp2(shift)
     return Reference(n, reference.r * tl.exp2(ref_shift), c, reference.outside)
 

@@ -222,10 +222,10 @@ def statistics_kernel(
     K: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # 16 bytes
     zero = tl.zeros([R, C // K], tl.float32)
     policy, reference, inverse_R1 = empty_policy(zero), empty_reference(zero), inverse[:, None]
-    whole = width // C * C
-    for REST in tl.static_range(2):  # without masks as far as tiles are whole
-        for start in range(whole if REST else 0, width if REST else whole, C):
-            columns, seen = start + lane_columns(C // K, K, ALIGNED), None
+    tiles = width // C
+    for REST in tl.static_range(2):  # without masks as far as tiles are whole, then at most one with
+        for tile in range(tiles if REST else 0, tiles + (width % C > 0) if REST else tiles):
+            columns, seen = tile * C + lane_columns(C // K, K, ALIGNED), None
             if REST:
                 seen = (columns < width) & live[:, None, None]
             a = load_logits(pointer[:, None, None], columns, seen, bias, first_column, logit_scale, softcap)
