@@ -220,7 +220,7 @@ class PaperTrainer(SafeTrainer):
         policy = losses.policy_loss(hidden_LH, head, micro, weight_L, control._replace(kl_coef=0.0), args)
         total = policy.loss
         if control.kl_coef:
-            logprob_L = scoring.logprobs(hidden_LH, head, batch.targets_L)
+            logprob_L = scoring.logprobs(hidden_LH, head, batch.targets_L, self.kept_logits.bytes)
             total = total + control.kl_coef * (weight_L * (logprob_L - micro.ref_logprob_L)).sum()
         lengths_B = batch.response_cu_seqlens.diff()
         share_L = per_token(1 / (lengths_B * args.completions_per_step), batch.response_cu_seqlens)

@@ -215,6 +215,17 @@ def test_the_loss_and_its_gradient_equal_the_formulas_from_logits(algorithm, tmp
         torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-6)
 
 
+def test_the_sampled_kl_keeps_its_logits_as_the_setting_says(tmp_path, ops_seen):
+    run = trainer(tmp_path, "ppo_paper", max_kept_bytes="123456")
+    rollout, rewards = run.collect(0)
+    experience = Experience(run.policy, run.critic, rollout, run.args, run.device)
+    control = run.update_controller(experience, rewards["reward"])
+    run.compute_advantages(experience, run.training_rewards(rewards["reward"], rollout), control)
+    ops_seen.clear()
+    run.loss(experience.minibatches[0][0], control, Totals(8, 4))
+    assert [a[13] for op, a in ops_seen if op.name() == "safe_kernels::linear_token_stats"] == [123456]
+
+
 def test_the_penalty_has_no_gradient_and_is_worked_out_in_every_inner_epoch(tmp_path):
     run = trainer(tmp_path, "safe_paper", inner_epochs=3, kl_threshold=0.0, kl_threshold_min=0.0)
     rollout, rewards = run.collect(0)

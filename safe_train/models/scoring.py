@@ -21,7 +21,7 @@ def statistics(hidden_LH: Tensor, head: dict[str, Any], targets_L: Tensor, ref_h
     )
 
 
-def logprobs(hidden_LH: Tensor, head: dict[str, Any], targets_L: Tensor) -> Tensor:
+def logprobs(hidden_LH: Tensor, head: dict[str, Any], targets_L: Tensor, max_kept_bytes: int | None = None) -> Tensor:
     """Log-probs of the targets under the policy alone, differentiable."""
     own = {name: value for name, value in head.items() if not name.startswith("ref_")}
-    return linear_token_stats(hidden_LH, tokens=targets_L, **own).logprob
+    return linear_token_stats(hidden_LH, tokens=targets_L, max_kept_bytes=max_kept_bytes, **own).logprob
