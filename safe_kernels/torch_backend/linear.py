@@ -25,7 +25,7 @@ def kept_rows(inputs: LinearInputs, max_bytes: int | None) -> int:
         return 0
     streams, height = 1 if inputs.ref_hidden_NH is None else 2, product_height(inputs)
     if max_bytes is None:
-        products = int(inputs.hidden_NH.device.type == "cpu")
+        products = int(is_on_host(inputs.hidden_NH))
     else:
         product_bytes = height * inputs.weight_VH.shape[0] * compute_dtype(inputs.hidden_NH).itemsize
         products = max_bytes // (streams * product_bytes)

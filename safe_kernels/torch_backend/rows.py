@@ -73,7 +73,7 @@ def tiles(
     """Yield (rows, their inputs, a tile). `load` gives logits, and the reference's, that may be overwritten."""
     count, like = len(per_row.index_N), per_row.known_N
     height = tile_height(vocabulary, like)
-    e, scratch = (like.new_empty(min(height, count), vocabulary) for _ in range(2))
+    e, scratch = like.new_empty(2, min(height, count), vocabulary)
     for start in range(0, count, height):
         rows = slice(start, min(start + height, count))
         x, y = load(rows)
@@ -82,7 +82,7 @@ def tiles(
 
 def tile_height(vocabulary: int, like: Tensor) -> int:
     """Independent of N, so that functions given the same rows see them in the same tiles."""
-    size = TILE_BYTES if like.device.type == "cpu" else GPU_TILE_BYTES
+    size = TILE_BYTES if is_on_host(like) else GPU_TILE_BYTES
     return max(2, size // (vocabulary * like.dtype.itemsize))
 
 
@@ -155,7 +155,7 @@ def logit_gradient(tile: Tile, per_row: RowInputs, stats: RowStats, grads: Stats
 
 
 def is_on_host(x: Tensor) -> bool:
-    """Whether asking for its values waits for no device."""
+    """Whether it is on a CPU, where asking for its values waits for no device."""
     return x.device.type == "cpu"
 
 
