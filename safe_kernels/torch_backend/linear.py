@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..formulas import Objective
 from ..inputs import LinearInputs, RowStats, StatsGrad, compute_dtype, take
-from .rows import RowInputs, Tile, is_on_host, logit_gradient, restore, row_statistics, tiles, write
+from .rows import RowInputs, Slopes, Tile, is_on_host, logit_gradient, restore, row_statistics, slopes_of, tiles, write
 
 PRODUCT_BYTES = 64 << 20  # logits of the rows of one product; a reference doubles it
 WEIGHT_TILE_BYTES = 16 << 20
@@ -50,13 +50,13 @@ def linear_gradients(
     if live is not None:
         row_stats, grads = take(row_stats, live), take(grads, live)
     per_row, head, sums = per_row_of(live_inputs), head_of(live_inputs), GradientSums(live_inputs, needed)
-    grads = per_row.prepared(grads, row_stats.logprob)
+    slopes = slopes_of(per_row, row_stats, grads)
     for product in products(live_inputs, per_row, grads.kl is not None, logits, are_known=True):
-        stats_here, grads_here = take(row_stats, product.rows), take(grads, product.rows)
+        stats_here, slopes_here = take(row_stats, product.rows), take(slopes, product.rows)
         for rows, per_row_R, tile in product.tiles():
-            stats_R, grads_R = take(stats_here, rows), take(grads_here, rows)
+            stats_R = take(stats_here, rows)
             restore(tile, per_row_R, stats_R, product.is_centred)
-            head.write_gradient(tile, per_row_R, stats_R, grads_R)
+            head.write_gradient(tile, per_row_R, stats_R, take(slopes_here, rows))
         sums.add(product)
     return sums.among_masked(live, len(inputs.tokens_N))
 
@@ -75,7 +75,7 @@ def linear_loss(
             write(stats_R, stats[:, product.rows], rows)
             if any(needed):
                 *_, grads = take(goal, rows).evaluate(stats_R.logprob, stats_R.entropy, stats_R.kl)
-                head.write_gradient(tile, per_row_R, stats_R, per_row_R.prepared(grads, stats_R.logprob))
+                head.write_gradient(tile, per_row_R, stats_R, slopes_of(per_row_R, stats_R, grads))
         sums.add(product)
     count = len(inputs.tokens_N)
     return among_masked(stats, 1, live, count), sums.among_masked(live, count)
@@ -122,9 +122,9 @@ class Head(NamedTuple):
         if self.softcap is not None:
             out_RV.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def write_gradient(self, tile: Tile, per_row: RowInputs, stats: RowStats, grads: StatsGrad) -> None:
+    def write_gradient(self, tile: Tile, per_row: RowInputs, stats: RowStats, slopes: Slopes) -> None:
         """Write d loss / d (hidden @ weight.T + bias) over the logits of a centred tile."""
-        logit_gradient(tile, per_row, stats, grads, tile.x if self.softcap is None else tile.e)
+        logit_gradient(tile, per_row, slopes, tile.x if self.softcap is None else tile.e)
         if self.softcap is not None:
             share = tile.x.mul_(per_row.temperature_N1).add_(stats.peak[:, None]).div_(self.softcap)
             share.square_().neg_().add_(1).mul_(tile.e)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import LogitsInputs, RowStats, StatsGrad, compute_dtype, take
-from .rows import RowInputs, logit_gradient, restore, row_statistics, tile_height, tiles, write
+from .rows import RowInputs, logit_gradient, restore, row_statistics, slopes_of, tile_height, tiles, write
 
 
 def logits_statistics(inputs: LogitsInputs) -> Tensor:
@@ -24,12 +24,11 @@ def logits_statistics(inputs: LogitsInputs) -> Tensor:
 def logits_gradient(inputs: LogitsInputs, stats: Tensor, grads: StatsGrad, out: Tensor) -> None:
     vocabulary, row_stats = inputs.logits.shape[-1], RowStats(*stats.unbind())
     per_row = RowInputs.of(inputs, vocabulary, compute_dtype(inputs.logits))
-    grads = per_row.prepared(grads, row_stats.logprob)
+    slopes = slopes_of(per_row, row_stats, grads)
     reference = None if grads.kl is None else inputs.ref_logits
     for rows, per_row_R, tile in tiles(per_row, vocabulary, _loader(inputs, per_row, reference)):
-        stats_R = take(row_stats, rows)
-        restore(tile, per_row_R, stats_R)
-        _store_rows(out, rows, logit_gradient(tile, per_row_R, stats_R, take(grads, rows), tile.e))
+        restore(tile, per_row_R, take(row_stats, rows))
+        _store_rows(out, rows, logit_gradient(tile, per_row_R, take(slopes, rows), tile.e))
 
 
 def _loader(

@@ -60,6 +60,15 @@ class RowInputs(NamedTuple):
         return self.known_N.new_empty(8 if with_reference else 4, len(self.known_N))
 
 
+class Slopes(NamedTuple):
+    """Of each row: d loss / d a = e^x (constant + of_x x + of_y y), and at_token more at the token."""
+
+    constant_N1: Tensor
+    of_x_N1: Tensor | None
+    of_y_N1: Tensor | None
+    at_token_N1: Tensor | None
+
+
 class Tile(NamedTuple):
     x: Tensor
     e: Tensor
@@ -126,31 +135,36 @@ def restore(tile: Tile, per_row: RowInputs, stats: RowStats, is_centred: bool = 
         _log_ratio(tile.x, tile.y)
 
 
-def logit_gradient(tile: Tile, per_row: RowInputs, stats: RowStats, grads: StatsGrad, out: Tensor) -> Tensor:
-    """d loss / d a of a centred tile, in `out`, which may be of the tile.
-
-    g_l (onehot - p) - g_H p (log p + H) + g_K p (log p - log q - KL), over T, as e^x (c - g_H x + g_K y) with one
-    constant c a row, and g_l added at the token. An infinite KL has a NaN gradient.
-    """
-    per_temperature = 1 / per_row.temperature_N1
-    per_total_R1 = per_temperature * (-stats.log_total).exp()[:, None]
+def slopes_of(per_row: RowInputs, stats: RowStats, grads: StatsGrad) -> Slopes:
+    """Of g_l (onehot - p) - g_H p (log p + H) + g_K p (log p - log q - KL), over T. An infinite KL has NaN slopes."""
+    grads = per_row.prepared(grads, stats.logprob)
+    per_temperature, of_y_N1, at_token_N1 = 1 / per_row.temperature_N1, None, None
+    per_total_N1 = per_temperature * (-stats.log_total).exp()[:, None]
     constant = torch.zeros_like(stats.log_total)
     if grads.logprob is not None:
         constant = constant - grads.logprob
+        at_token = grads.logprob.masked_fill(per_row.known_N.isnan(), 0)  # another rank holds the id, or none does
+        at_token_N1 = at_token[:, None] * per_temperature
     if grads.entropy is not None:
         constant = constant + grads.entropy * (stats.log_total - stats.entropy)
     if grads.kl is not None and stats.kl is not None and stats.ref_log_total is not None:
         finite_kl = stats.kl.masked_fill(stats.kl == math.inf, math.nan)
         constant = constant + grads.kl * (stats.ref_log_total - stats.log_total - finite_kl)
-    factor = constant[:, None] * per_total_R1
-    if grads.entropy is not None:
-        factor = torch.mul(tile.x, -grads.entropy[:, None] * per_total_R1, out=tile.scratch).add_(factor)
-    if grads.kl is not None and tile.y is not None:
-        factor = torch.add(tile.y.mul_(grads.kl[:, None] * per_total_R1), factor, out=tile.scratch)
+        of_y_N1 = grads.kl[:, None] * per_total_N1
+    of_x_N1 = None if grads.entropy is None else -grads.entropy[:, None] * per_total_N1
+    return Slopes(constant[:, None] * per_total_N1, of_x_N1, of_y_N1, at_token_N1)
+
+
+def logit_gradient(tile: Tile, per_row: RowInputs, slopes: Slopes, out: Tensor) -> Tensor:
+    """d loss / d a of a centred tile, in `out`, which may be of the tile."""
+    factor = slopes.constant_N1
+    if slopes.of_x_N1 is not None:
+        factor = torch.mul(tile.x, slopes.of_x_N1, out=tile.scratch).add_(factor)
+    if slopes.of_y_N1 is not None and tile.y is not None:
+        factor = torch.add(tile.y.mul_(slopes.of_y_N1), factor, out=tile.scratch)
     torch.mul(tile.e, factor, out=out)
-    if grads.logprob is not None:
-        at_token = grads.logprob.masked_fill(per_row.known_N.isnan(), 0)  # another rank holds the id, or none does
-        out.scatter_add_(1, per_row.index_N[:, None], at_token[:, None] * per_temperature)
+    if slopes.at_token_N1 is not None:
+        out.scatter_add_(1, per_row.index_N[:, None], slopes.at_token_N1)
     return out
 
 
