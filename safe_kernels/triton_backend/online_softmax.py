@@ -156,7 +156,8 @@ def finish_reference(policy, reference, a_ref_token, inverse_temperature):
 @triton.jit
 def log2_probabilities(a, peak, log_total, inverse_temperature):
     """log2 p of a row from its maximum and the log of its sum. Adding the two first would lose digits."""
-    return centred(a, peak, inverse_temperature) - log_total * LOG2_E
+    finite_peak = tl.where(peak == -float("inf"), 0.0, peak)  # no result needs it, but on sm_100 a case spills without
+    return centred(a, finite_peak, inverse_temperature) - log_total * LOG2_E
 
 
 @triton.jit
