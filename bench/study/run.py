@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--quick", action="store_true")
     top.add_argument("--report", action="store_true")
     top.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    top.set_defaults(rewards=["vader", "word_count"])
+    top.set_defaults(rewards=["vader", "word_count"], script=__file__)
     return top
 
 
@@ -171,7 +172,7 @@ def start(spec: Spec, folder: Path, args: argparse.Namespace) -> subprocess.Pope
     (folder / "spec.json").write_text(json.dumps(values))
     threads = {} if args.jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
     with (folder / LOG).open("a") as log:
-        command = [sys.executable, __file__, "--worker", str(folder)]
+        command = [sys.executable, args.script, "--worker", str(folder)]
         return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | threads)
 
 
@@ -193,9 +194,10 @@ def judged(trainer: Any, reward: str) -> dict[str, float]:
     return found.numbers() | {"gold": statistics.fmean(rewards.GOLD[reward](prompts, completions))}
 
 
-def curves(folder: Path) -> dict[str, list[float]]:
+def curves(folder: Path, names: Sequence[str] = CURVES) -> dict[str, list[float]]:
+    """Of each step; NaN where a step did not measure it."""
     rows = read_metrics(folder)
-    return {name: [row[name] for row in rows] for name in CURVES}
+    return {name: [row.get(name, math.nan) for row in rows] for name in names}
 
 
 def work(folder: Path) -> int:
@@ -210,19 +212,18 @@ def work(folder: Path) -> int:
         trainer.train(resume_from_checkpoint=True)
     except FloatingPointError:
         error = traceback.format_exc(limit=0).strip()
-    row = {
-        "key": values["key"],
-        **values["spec"],
-        "error": error,
-        "before": before,
-        "after": judged(trainer, values["spec"]["reward"]),
-        "curves": curves(folder),
-        **json.loads((folder / "environment.json").read_text()),
-    }
-    unfinished = folder / "row.unfinished"
-    unfinished.write_text(strict_json(row))
-    unfinished.replace(folder / ROW)
+    after = judged(trainer, values["spec"]["reward"])
+    write_row(folder, {"error": error, "before": before, "after": after, "curves": curves(folder)})
     return 0
+
+
+def write_row(folder: Path, found: dict[str, Any]) -> None:
+    """The row of a run that has ended: what it was, what was found, and where it was made."""
+    values = json.loads((folder / "spec.json").read_text())
+    made = json.loads((folder / "environment.json").read_text())
+    unfinished = folder / "row.unfinished"
+    unfinished.write_text(strict_json({"key": values["key"], **values["spec"], **found, **made}))
+    unfinished.replace(folder / ROW)
 
 
 if __name__ == "__main__":
