@@ -19,16 +19,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout that is not installed
 
-from bench.measurement.machine import RESULTS
+from bench.measurement.machine import RESULTS, ROOT
 from bench.study import design, run
+from bench.study.budget_report import write_report
 from bench.study.report import read_rows
+from bench.study.small_model import make_small_model
 from safe_train.config import SafeConfig, parse
 from safe_train.engines.projection import OverBudget
 from safe_train.paper import make_trainer
 from safe_train.trainer import SafeTrainer
 
-CURVES = ("reward", "kl", "kl_coef", "entropy", "budget/margin", "budget/kl_reached", "budget/kl", "budget/scale")
-CURVES += ("budget/forwards", "time/step_s", "time/budget_s")
+CURVES = ("reward", "reward_std", "kl", "kl_coef", "entropy", "time/step_s", "time/budget_s") + tuple(
+    f"budget/{name}" for name in ("margin", "kl_reached", "kl", "scale", "forwards")
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,12 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
     args.runs, args.results = args.runs.resolve(), args.results.resolve()
     overrides = {key: parse(key, value) for key, _, value in (pair.partition("=") for pair in args.set)}
     failed = 0
-    for _ in () if args.report else args.stages:
+    for stage in () if args.report else args.stages:
+        if stage == "long":
+            make_small_model(ROOT / design.SMALL_MODEL)
+            specs = design.long(args.long_steps, overrides)
+        else:
+            specs = design.grid(args.count, args.baselines, args.steps, overrides)
         done = {row["key"] for row in read_rows(args.results)}
-        specs = [
-            spec for spec in design.grid(args.count, args.baselines, args.steps, overrides) if spec.key not in done
-        ]
-        failed += run.make(specs, args)
+        failed += run.make([spec for spec in specs if spec.key not in done][: args.most], args)
+    write_report(args.results)
+    print(args.results.with_suffix(".md").read_text())
     return 1 if failed else 0
 
 
@@ -54,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--count", type=int, default=30, help="runs of the budget in the grid")
     top.add_argument("--baselines", type=int, default=10, help="runs of each arm beside it")
     top.add_argument("--steps", type=int, default=design.GRID_STEPS)
+    top.add_argument("--long-steps", type=int, default=design.LONG_STEPS)
+    top.add_argument("--most", type=int, help="runs to make now, of those that are left of a stage")
     top.add_argument("--jobs", type=int, default=2, help="runs at once, which share the cores; 1 for a GPU")
     top.add_argument("--set", nargs="+", default=[], metavar="key=value", help="settings for all runs")
     top.add_argument("--runs", type=Path, default=Path("runs/budget"), help="where the runs are")
@@ -73,11 +82,15 @@ def work(folder: Path) -> int:
     values = json.loads((folder / "spec.json").read_text())
     args, error, started = SafeConfig.from_dict(values["settings"]), None, time.process_time()
     trainer = AdaptiveTrainer(args=args) if values["spec"]["name"] in design.ADAPTIVE else make_trainer(args)
+    reward = values["spec"]["reward"]
+    before = run.judged(trainer, reward) if values["spec"]["stage"] == "long" else None
     try:
         trainer.train(resume_from_checkpoint=True)
     except (FloatingPointError, OverBudget):
         error = traceback.format_exc(limit=0).strip()
     found = {"error": error, "curves": run.curves(folder, CURVES), "cpu_s": time.process_time() - started}
+    if before is not None:
+        found |= {"before": before, "after": run.judged(trainer, reward)}
     run.write_row(folder, found)
     return 0
 

@@ -20,6 +20,12 @@ FACTORS: dict[str, Sequence[Any]] = {
 }
 GRID: Settings = BASE | FRESH | {"ema_short": 0.5, "save_every": 10}
 GRID_STEPS, LONG_STEPS = 20, 1500
+SMALL_MODEL = "runs/small-model"
+LONG: Settings = GRID | {
+    "model": SMALL_MODEL, "dtype": "float32", "lora_last_layers": None, "ema_short": None, "save_every": 100,
+    "samples_every": 500, "max_new_tokens": 12, "eval_completions": 512, "learning_rate": 5e-3,
+}  # fmt: skip
+LONG_BUDGET = 0.1
 HORIZON, ERROR_MAX = 10_000, 0.2  # of the adaptive controllers of TRL and of verl
 
 
@@ -96,3 +102,14 @@ def grid(count: int, baselines: int, steps: int, overrides: Settings) -> list[Sp
             settings |= {"shuffle_advantages": True} if run["reward"] == "shuffled" else {}
             specs.append(Spec("grid", run["reward"], name, seed, steps, GRID | overrides, settings))
     return specs
+
+
+def long(steps: int, overrides: Settings) -> list[Spec]:
+    """The long runs, hackable reward first; all arms of an algorithm share its rate and its seed."""
+    wanted = [("grpo", "budget"), ("safe", "budget"), ("ppo", "budget"), ("safe", "published")]
+    wanted += [("grpo", "fixed"), ("ppo", "fixed"), ("safe", "fixed")]
+    return [
+        Spec("long", reward, name, 0, steps, LONG | overrides, held(LONG_BUDGET, algorithm)[name])
+        for algorithm, name in wanted
+        for reward in ("exploit", "vader")
+    ]
