@@ -204,3 +204,22 @@ def test_one_set_of_gains_brings_the_kl_to_its_target(pace, drive):
         law.record(reached, root**2)
         kls.append(root**2)
     assert kls[-1] == pytest.approx(TARGET * law.limit, rel=0.1) and max(kls) <= law.limit
+
+
+@pytest.mark.parametrize("tell", [0.4, 0.7, 1.0])
+def test_a_kl_that_the_trained_tokens_understate_neither_breaks_the_budget_nor_leaves_it_unused(tell):
+    """The KL on the update's own tokens is a part of the next rollout's, and the smaller the larger the coefficient."""
+    args = SafeConfig(algorithm="ppo", beta=0.0, kl_budget=0.1)
+    law, control, root, kls, coefs = BudgetLaw(args), Controller(args), 0.0, [], []
+    for _ in range(200):
+        kls.append(root**2)
+        decided = law.steer(control.update(kls[-1], 1.0, 0.0, 1.0), kls[-1])
+        coefs.append(decided.kl_coef)
+        law.observe(kls[-1], 1e-3)
+        told = tell / (1 + 0.1 * decided.kl_coef)
+        root += min(0.04, max(-0.04, 0.3 / decided.kl_coef - root))
+        reached = told * root**2
+        root = min(root, (law.limit / told) ** 0.5)
+        law.record(reached, min(reached, law.limit))
+    assert max(kls[30:]) <= 0.1 < 1.25 * min(kls[100:])
+    assert max(coefs) < 3

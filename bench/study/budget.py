@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout that is not installed
 
@@ -88,7 +89,11 @@ def work(folder: Path) -> int:
         trainer.train(resume_from_checkpoint=True)
     except (FloatingPointError, OverBudget):
         error = traceback.format_exc(limit=0).strip()
-    found = {"error": error, "curves": run.curves(folder, CURVES), "cpu_s": time.process_time() - started}
+    found: dict[str, Any] = {
+        "error": error,
+        "curves": run.curves(folder, CURVES),
+        "cpu_s": time.process_time() - started,
+    }
     if before is not None:
         found |= {"before": before, "after": run.judged(trainer, reward)}
     run.write_row(folder, found)

@@ -23,7 +23,7 @@ GRID_STEPS, LONG_STEPS = 20, 1500
 SMALL_MODEL = "runs/small-model"
 LONG: Settings = GRID | {
     "model": SMALL_MODEL, "dtype": "float32", "lora_last_layers": None, "ema_short": None, "save_every": 100,
-    "samples_every": 500, "max_new_tokens": 12, "eval_completions": 512, "learning_rate": 5e-3,
+    "samples_every": 500, "max_new_tokens": 8, "inner_epochs": 1, "eval_completions": 512, "learning_rate": 1e-3,
 }  # fmt: skip
 LONG_BUDGET = 0.1
 HORIZON, ERROR_MAX = 10_000, 0.2  # of the adaptive controllers of TRL and of verl

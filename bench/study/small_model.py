@@ -57,7 +57,7 @@ def sampled(args: SafeConfig) -> list[tuple[str, str]]:
     for prompt in load_prompts(None, "dataset", tokenizer, args).at(0, 32):
         ids_1L = torch.tensor([prompt.ids])
         ids_BL = teacher.generate(ids_1L, attention_mask=torch.ones_like(ids_1L), **how)[:, len(prompt.ids) :]
-        texts += [(prompt.text, text) for text in tokenizer.batch_decode(ids_BL, skip_special_tokens=True)]
+        texts += [(str(prompt.text), text) for text in tokenizer.batch_decode(ids_BL, skip_special_tokens=True)]
     return texts
 
 

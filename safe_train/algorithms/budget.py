@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ ERROR_MAX = 2.0
 
 
 def start_ratios() -> list[float]:
-    return [1 / (1 - START_MARGIN)] * WINDOW
+    """As if half of the window had shown no margin, and half the one to start with."""
+    return [1.0, 1 / (1 - START_MARGIN)] * (WINDOW // 2)
 
 
 @dataclass
@@ -54,8 +56,16 @@ class BudgetLaw:
 
     @property
     def limit(self) -> float:
-        """The KL that an update may leave."""
+        """The KL that an update may leave, on the tokens that it was made from."""
         return self.budget * (1 - self.margin)
+
+    @property
+    def bias(self) -> float:
+        """What a KL on the update's own tokens is typically multiplied by in the next rollout, where that is above 1.
+
+        The KL term lowers the KL on its own tokens more than elsewhere, the more so the larger its coefficient.
+        """
+        return max(1.0, statistics.median_low(self.ratios))
 
     def observe(self, kl: float, learning_rate: float) -> None:
         """A rollout's KL, and the rate of the update that follows on it."""
@@ -88,7 +98,7 @@ class BudgetLaw:
     def steer(self, control: Control, kl: float) -> Control:
         """PI on log(KL / target), in the logarithm of the KL coefficient, to which `beta` is added.
 
-            e = log(max(KL, KL before the last projection) / target), within +-2
+            e = log(max(KL, bias x KL before the last projection) / target), within +-2
             u = I + n / (SLOPE (n + 1)) e,  I <- I + e / (SLOPE (n + 1)),  both within the coefficient's bounds
             n = sqrt(target) / rise of sqrt(KL) in an update: the updates from the reference to the target
 
@@ -100,7 +110,8 @@ class BudgetLaw:
         target, rise = self.target(control), self.pace * self.learning_rate
         error, log_coef = 0.0, self.log_coef
         if rise > 0 and math.isfinite(kl):
-            error = clip(math.log(max(kl, self.reached or 0.0, 1e-12) / target), -ERROR_MAX, ERROR_MAX)
+            seen = max(kl, self.bias * (self.reached or 0.0), 1e-12)
+            error = clip(math.log(seen / target), -ERROR_MAX, ERROR_MAX)
             updates = max(1.0, target**0.5 / rise)
             low, high = math.log(COEF_MIN), math.log(COEF_MAX)
             self.log_coef = clip(self.log_coef + error / (SLOPE * (updates + 1)), low, high)
@@ -109,9 +120,10 @@ class BudgetLaw:
         return control._replace(kl_coef=args.beta + coef, kl_penalty=coef, kl_threshold=target)
 
     def target(self, control: Control) -> float:
-        """Where the controller wants the KL. SAFE's threshold, gate and momentum lower it, to a part that is bounded.
+        """Where the controller wants a rollout's KL. SAFE's threshold, gate and momentum lower it, to a bounded part.
 
-        target = 0.9 limit clip( tau / tau_base / max(1, g) / (1 + lambda_m relu(rise) / limit), tau_min / tau_base, 1)
+        full   = 0.9 bias limit
+        target = full clip( tau / tau_base / max(1, g) / (1 + lambda_m relu(rise) / limit), tau_min / tau_base, 1)
         """
         args, share = self.args, 1.0
         if args.controller == "safe":
@@ -119,7 +131,7 @@ class BudgetLaw:
             rise = args.kl_momentum_coef * max(0.0, control.kl_momentum) / self.limit
             share = control.kl_threshold / args.kl_threshold / gate / (1 + rise)
             share = clip(share, args.kl_threshold_min / args.kl_threshold, 1.0)
-        return TARGET * self.limit * share
+        return TARGET * self.bias * self.limit * share
 
     def state_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "args"}
