@@ -20,7 +20,7 @@ TITLES = {
     "verl": "verl's controller",
     "published": "SAFE as published",
 }
-COLORS = {0.0005: "#2a6fb0", 0.002: "#3a8f5c", 0.005: "#d1622b"}
+COLORS = {0.0002: "#6b6b6b", 0.0005: "#2a6fb0", 0.001: "#8a5aa8", 0.002: "#3a8f5c", 0.005: "#d1622b"}
 
 
 def factors_of(row: Row) -> Row:
@@ -198,8 +198,8 @@ def draw(arms: dict[str, list[Row]], target: Path, stage: str) -> None:
         axis.set(title=f"{TITLES[name].strip('`')}: {len(rows)} runs", xlabel="rollout")
         axis.grid(alpha=0.25)
     axes[0, 0].set_ylabel("KL / budget")
-    for rate, color in COLORS.items():
-        axes[0, -1].plot([], [], color=color, label=f"learning rate {rate:g}")
+    for rate in sorted({factors_of(row)["learning_rate"] for rows in arms.values() for row in rows}):
+        axes[0, -1].plot([], [], color=COLORS.get(rate, "gray"), label=f"learning rate {rate:g}")
     axes[0, -1].legend(fontsize=7)
     figure.suptitle(f"{stage}: KL of each rollout over the budget; lines at 1, {OVER} and {FAR_OVER}", fontsize=10)
     figure.savefig(target, dpi=110)

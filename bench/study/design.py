@@ -25,7 +25,7 @@ LONG: Settings = GRID | {
     "model": SMALL_MODEL, "dtype": "float32", "lora_last_layers": None, "ema_short": None, "save_every": 100,
     "samples_every": 500, "max_new_tokens": 8, "inner_epochs": 1, "eval_completions": 512,
 }  # fmt: skip
-LONG_BUDGET, LONG_RATE = 0.1, {"learning_rate": 2e-4}
+LONG_BUDGET, LONG_RATES = 0.1, (1e-3, 2e-4)
 HORIZON, ERROR_MAX = 10_000, 0.2  # of the adaptive controllers of TRL and of verl
 
 
@@ -105,11 +105,12 @@ def grid(count: int, baselines: int, steps: int, overrides: Settings) -> list[Sp
 
 
 def long(steps: int, overrides: Settings) -> list[Spec]:
-    """The long runs, the hackable reward first; all arms share the rate and the seed."""
+    """The long runs, the higher rate and the hackable reward first."""
     wanted = [("grpo", "budget"), ("safe", "published"), ("grpo", "fixed"), ("safe", "budget"), ("ppo", "budget")]
     wanted += [("safe", "fixed"), ("ppo", "fixed")]
+    own = [held(LONG_BUDGET, algorithm)[name] for algorithm, name in wanted]
     return [
-        Spec("long", reward, name, 0, steps, LONG | overrides, held(LONG_BUDGET, algorithm)[name] | LONG_RATE)
-        for reward in ("exploit", "vader")
-        for algorithm, name in wanted
+        Spec("long", reward, name, 0, steps, LONG | overrides, settings | {"learning_rate": rate})
+        for rate, reward in itertools.product(LONG_RATES, ("exploit", "vader"))
+        for (_, name), settings in zip(wanted, own, strict=True)
     ]
