@@ -2,10 +2,14 @@
 
 import itertools
 import math
+import re
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from bench.measurement.machine import RESULTS, ROOT
 from bench.study import budget_report, design
 from safe_train.config import SafeConfig
 
@@ -65,7 +69,23 @@ def test_rollouts_are_judged_by_their_ratio_to_the_budget_or_the_target():
     assert budget_report.place(row()) == budget_report.place(row("verl"))
 
 
+def test_a_long_run_falls_by_its_smoothed_reward():
+    rewards = [1.0] * 100 + [0.0] * 50 + [0.5] * 100
+    assert budget_report.fall({"curves": {"reward": rewards}}) == pytest.approx(0.75)
+    assert math.isnan(budget_report.fall({"curves": {"reward": [1.0] * 9}}))
+
+
 def test_the_updates_that_were_moved_back_count_those_that_were_not_measured():
     measured = row()
     measured["curves"]["budget/scale"] = [1.0, 0.5, math.nan, math.nan, 0.9, 1.0]
     assert budget_report.moved([measured]) == 2 / 6
+
+
+def test_the_report_and_the_page_have_the_tables_of_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget_report, "draw", lambda *_: None)
+    budget_report.write_report(Path(shutil.copy(RESULTS / "budget.jsonl", tmp_path)))
+    written = (RESULTS / "budget.md").read_text()
+    assert (tmp_path / "budget.md").read_text() == written
+    tables = re.findall(r"(?:^\|.*\n)+", (ROOT / "docs/study.md").read_text(), re.MULTILINE)
+    shown = [table for table in tables if "above 1.1 x" in table]
+    assert shown and all(table in written for table in shown)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from bench.study.design import FACTORS, HELD
-from bench.study.report import Row, crashed, read_rows
+from bench.study.report import CRASH_KL, Row, ran_away, read_rows, smoothed
 
 OVER, FAR_OVER = 1.1, 1.3  # times the budget
 START, END = 3, 5  # rollouts whose mean reward stands for the start and the end of a run in the grid
@@ -157,15 +158,23 @@ def part_of(name: str, part: slice) -> Callable[[Sequence[Row]], float]:
     return lambda rows: statistics.fmean(rows[0]["curves"][name][part])
 
 
+def fall(row: Row) -> float:
+    """How far the smoothed reward fell below its best. A crash by ten-step means would be noise in so many steps."""
+    means = smoothed(row["curves"]["reward"], LONG_PART)[LONG_PART - 1 :]
+    return max((best - mean for best, mean in zip(accumulate(means, max), means, strict=True)), default=math.nan)
+
+
 LAST, FIRST = slice(-LONG_PART, None), slice(LONG_PART)
 LONG: tuple[Measure, ...] = (
     ("rollouts", lambda rows: len(rows[0]["curves"]["kl"]), ".0f"),
-    ("crashed", lambda rows: crashed(rows[0]), ".0f"),
+    ("stopped by an error", lambda rows: bool(rows[0]["error"]), ".0f"),
+    (f"KL above {CRASH_KL:g}", lambda rows: ran_away(rows[0]), ".0f"),
     *HOLDS[1:4],
     (f"KL, last {LONG_PART}", part_of("kl", LAST), ".3f"),
     ("updates moved back", moved, ".0%"),
     (f"reward, first {LONG_PART}", part_of("reward", FIRST), ".2f"),
     ("last", part_of("reward", LAST), ".2f"),
+    (f"largest fall of its mean of {LONG_PART}", lambda rows: fall(rows[0]), ".2f"),
     (f"entropy, first {LONG_PART}", part_of("entropy", FIRST), ".2f"),
     ("last", part_of("entropy", LAST), ".2f"),
     ("gold before", lambda rows: rows[0]["before"]["gold"], ".2f"),
@@ -188,7 +197,8 @@ def draw(arms: dict[str, list[Row]], target: Path, stage: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(arms), figsize=(3.2 * len(arms), 3.6), layout="constrained", squeeze=False)
+    size = max(6.4, 3.2 * len(arms)), 3.6
+    figure, axes = plt.subplots(1, len(arms), figsize=size, layout="constrained", squeeze=False)
     for axis, (name, rows) in zip(axes[0], arms.items(), strict=True):
         for row in rows:
             rate = factors_of(row)["learning_rate"]
@@ -200,7 +210,7 @@ def draw(arms: dict[str, list[Row]], target: Path, stage: str) -> None:
     axes[0, 0].set_ylabel("KL / budget")
     for rate in sorted({factors_of(row)["learning_rate"] for rows in arms.values() for row in rows}):
         axes[0, -1].plot([], [], color=COLORS.get(rate, "gray"), label=f"learning rate {rate:g}")
-    axes[0, -1].legend(fontsize=7)
+    axes[0, -1].legend(fontsize=7, loc="upper left")
     figure.suptitle(f"{stage}: KL of each rollout over the budget; lines at 1, {OVER} and {FAR_OVER}", fontsize=10)
     figure.savefig(target, dpi=110)
     plt.close(figure)

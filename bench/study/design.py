@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -71,7 +72,8 @@ class AdaptiveController(Controller):
     def update(self, kl: float, entropy: float, reward: float, reward_std: float) -> Any:
         control, args = super().update(kl, entropy, reward, reward_std), self.args
         used, error = self.coef, clip(kl / args.kl_threshold - 1, -ERROR_MAX, ERROR_MAX)
-        self.coef *= 1 + error * args.completions_per_step / HORIZON
+        if math.isfinite(kl):
+            self.coef *= 1 + error * args.completions_per_step / HORIZON
         return control._replace(kl_coef=used)
 
 
