@@ -73,6 +73,27 @@ def test_a_walk_that_cannot_reach_the_bound_ends(kl_at):
     assert not walk.kl <= 0.05 and walk.forwards <= 3
 
 
+@pytest.mark.parametrize(
+    "kls", [[0.096, 0.097, 0.08], [0.02, 0.03, 0.05], [-1e-9, 0.05, 0.08], [0.08, 0.08, 0.08]], ids=str
+)
+def test_a_walk_on_noisy_measurements_stays_on_the_line(kls):
+    """Each is of other samples, so a KL may be higher at a smaller scale, or below 0 by rounding."""
+    way = [1.0]
+    following = iter(kls)
+    walk_back(
+        lambda factor: way.append(way[-1] * factor), lambda: next(following), 0.1, 0.09, aims=[0.95] * 3, too_low=0.99
+    )
+    assert len(way) > 1 and all(0 < scale <= 1 for scale in way)
+
+
+def test_a_kl_that_is_not_finite_says_nothing_of_the_pace():
+    law = BudgetLaw(SafeConfig(algorithm="ppo", beta=0.0, kl_budget=0.1))
+    law.observe(math.nan, 1e-3)
+    law.record(0.05, 0.05)
+    law.observe(0.05, 1e-3)
+    assert law.pace == 0.0
+
+
 def test_a_step_is_walked_back_on_a_straight_line_from_the_kl_before_it():
     """As `max_preview_kl` does: the KL is not 0 where the step began, nor least."""
     curve = Curve(lambda s: 0.1 + 0.4 * s)

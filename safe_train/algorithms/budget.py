@@ -91,8 +91,10 @@ class BudgetLaw:
 
     def see_rise(self, kl: float) -> None:
         assert self.kl is not None
+        if not (math.isfinite(kl) and math.isfinite(self.kl)):
+            return
         rise = max(0.0, kl) ** 0.5 - max(0.0, self.kl) ** 0.5
-        if self.learning_rate > 0 and math.isfinite(rise):
+        if self.learning_rate > 0:
             self.pace = max(self.pace, rise / self.learning_rate)
 
     def steer(self, control: Control, kl: float) -> Control:

@@ -84,7 +84,7 @@ def walk_back(
         scale, kl = way[-1]
         if too_low * room <= kl - at_origin <= room or not math.isfinite(kl) or scale == shortest:
             break
-        following = max(shortest, secant([(s, k - at_origin) for s, k in way], aim * room, power))
+        following = min(1.0, max(shortest, secant([(s, k - at_origin) for s, k in way], aim * room, power)))
         shrink(following / scale)
         way.append((following, measure()))
     within = [(s, k) for s, k in way if k <= bound]
@@ -106,7 +106,7 @@ def walk_to(
 def secant(way: Sequence[tuple[float, float]], wanted: float, power: float) -> float:
     """The scale at which c s^power is `wanted`, through the last point (s, KL) of the way; the last two give power."""
     scale, kl = way[-1]
-    if len(way) > 1 and kl > 0:
+    if len(way) > 1 and way[-2][1] > 0 < kl and way[-2][0] != scale:
         before, kl_before = way[-2]
         slope = math.log(kl_before / kl) / math.log(before / scale)
         power = min(max(slope, power / 4), 2 * power)
