@@ -229,26 +229,26 @@ def command_demo(arguments: argparse.Namespace) -> None:
 
 def command_eval(arguments: argparse.Namespace) -> None:
     from safe_train import parallel
-    from safe_train.commands import frontier, subject
+    from safe_train.commands import at_kl, subject
     from safe_train.paper import make_trainer
     from safe_train.run.evaluation import comparison, save
 
-    kls = frontier.kls_of(arguments.kl)
+    kls = at_kl.kls_of(arguments.kl)
     found = subject.find(arguments.what, arguments.checkpoint, arguments.config, arguments.overrides)
     with tempfile.TemporaryDirectory() as elsewhere:  # the run may be going on, and goes on
         trainer = make_trainer(subject.for_evaluation(found, elsewhere), **found.objects())
-        evaluations, places = frontier.evaluate(found, trainer, kls)
+        evaluations, places = at_kl.evaluate(found, trainer, kls)
     step = trainer.step
     name = f"step-{step}" if found.run is not None else found.name
-    folder = arguments.output or (found.run or Path()) / "eval" / name
+    folder = arguments.output or (found.run or Path()) / "eval" / (name + at_kl.suffix(kls))
     save(folder, evaluations, step, arguments.overrides if found.run else ())
     parallel.say(comparison(evaluations), *map(str, places), str(folder / "evaluation.jsonl"))
 
 
 def command_export(arguments: argparse.Namespace) -> None:
     from safe_train.commands import subject
+    from safe_train.commands.at_kl import one_kl
     from safe_train.commands.export import export
-    from safe_train.commands.frontier import one_kl
 
     kl = one_kl(arguments.kl)
     found = subject.find(arguments.run, arguments.checkpoint, None, arguments.overrides)

@@ -192,12 +192,21 @@ def test_a_resumed_run_goes_on_behind_the_prompts_that_were_drawn(tmp_path):
         assert torch.equal(mine, theirs)
 
 
-def test_an_older_file_is_read_with_the_default_of_what_is_gone_and_answered_otherwise(tmp_path):
+@pytest.mark.parametrize(
+    "name, default, other, answer",
+    [
+        ("ema_long", "0.99", "0.5", "unknown setting 'ema_long'; it is gone: it decided nothing"),
+        ("kl_in_reward", "false", "true", "unknown setting 'kl_in_reward'; it is gone: kl_gradient=return"),
+    ],
+)
+def test_an_older_file_is_read_with_the_default_of_what_is_gone_and_answered_otherwise(
+    name, default, other, answer, tmp_path
+):
     path = tmp_path / "config.yaml"
-    path.write_text("ema_long: 0.99\nseed: 3\n")
+    path.write_text(f"{name}: {default}\nseed: 3\n")
     assert SafeConfig.load(path).seed == 3
-    path.write_text("ema_long: 0.5\n")
-    with pytest.raises(ConfigError, match="unknown setting 'ema_long'; it is gone: it decided nothing"):
+    path.write_text(f"{name}: {other}\n")
+    with pytest.raises(ConfigError, match=answer):
         SafeConfig.load(path)
 
 

@@ -9,14 +9,14 @@ import pytest
 import tiny
 import torch
 from test_adapters import METHODS
-from test_adapters import base as adapters_base
 from test_budget import CURVES, Curve
+from test_budget import KINDS as BUDGET_KINDS
 from test_evaluation import files, results, run
 from transformers import AutoModelForCausalLM
 
 from safe_train import SafeTrainer
 from safe_train.cli import main
-from safe_train.commands.frontier import LEAST, TOLERANCE, Mover, Place, kls_of, one_kl
+from safe_train.commands.at_kl import LEAST, TOLERANCE, Mover, Place, kls_of, one_kl
 from safe_train.config import ConfigError
 from safe_train.engines.projection import MOVES, walk_to
 
@@ -59,15 +59,9 @@ def test_what_is_no_kl_is_refused_before_anything_is_loaded(text, capsys):
 
 
 KINDS = {
-    "LoRA": (tiny.model, {}),
-    "full fine-tuning": (tiny.model, {"lora_r": 0}),
-    "full fine-tuning, tied": (lambda: tiny.model(tie_word_embeddings=True), {"lora_r": 0}),
-    "trained adapter": (tiny.trained_adapter, {}),
-    "trained adapter, base": (tiny.trained_adapter, {"reference": "base"}),
+    **{name: each for name, each in BUDGET_KINDS.items() if name not in METHODS},
+    **{name: BUDGET_KINDS[name] for name in ("DoRA", "PiSSA", "IA3", "OFT", "whole embeddings", "tokens")},
     "beta 0": (tiny.model, {"algorithm": "grpo", "beta": 0.0}),
-} | {
-    name: (lambda name=name: peft.get_peft_model(adapters_base(), METHODS[name]()), {})
-    for name in ("DoRA", "PiSSA", "IA3", "OFT", "whole embeddings", "tokens")
 }
 
 
@@ -119,7 +113,8 @@ def test_eval_writes_the_moved_policies_beside_before_and_after(trained, tmp_pat
     kls = 0.7 * reached, 0.2 * reached
     assert main(["eval", str(folder), "--kl", f"{kls[0]},0,{kls[1]},{kls[0]}"]) == 0
     printed = capsys.readouterr().out
-    numbers, rows = results(folder / "eval" / "step-2")
+    (written,) = (folder / "eval").glob("step-2-kl-0-kl-*")
+    numbers, rows = results(written)
     names = ["before", "kl 0", f"kl {kls[1]}", f"kl {kls[0]}", "after"]
     assert list(numbers) == ["step", *names] and numbers["after"]["kl"] == reached
     scales = [numbers[name]["scale"] for name in names]
@@ -155,7 +150,7 @@ def test_an_adapter_without_a_run_is_moved_toward_its_model(trained, tmp_path, m
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder / "checkpoints" / "step-2" / "policy", "adapter")
     assert main(["eval", "adapter", *files(tmp_path), *MANY, "--kl", str(reached / 2)]) == 0
-    numbers = results(tmp_path / "eval" / "adapter")[0]
+    numbers = results(tmp_path / "eval" / f"adapter-kl-{reached / 2:g}")[0]
     assert list(numbers) == ["step", f"kl {reached / 2}", "now"]
     assert numbers[f"kl {reached / 2}"]["kl"] == pytest.approx(reached / 2, rel=TOLERANCE)
 
@@ -169,7 +164,7 @@ def test_the_evaluation_before_is_of_the_adapter_that_the_run_began_with(tmp_pat
     trainer.train()
     given = [str(tmp_path / "run"), f"model={tmp_path}/model"]
     assert main(["eval", *given, "--kl", "0"]) == 0
-    numbers = results(tmp_path / "run" / "eval" / "step-2")[0]
+    numbers = results(tmp_path / "run" / "eval" / "step-2-kl-0")[0]
     for name in ("before", "kl 0"):
         assert {key: numbers[name][key] for key in right} == pytest.approx(right, abs=1e-5)
     assert numbers["after"]["kl"] > 1e-3

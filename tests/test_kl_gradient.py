@@ -358,15 +358,6 @@ def test_what_it_cannot_be_is_refused(changes, message):
         SafeConfig(**changes)
 
 
-def test_an_older_run_without_kl_in_the_reward_still_loads(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text("kl_in_reward: false\nseed: 3\n")
-    assert SafeConfig.load(path).seed == 3
-    path.write_text("kl_in_reward: true\n")
-    with pytest.raises(ConfigError, match="kl_gradient=return"):
-        SafeConfig.load(path)
-
-
 def test_what_follows_stays_in_its_response():
     boundaries = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
     assert returns.following(torch.arange(1.0, 6.0), boundaries).tolist() == [2.0, 0.0, 4.0, 5.0, 0.0]

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import statistics
 
 import pytest
@@ -109,9 +110,10 @@ def test_evaluations_of_the_run_alone_are_drawn(tmp_path, pictures):
     assert yaml.safe_load((folder / "config.yaml").read_text())["kl_budget"] == 2.0
     assert read_evaluations(folder, 1) == []  # the run went back
     assert main(["eval", str(folder), "eval_completions=4", "use_cpu=true"]) == 0
-    assert len(read_evaluations(folder, 2)) == 1
+    assert len(read_evaluations(folder, 2)) == 2  # the one at a KL is kept
     assert main(["eval", str(folder), f"reward={tmp_path}/rewards.py:length"]) == 0
-    assert read_evaluations(folder, 2) == []
+    assert [list(each.numbers) for each in read_evaluations(folder, 2)] == [list(found.numbers)]
+    shutil.rmtree(folder / "eval" / "step-2-kl-0")
     path = folder / "eval" / "step-2" / "evaluation.json"
     assert json.loads(path.read_text())["overrides"] == [f"reward={tmp_path}/rewards.py:length"]
     path.write_text(path.read_text()[:40])  # cut short

@@ -28,9 +28,9 @@ def test_every_pair_of_levels_occurs_and_every_part_of_the_plan_is_balanced():
 
 def test_arms_share_their_runs_and_every_setting_is_one():
     specs = design.grid(30, 10, 20, {})
-    long = design.long(1500, {})
-    assert len({spec.key for spec in [*specs, *long]}) == 30 + 4 * 10 + 2 * 2 * 7
-    for spec in [*specs, *long]:
+    long, outside = design.long(1500, {}), design.outside(20, {})
+    assert len({spec.key for spec in [*specs, *long, *outside]}) == 30 + 4 * 10 + 2 * 2 * 7 + 8
+    for spec in [*specs, *long, *outside]:
         args = SafeConfig.from_dict(spec.base | spec.settings | {"seed": spec.seed, "total_steps": spec.steps})
         assert (args.kl_budget is not None) == (spec.name == "budget")
     budgets = [spec for spec in specs if spec.name == "budget"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
 import traceback
@@ -20,12 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout that is not installed
 
-from bench.measurement.machine import RESULTS, ROOT
+from bench.measurement.machine import ROOT
 from bench.study import design, run
 from bench.study.budget_report import write_report
 from bench.study.report import read_rows
 from bench.study.small_model import make_small_model
-from safe_train.config import SafeConfig, parse
+from safe_train.config import SafeConfig
 from safe_train.engines.projection import OverBudget
 from safe_train.paper import make_trainer
 from safe_train.trainer import SafeTrainer
@@ -39,16 +38,16 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     if args.worker:
         return work(args.worker)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the runs, after a checkpoint
-    args.runs, args.results = args.runs.resolve(), args.results.resolve()
-    overrides = {key: parse(key, value) for key, _, value in (pair.partition("=") for pair in args.set)}
+    run.prepare(args)
     failed = 0
     for stage in () if args.report else args.stages:
         if stage == "long":
             make_small_model(ROOT / design.SMALL_MODEL)
-            specs = design.long(args.long_steps, overrides)
+            specs = design.long(args.long_steps, args.overrides)
+        elif stage == "outside":
+            specs = design.outside(args.steps, args.overrides)
         else:
-            specs = design.grid(args.count, args.baselines, args.steps, overrides)
+            specs = design.grid(args.count, args.baselines, args.steps, args.overrides)
         done = {row["key"] for row in read_rows(args.results)}
         failed += run.make([spec for spec in specs if spec.key not in done][: args.most], args)
     write_report(args.results)
@@ -58,20 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("--stages", nargs="+", choices=("grid", "long"), default=["grid"])
+    top.add_argument("--stages", nargs="+", choices=("grid", "outside", "long"), default=["grid"])
     top.add_argument("--count", type=int, default=30, help="runs of the budget in the grid")
     top.add_argument("--baselines", type=int, default=10, help="runs of each arm beside it")
     top.add_argument("--steps", type=int, default=design.GRID_STEPS)
     top.add_argument("--long-steps", type=int, default=design.LONG_STEPS)
     top.add_argument("--most", type=int, help="runs to make now, of those that are left of a stage")
-    top.add_argument("--jobs", type=int, default=2, help="runs at once, which share the cores; 1 for a GPU")
-    top.add_argument("--set", nargs="+", default=[], metavar="key=value", help="settings for all runs")
-    top.add_argument("--runs", type=Path, default=Path("runs/budget"), help="where the runs are")
-    top.add_argument("--results", type=Path, default=RESULTS / "budget.jsonl")
-    top.add_argument("--report", action="store_true")
-    top.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    top.set_defaults(script=__file__)
-    return top
+    return run.add_options_of_runs(top, __file__, "budget")
 
 
 class AdaptiveTrainer(SafeTrainer):

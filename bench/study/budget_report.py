@@ -105,11 +105,12 @@ def write_report(results: Path) -> None:
     """`budget.md` beside `budget.jsonl`, and its pictures."""
     rows = read_rows(results)
     parts = [f"Written by `python bench/study/budget.py --report` from {results.name}."]
-    for stage, section in (("grid", grid_section), ("long", long_section)):
+    for stage, section in (("grid", grid_section), ("outside", outside_section), ("long", long_section)):
         arms = {name: [r for r in rows if (r["stage"], r["name"]) == (stage, name)] for name in HELD}
         arms = {name: own for name, own in arms.items() if own}
         if arms:
             parts += section(arms)
+        if arms and stage != "outside":
             draw(arms, results.with_name(f"{results.stem}-{stage}.png"), stage)
     results.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
@@ -139,6 +140,12 @@ def grid_section(arms: dict[str, list[Row]]) -> list[str]:
     return parts
 
 
+def outside_section(arms: dict[str, list[Row]]) -> list[str]:
+    rows = arms["budget"]
+    shown = table(each(rows), (*HOLDS[1:], *COSTS[:2], *REWARDS), "reward, budget, algorithm, rate")
+    return ["## Outside the grid", made(arms), shown]
+
+
 def levels(rows: Sequence[Row], factor: str) -> dict[str, list[Row]]:
     groups = {f"{level:g}" if isinstance(level, float) else level: level for level in FACTORS[factor]}
     found = {name: [row for row in rows if factors_of(row)[factor] == level] for name, level in groups.items()}
@@ -147,7 +154,8 @@ def levels(rows: Sequence[Row], factor: str) -> dict[str, list[Row]]:
 
 def title(row: Row) -> str:
     own = factors_of(row)
-    return f"{own['reward']}, {own['kl_budget']:g}, {own['algorithm']}, {own['learning_rate']:g}"
+    beta = f", beta {own['beta']:g}" if "beta" in own else ""
+    return f"{own['reward']}, {own['kl_budget']:g}, {own['algorithm']}, {own['learning_rate']:g}{beta}"
 
 
 def each(rows: Sequence[Row]) -> dict[str, list[Row]]:

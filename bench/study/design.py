@@ -21,6 +21,19 @@ FACTORS: dict[str, Sequence[Any]] = {
 }
 GRID: Settings = BASE | FRESH | {"ema_short": 0.5, "save_every": 10}
 GRID_STEPS, LONG_STEPS = 20, 1500
+# Between the levels of the grid, with seeds of their own; and levels of it with no `beta` under the controller.
+OUTSIDE: dict[str, Sequence[Any]] = {
+    "kl_budget": (0.1, 0.15),
+    "algorithm": ("safe", "grpo"),
+    "learning_rate": (1e-3, 3e-3),
+}
+WITHOUT_BETA: dict[str, Sequence[Any]] = {
+    "reward": ("length", "vader"),
+    "kl_budget": (0.05, 0.1),
+    "algorithm": ("ppo", "grpo"),
+    "learning_rate": (2e-3, 5e-3),
+}
+OUTSIDE_SEED = 100
 SMALL_MODEL = "runs/small-model"
 LONG: Settings = GRID | {
     "model": SMALL_MODEL, "dtype": "float32", "lora_last_layers": None, "ema_short": None, "save_every": 100,
@@ -104,6 +117,16 @@ def grid(count: int, baselines: int, steps: int, overrides: Settings) -> list[Sp
             settings |= {"shuffle_advantages": True} if run["reward"] == "shuffled" else {}
             specs.append(Spec("grid", run["reward"], name, seed, steps, GRID | overrides, settings))
     return specs
+
+
+def outside(steps: int, overrides: Settings) -> list[Spec]:
+    """Runs under a budget that no gain was looked at with: between the grid's levels, and with `beta` 0."""
+    between, without_beta = cover(OUTSIDE, 4), cover(WITHOUT_BETA, 4)
+    plan = [run | {"reward": "vader"} for run in between] + [run | {"beta": 0.0} for run in without_beta]
+    return [
+        Spec("outside", run.pop("reward"), "budget", OUTSIDE_SEED + at, steps, GRID | overrides, run)
+        for at, run in enumerate(plan)
+    ]
 
 
 def long(steps: int, overrides: Settings) -> list[Spec]:

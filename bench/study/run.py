@@ -47,9 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     if args.worker:
         return work(args.worker)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the runs, after a checkpoint
-    args.runs, args.results = args.runs.resolve(), args.results.resolve()
-    args.overrides = {key: parse(key, value) for key, _, value in (pair.partition("=") for pair in args.set)}
+    prepare(args)
     if args.quick:
         args.rewards, args.arms, args.seeds, args.steps, args.sweep_steps = ["vader"], ["safe", "ppo"], 1, 8, 2
         args.results = args.runs / "quick.jsonl"
@@ -77,15 +75,27 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--seeds", type=int, default=3, help="fresh seeds of each arm")
     top.add_argument("--steps", type=int, default=30, help="of a run on a fresh seed")
     top.add_argument("--sweep-steps", type=int, help="half of --steps, if not given")
+    top.add_argument("--quick", action="store_true")
+    top.set_defaults(rewards=["vader", "word_count"])
+    return add_options_of_runs(top, __file__, "study")
+
+
+def add_options_of_runs(top: argparse.ArgumentParser, script: str, name: str) -> argparse.ArgumentParser:
+    """What both parts of the study ask for. `script` is started for each run, with --worker."""
     top.add_argument("--jobs", type=int, default=2, help="runs at once, which share the cores; 1 for a GPU")
     top.add_argument("--set", nargs="+", default=[], metavar="key=value", help="settings for all runs")
-    top.add_argument("--runs", type=Path, default=Path("runs/study"), help="where the runs are")
-    top.add_argument("--results", type=Path, default=RESULTS / "study.jsonl")
-    top.add_argument("--quick", action="store_true")
+    top.add_argument("--runs", type=Path, default=Path("runs") / name, help="where the runs are")
+    top.add_argument("--results", type=Path, default=RESULTS / f"{name}.jsonl")
     top.add_argument("--report", action="store_true")
     top.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    top.set_defaults(rewards=["vader", "word_count"], script=__file__)
+    top.set_defaults(script=script)
     return top
+
+
+def prepare(args: argparse.Namespace) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the runs, after a checkpoint
+    args.runs, args.results = args.runs.resolve(), args.results.resolve()
+    args.overrides = {key: parse(key, value) for key, _, value in (pair.partition("=") for pair in args.set)}
 
 
 def plan(stage: str, args: argparse.Namespace) -> Iterator[Spec]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from safe_kernels.integrations.transformers import text_config
-from safe_train.commands.frontier import moved_checkpoint
+from safe_train.commands.at_kl import moved_checkpoint
 from safe_train.commands.subject import Subject, adapted, own_tokenizer
 from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.models import adapters

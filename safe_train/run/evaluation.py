@@ -140,7 +140,7 @@ def rows(how: str, judged: Judged) -> list[dict[str, Any]]:
         "tokens": lengths,
         "ended": rollout.ended,
     }
-    return as_rows(columns | judged.scores.columns(taken=("step", "how", *columns)), how=how)
+    return as_rows(columns | judged.scores.columns(taken=("step", "scale", "policy_kl", "how", *columns)), how=how)
 
 
 def by_completion(parts: Sequence[Experience], name: str) -> list[float]:

@@ -82,6 +82,11 @@ def kls_of(text: str | None) -> list[float]:
     return sorted((abs(kl) for kl in found), reverse=True)
 
 
+def suffix(kls: Sequence[float]) -> str:
+    """Of the folder that an evaluation goes to, so that it replaces none at other KLs."""
+    return "".join(f"-kl-{kl:g}" for kl in reversed(kls))
+
+
 def one_kl(text: str | None) -> float | None:
     kls = kls_of(text)
     if len(kls) > 1:
