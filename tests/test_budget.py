@@ -210,6 +210,14 @@ def test_a_budget_that_is_far_costs_no_forward_once_the_pace_is_known(tmp_path):
     assert not any(name.startswith("budget") for name in plain[0])
 
 
+@pytest.mark.parametrize("tokens, start", [(1, 1.0), (16, 0.659), (256, 0.165)])
+def test_a_charge_of_sums_starts_where_it_would_end(tokens, start):
+    """1 / sqrt(2 x tokens x 0.072), 0.072 being 0.9 of what the margin leaves of 0.1; a token's own KL starts at 1."""
+    settings = {"algorithm": "ppo", "kl_budget": 0.1, "max_new_tokens": tokens}
+    assert math.exp(BudgetLaw(SafeConfig(**settings)).log_coef) == 1.0
+    assert math.exp(BudgetLaw(SafeConfig(kl_gradient="return", **settings)).log_coef) == pytest.approx(start, rel=2e-3)
+
+
 @pytest.mark.parametrize("pace", [0.02, 0.04, 0.1])
 @pytest.mark.parametrize("drive", [0.05, 0.3])
 def test_one_set_of_gains_brings_the_kl_to_its_target(pace, drive):

@@ -8,10 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
 
 from bench.measurement.machine import RESULTS, ROOT
-from bench.study import budget_report, design
+from bench.study import budget_report, design, rewards
+from bench.study.budget import BudgetWithMoments
 from safe_train.config import SafeConfig
+from safe_train.engines.projection import Budget
 
 
 def test_every_pair_of_levels_occurs_and_every_part_of_the_plan_is_balanced():
@@ -28,11 +32,15 @@ def test_every_pair_of_levels_occurs_and_every_part_of_the_plan_is_balanced():
 
 def test_arms_share_their_runs_and_every_setting_is_one():
     specs = design.grid(30, 10, 20, {})
-    long, outside = design.long(1500, {}), design.outside(20, {})
-    assert len({spec.key for spec in [*specs, *long, *outside]}) == 30 + 4 * 10 + 2 * 2 * 7 + 8
-    for spec in [*specs, *long, *outside]:
-        args = SafeConfig.from_dict(spec.base | spec.settings | {"seed": spec.seed, "total_steps": spec.steps})
-        assert (args.kl_budget is not None) == (spec.name == "budget")
+    others = [*design.long(1500, {}), *design.outside(20, {}), *design.variants(30, 20, {}), *design.ensembles({})]
+    assert len({spec.key for spec in [*specs, *others]}) == 30 + 4 * 10 + 2 * 2 * 7 + 8 + 8 + 8
+    for spec in [*specs, *others]:
+        asked = [f"{rewards.__file__}:{name}" for name in spec.reward.split("+")]
+        own = {"seed": spec.seed, "total_steps": spec.steps, "reward": asked}
+        args = SafeConfig.from_dict(spec.base | spec.settings | own)
+        assert (args.kl_budget is not None) == any(name in spec.name for name in ("budget", "return", "moments"))
+        assert all(callable(getattr(rewards, name)) for name in spec.reward.split("+"))
+        assert spec.stage not in ("long", "ensembles") or spec.reward in rewards.GOLD
     budgets = [spec for spec in specs if spec.name == "budget"]
     for spec in specs:
         twin = budgets[spec.seed]
@@ -50,6 +58,19 @@ def test_the_adaptive_controllers_by_hand():
     other = design.AdaptiveController(args)
     other.load_state_dict(controller.state_dict())
     assert other.update(0.0, 3.0, 0.0, 1.0) == controller.update(0.0, 3.0, 0.0, 1.0)
+
+
+def test_moments_move_back_with_the_weights(tmp_path, monkeypatch):
+    trainer = tiny.trainer(tmp_path, total_steps=1, kl_budget=1.0)
+    trainer.train()
+    moved = BudgetWithMoments(trainer.engine, trainer.args)
+    monkeypatch.setattr(Budget, "hold", lambda *_: {"budget/scale": 0.5})
+    states = [dict(state) for state in trainer.engine.optimizer.state.values()]
+    before = [(state["exp_avg"].clone(), state["exp_avg_sq"].clone()) for state in states]
+    assert moved.hold([], 1e-2) == {"budget/scale": 0.5}
+    assert any(first.any() for first, _ in before)
+    for state, (first, second) in zip(states, before, strict=True):
+        assert torch.equal(state["exp_avg"], first / 2) and torch.equal(state["exp_avg_sq"], second / 4)
 
 
 def row(name="budget", kl=(0.0, 0.05, 0.12, 0.09, 0.14, 0.1), **changes):

@@ -21,17 +21,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout t
 
 from bench.measurement.machine import ROOT
 from bench.study import design, run
+from bench.study.arms import Spec
 from bench.study.budget_report import write_report
 from bench.study.report import read_rows
 from bench.study.small_model import make_small_model
 from safe_train.config import SafeConfig
-from safe_train.engines.projection import OverBudget
+from safe_train.engines.projection import Budget, OverBudget
 from safe_train.paper import make_trainer
 from safe_train.trainer import SafeTrainer
 
 CURVES = ("reward", "reward_std", "kl", "kl_coef", "entropy", "time/step_s", "time/budget_s") + tuple(
     f"budget/{name}" for name in ("margin", "kl_reached", "kl", "scale", "forwards")
 )
+
+STAGES = ("grid", "outside", "variants", "long", "ensembles")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,13 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     run.prepare(args)
     failed = 0
     for stage in () if args.report else args.stages:
-        if stage == "long":
+        if stage in ("long", "ensembles"):
             make_small_model(ROOT / design.SMALL_MODEL)
-            specs = design.long(args.long_steps, args.overrides)
-        elif stage == "outside":
-            specs = design.outside(args.steps, args.overrides)
-        else:
-            specs = design.grid(args.count, args.baselines, args.steps, args.overrides)
+        specs = planned(stage, args)
         done = {row["key"] for row in read_rows(args.results)}
         failed += run.make([spec for spec in specs if spec.key not in done][: args.most], args)
     write_report(args.results)
@@ -55,9 +54,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def planned(stage: str, args: argparse.Namespace) -> list[Spec]:
+    return {
+        "grid": lambda: design.grid(args.count, args.baselines, args.steps, args.overrides),
+        "outside": lambda: design.outside(args.steps, args.overrides),
+        "variants": lambda: design.variants(args.count, args.steps, args.overrides),
+        "long": lambda: design.long(args.long_steps, args.overrides),
+        "ensembles": lambda: design.ensembles(args.overrides),
+    }[stage]()
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("--stages", nargs="+", choices=("grid", "outside", "long"), default=["grid"])
+    top.add_argument("--stages", nargs="+", choices=STAGES, default=["grid"])
     top.add_argument("--count", type=int, default=30, help="runs of the budget in the grid")
     top.add_argument("--baselines", type=int, default=10, help="runs of each arm beside it")
     top.add_argument("--steps", type=int, default=design.GRID_STEPS)
@@ -66,17 +75,38 @@ def parser() -> argparse.ArgumentParser:
     return run.add_options_of_runs(top, __file__, "budget")
 
 
+class BudgetWithMoments(Budget):
+    """Moves AdamW's moments back with the weights: the first by the scale, the second by its square."""
+
+    def hold(self, *arguments: Any) -> dict[str, float]:
+        found = super().hold(*arguments)
+        scale = found.get("budget/scale", 1.0)
+        for state in self.engine.optimizer.state.values() if scale != 1 else ():
+            state["exp_avg"].mul_(scale)
+            state["exp_avg_sq"].mul_(scale**2)
+        return found
+
+
+class MomentsTrainer(SafeTrainer):
+    def __init__(self, args: SafeConfig):
+        super().__init__(args=args)
+        self.budget = BudgetWithMoments(self.engine, args)
+
+
 class AdaptiveTrainer(SafeTrainer):
     make_controller = design.AdaptiveController
+
+
+OWN_TRAINERS: dict[str, Any] = dict.fromkeys(design.ADAPTIVE, AdaptiveTrainer) | {"moments": MomentsTrainer}
 
 
 def work(folder: Path) -> int:
     """One run, in a process of its own, to its end or to the error that ended it."""
     values = json.loads((folder / "spec.json").read_text())
     args, error, started = SafeConfig.from_dict(values["settings"]), None, time.process_time()
-    trainer = AdaptiveTrainer(args=args) if values["spec"]["name"] in design.ADAPTIVE else make_trainer(args)
-    reward = values["spec"]["reward"]
-    before = run.judged(trainer, reward) if values["spec"]["stage"] == "long" else None
+    name, stage, reward = (values["spec"][key] for key in ("name", "stage", "reward"))
+    trainer = OWN_TRAINERS.get(name, make_trainer)(args=args)
+    before = run.judged(trainer, reward) if stage in ("long", "ensembles") else None
     try:
         trainer.train(resume_from_checkpoint=True)
     except (FloatingPointError, OverBudget):

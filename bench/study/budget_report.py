@@ -21,6 +21,7 @@ TITLES = {
     "verl": "verl's controller",
     "published": "SAFE as published",
 }
+VARIANTS = {"return": "whole gradient", "moments": "moments moved back"}
 COLORS = {0.0002: "#6b6b6b", 0.0005: "#2a6fb0", 0.001: "#8a5aa8", 0.002: "#3a8f5c", 0.005: "#d1622b"}
 
 
@@ -86,6 +87,7 @@ REWARDS: tuple[Measure, ...] = (
     ("reward, first three rollouts", lambda rows: reward_part(rows, slice(START)), ".2f"),
     ("last five", lambda rows: reward_part(rows, slice(-END, None)), ".2f"),
 )
+EACH: tuple[Measure, ...] = (*HOLDS[1:], *COSTS[:2], *REWARDS)
 
 
 def table(groups: Mapping[str, Sequence[Row]], measures: Sequence[Measure], first: str = "") -> str:
@@ -105,12 +107,13 @@ def write_report(results: Path) -> None:
     """`budget.md` beside `budget.jsonl`, and its pictures."""
     rows = read_rows(results)
     parts = [f"Written by `python bench/study/budget.py --report` from {results.name}."]
-    for stage, section in (("grid", grid_section), ("outside", outside_section), ("long", long_section)):
-        arms = {name: [r for r in rows if (r["stage"], r["name"]) == (stage, name)] for name in HELD}
+    for stage, section in SECTIONS.items():
+        names = dict.fromkeys([*HELD, *(row["name"] for row in rows if row["stage"] == stage)])
+        arms = {name: [row for row in rows if (row["stage"], row["name"]) == (stage, name)] for name in names}
         arms = {name: own for name, own in arms.items() if own}
         if arms:
-            parts += section(arms)
-        if arms and stage != "outside":
+            parts += section(arms, rows)
+        if arms and stage in DRAWN:
             draw(arms, results.with_name(f"{results.stem}-{stage}.png"), stage)
     results.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
 
@@ -121,7 +124,7 @@ def made(arms: Mapping[str, Sequence[Row]]) -> str:
     return "; ".join(f"{device}, commit {commit}, torch {torch}" for device, commit, torch in sorted(found)) + "."
 
 
-def grid_section(arms: dict[str, list[Row]]) -> list[str]:
+def grid_section(arms: dict[str, list[Row]], _: Sequence[Row]) -> list[str]:
     parts = ["## Does the budget hold?", made(arms)]
     parts += [table({TITLES[name]: rows for name, rows in arms.items()}, HOLDS, "all runs")]
     budget = arms.get("budget", [])
@@ -133,17 +136,22 @@ def grid_section(arms: dict[str, list[Row]]) -> list[str]:
     if budget:
         parts += ["The budget's runs, by the levels of each factor:"]
         parts += [table(levels(budget, factor), (*HOLDS, *COSTS), factor) for factor in FACTORS]
-        parts += [
-            "Each run:",
-            table(each(budget), (*HOLDS[1:], *COSTS[:2], *REWARDS), "reward, budget, algorithm, rate"),
-        ]
+        parts += ["Each run:", table(each(budget), EACH, "reward, budget, algorithm, rate")]
     return parts
 
 
-def outside_section(arms: dict[str, list[Row]]) -> list[str]:
-    rows = arms["budget"]
-    shown = table(each(rows), (*HOLDS[1:], *COSTS[:2], *REWARDS), "reward, budget, algorithm, rate")
+def outside_section(arms: dict[str, list[Row]], _: Sequence[Row]) -> list[str]:
+    shown = table(each(arms["budget"]), EACH, "reward, budget, algorithm, rate")
     return ["## Outside the grid", made(arms), shown]
+
+
+def variants_section(arms: dict[str, list[Row]], rows: Sequence[Row]) -> list[str]:
+    plain = {place(row): row for row in rows if (row["stage"], row["name"]) == ("grid", "budget")}
+    shown: dict[str, list[Row]] = {}
+    for name, own in arms.items():
+        for row in own:
+            shown |= {title(row): [plain[place(row)]], f"{title(row)}, {VARIANTS[name]}": [row]}
+    return ["## What might help", made(arms), table(shown, EACH, "reward, budget, algorithm, rate")]
 
 
 def levels(rows: Sequence[Row], factor: str) -> dict[str, list[Row]]:
@@ -184,7 +192,7 @@ LONG: tuple[Measure, ...] = (
     ("last", part_of("reward", LAST), ".2f"),
     (f"largest fall of its mean of {LONG_PART}", lambda rows: fall(rows[0]), ".2f"),
     (f"entropy, first {LONG_PART}", part_of("entropy", FIRST), ".2f"),
-    ("last", part_of("entropy", LAST), ".2f"),
+    ("entropy, last", part_of("entropy", LAST), ".2f"),
     ("gold before", lambda rows: rows[0]["before"]["gold"], ".2f"),
     ("gold", lambda rows: rows[0]["after"]["gold"], ".2f"),
     ("distinct words", lambda rows: rows[0]["after"]["distinct_words"], ".2f"),
@@ -192,10 +200,27 @@ LONG: tuple[Measure, ...] = (
 )
 
 
-def long_section(arms: dict[str, list[Row]]) -> list[str]:
+def long_section(arms: dict[str, list[Row]], _: Sequence[Row]) -> list[str]:
     rows = [row for own in arms.values() for row in own]
     shown = {f"{TITLES[row['name']]}: {title(row)}": [row] for row in sorted(rows, key=lambda row: row["reward"])}
     return ["## The long run", made(arms), table(shown, LONG, "arm: reward, budget, algorithm, rate")]
+
+
+def ensembles_section(arms: dict[str, list[Row]], _: Sequence[Row]) -> list[str]:
+    own = ("rollouts", f"reward, first {LONG_PART}", "last", "gold before", "gold", "distinct words")
+    measures = [measure for measure in LONG if measure[0] in own or measure[0].startswith("KL, last")]
+    shown = {f"{name}: {rows[0]['reward']}": rows for name, rows in arms.items()}
+    return ["## Ensembles against a planted fault", made(arms), table(shown, measures, "rewards put together, held by")]
+
+
+SECTIONS: dict[str, Callable[[dict[str, list[Row]], Sequence[Row]], list[str]]] = {
+    "grid": grid_section,
+    "outside": outside_section,
+    "variants": variants_section,
+    "long": long_section,
+    "ensembles": ensembles_section,
+}
+DRAWN = ("grid", "long")
 
 
 def draw(arms: dict[str, list[Row]], target: Path, stage: str) -> None:

@@ -7,7 +7,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.study.arms import BASE, FRESH, Settings, Spec
@@ -34,6 +34,16 @@ WITHOUT_BETA: dict[str, Sequence[Any]] = {
     "learning_rate": (2e-3, 5e-3),
 }
 OUTSIDE_SEED = 100
+# Lines of the grid's plan, which are its seeds: two each of ppo and grpo, and those where the budget acted most.
+VARIED = {"return": (14, 3, 22, 23), "moments": (12, 20, 16, 2)}
+# Reward models that share VADER and have a fault of their own each, as one alone and as an ensemble of three.
+FAULTS = ("exploit", "dashes", "brackets")
+ENSEMBLE_STEPS, ENSEMBLE_RATE = 600, 1e-3
+AGGREGATED: dict[str, Settings] = {
+    "mean": {"reward_weights": [1 / len(FAULTS)] * len(FAULTS)},
+    "min": {"multi_objective_aggregation": "min"},
+    "mean_minus_variance": {"multi_objective_aggregation": "mean_minus_variance", "reward_variance_coef": 1.0},
+}
 SMALL_MODEL = "runs/small-model"
 LONG: Settings = GRID | {
     "model": SMALL_MODEL, "dtype": "float32", "lora_last_layers": None, "ema_short": None, "save_every": 100,
@@ -127,6 +137,30 @@ def outside(steps: int, overrides: Settings) -> list[Spec]:
         Spec("outside", run.pop("reward"), "budget", OUTSIDE_SEED + at, steps, GRID | overrides, run)
         for at, run in enumerate(plan)
     ]
+
+
+def variants(count: int, steps: int, overrides: Settings) -> list[Spec]:
+    """Runs of the grid made once more: with the KL's whole gradient, and with Adam's moments moved back as well."""
+    budget = {spec.seed: spec for spec in grid(count, 0, steps, overrides) if spec.name == "budget"}
+    changes: dict[str, Settings] = {"return": {"kl_gradient": "return"}, "moments": {}}
+    return [
+        replace(budget[seed], stage="variants", name=name, settings=budget[seed].settings | changes[name])
+        for name, seeds in VARIED.items()
+        for seed in seeds
+    ]
+
+
+def ensembles(overrides: Settings) -> list[Spec]:
+    """A fault that one reward model has, and three with one each, put together; under a budget and a fixed beta."""
+    specs = []
+    for held_by in ("budget", "fixed"):
+        settings = held(LONG_BUDGET, "grpo")[held_by] | {"learning_rate": ENSEMBLE_RATE}
+        models: dict[str, tuple[str, Settings]] = {"one": (FAULTS[0], {})}
+        models |= {name: ("+".join(FAULTS), own) for name, own in AGGREGATED.items()}
+        for name, (reward, own) in models.items():
+            arm = f"{name}, {held_by}"
+            specs.append(Spec("ensembles", reward, arm, 0, ENSEMBLE_STEPS, LONG | overrides, settings | own))
+    return specs
 
 
 def long(steps: int, overrides: Settings) -> list[Spec]:

@@ -177,7 +177,8 @@ def steps_of(folder: Path) -> int:
 def start(spec: Spec, folder: Path, args: argparse.Namespace) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
     own = {"seed": spec.seed, "total_steps": spec.steps, "output_dir": str(folder)}
-    settings = spec.base | spec.settings | own | {"reward": [f"{rewards.__file__}:{spec.reward}"]}
+    asked = [f"{rewards.__file__}:{name}" for name in spec.reward.split("+")]
+    settings = spec.base | spec.settings | own | {"reward": asked}
     values = {"key": spec.key, "spec": dataclasses.asdict(spec), "settings": settings}
     (folder / "spec.json").write_text(json.dumps(values))
     threads = {} if args.jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}

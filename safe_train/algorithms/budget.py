@@ -19,7 +19,7 @@ SAFETY = 2.0  # an update may move the policy so many times as far as the furthe
 
 TARGET = 0.9  # the controller's target, as a part of what the margin leaves
 START_COEF, COEF_MIN, COEF_MAX = 1.0, 1e-3, 10.0
-SLOPE = 2.0  # d log KL / d log coefficient of a tilted policy, whose KL is var(A) / (2 coefficient^2)
+SLOPE = 2.0  # d log KL / d log coefficient of a tilted policy, whose KL a completion is var(A) / (2 coefficient^2)
 ERROR_MAX = 2.0
 
 
@@ -41,7 +41,12 @@ class BudgetLaw:
     kept: float | None = None  # and after the projection
     rollouts: int = 0
     projections: int = 0
-    log_coef: float = math.log(START_COEF)  # the controller's integral
+    log_coef: float = field(init=False)  # the controller's integral
+
+    def __post_init__(self) -> None:
+        self.log_coef = math.log(START_COEF)
+        if self.args.kl_gradient == "return":  # charges sums over a completion: start where such a charge ends
+            self.log_coef = min(self.log_coef, -0.5 * math.log(SLOPE * self.args.max_new_tokens * TARGET * self.limit))
 
     @property
     def budget(self) -> float:
