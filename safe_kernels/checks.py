@@ -31,6 +31,12 @@ def require_given(name: str, x: object) -> None:
         raise TypeError(f"{name} is NoneType; it must be a tensor")
 
 
+def require_reference_for(option: str, value: object, name: str, x: object) -> None:
+    if x is None:
+        off = False if value is True else 0
+        raise ValueError(f"{option} is {value} without {name}; it must be {off}, or {name} given")
+
+
 def require_floating(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is {type(x).__name__}; it must be a tensor")

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import StatsGrad, compute_dtype
+from .inputs import RowStats, StatsGrad, compute_dtype
 
 
 class Objective(NamedTuple):
     """The policy loss of tokens and its slopes: all that it needs of the logits are their statistics.
 
-    sum of w (-min(rho A, clip(rho) A) - entropy_coef H + kl_coef KL + kl_penalty_coef relu(KL - kl_threshold)^2)
+    sum of w (-min(rho A, clip(rho) A) - entropy_coef H + kl_coef KL + kl_penalty_coef relu(KL - kl_threshold)^2
+              + ref_kl_coef KL(reference || policy))
     """
 
     old_logprob_N: Tensor
@@ -29,16 +30,18 @@ class Objective(NamedTuple):
     kl_coef: float | Tensor
     kl_penalty_coef: float | Tensor
     kl_threshold: float | Tensor
+    ref_kl_coef: float | Tensor
 
-    def evaluate(self, logprob_N: Tensor, entropy_N: Tensor, kl_N: Tensor | None) -> tuple[Tensor, Tensor, StatsGrad]:
+    def evaluate(self, stats: RowStats) -> tuple[Tensor, Tensor, StatsGrad]:
         """Weighted token losses, whether the clip took the ratio's gradient away, and d loss / d the statistics."""
+        logprob_N, entropy_N, kl_N, ref_kl_N = stats.logprob, stats.entropy, stats.kl, stats.ref_kl
         ratio = (logprob_N - self.old_logprob_N).exp()
         surrogate = ratio * self.advantage_N
         clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * self.advantage_N
         is_clipped = clipped < surrogate
         loss = -torch.minimum(surrogate, clipped)
         grad_logprob = (-surrogate).masked_fill(is_clipped, 0) * self.weight_N
-        grad_entropy = grad_kl = None
+        grad_entropy = grad_kl = grad_ref_kl = None
         if not is_zero(self.entropy_coef):
             loss = loss - self.entropy_coef * entropy_N
             grad_entropy = -self.entropy_coef * self.weight_N
@@ -50,7 +53,10 @@ class Objective(NamedTuple):
             loss = loss + self.kl_penalty_coef * excess**2
             slope = 2 * self.kl_penalty_coef * excess * self.weight_N
             grad_kl = slope if grad_kl is None else grad_kl + slope
-        return self.weight_N * loss, is_clipped, StatsGrad(grad_logprob, grad_entropy, grad_kl)
+        if ref_kl_N is not None and not is_zero(self.ref_kl_coef):
+            loss = loss + self.ref_kl_coef * ref_kl_N
+            grad_ref_kl = self.ref_kl_coef * self.weight_N
+        return self.weight_N * loss, is_clipped, StatsGrad(grad_logprob, grad_entropy, grad_kl, grad_ref_kl)
 
 
 def is_zero(coefficient: float | Tensor) -> bool:

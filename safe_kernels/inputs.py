@@ -41,6 +41,7 @@ class LogitsInputs(NamedTuple):
     temperature: float
     temperatures_N: Tensor | None  # in the place of `temperature`
     mask_N: Tensor | None
+    stats_rows: int  # what is asked for: so many rows of `RowStats`
 
 
 class LinearInputs(NamedTuple):
@@ -57,6 +58,7 @@ class LinearInputs(NamedTuple):
     softcap: float | None
     logit_scale: float
     batch_invariant: bool
+    stats_rows: int
 
     def reference_head(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the reference: the policy's, as far as it has none of its own."""
@@ -101,7 +103,8 @@ class ScanInputs(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """The rows of `stats` [4, N], or [8, N] with a reference: the results of a token, and what its softmax needs.
+    """The rows of `stats` [4, N], [8, N] with a reference or [9, N] with KL(reference || policy), too: the results of a
+    token, and what its softmax needs.
 
     The log-prob is NaN for an id outside the vocabulary. `peak` and `log_total` stay apart: their sum, the usual
     log-sum-exp, would lose digits to a large common offset of the logits.
@@ -115,14 +118,24 @@ class RowStats(NamedTuple):
     kl: Tensor | None = None
     ref_peak: Tensor | None = None
     ref_log_total: Tensor | None = None
+    ref_kl: Tensor | None = None
+
+
+ALL_ROWS = len(RowStats._fields)
+RESULTS = {4: 2, 8: 4, ALL_ROWS: 5}  # how many of them callers get, by the number of rows
 
 
 class StatsGrad(NamedTuple):
-    """d loss / d (logprob, entropy, kl), each [N]; None is no gradient."""
+    """d loss / d (logprob, entropy, kl, ref_kl), each [N]; None is no gradient."""
 
-    logprob: Tensor | None
-    entropy: Tensor | None
-    kl: Tensor | None
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+    ref_kl: Tensor | None = None
+
+    @property
+    def reads_reference(self) -> bool:
+        return self.kl is not None or self.ref_kl is not None
 
 
 def take(fields: Fields, rows: slice | Tensor) -> Fields:

@@ -24,12 +24,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .inputs import ALL_ROWS
 from .machine_code import GPUS, counts, cuobjdump, hot_loop, instructions, least_seconds, spills_in_loops
 from .triton_backend import launch
-from .triton_backend.fused import CARRY, POLICY_CARRY, fused_kernel, merge_kernel
+from .triton_backend.fused import fused_kernel, merge_kernel
 from .triton_backend.gemm import product_kernel
 from .triton_backend.launch import GemmChoice, RowChoice
-from .triton_backend.rows import gradient_kernel, statistics_kernel
+from .triton_backend.rows import CARRIED, gradient_kernel, statistics_kernel
 from .triton_backend.values import gae_kernel, terms_kernel
 
 TARGETS = {
@@ -40,7 +41,8 @@ TARGETS = {
 }
 POINTERS = {
     **dict.fromkeys(("logits", "ref_logits", "grad_logits", "bias", "ref_bias"), "*bf16"),
-    **dict.fromkeys(("temperatures", "carry", "stats", "grad_logprob", "grad_entropy", "grad_kl", "out"), "*fp32"),
+    **dict.fromkeys(("temperatures", "carry", "stats", "out"), "*fp32"),
+    **dict.fromkeys(("grad_logprob", "grad_entropy", "grad_kl", "grad_ref_kl"), "*fp32"),
     **dict.fromkeys(("v1", "v2", "rewards", "bootstrap", "value", "advantage", "returns"), "*fp32"),
     **dict.fromkeys(("kl", "target_v1", "target_v2", "threshold_tensor", "terms"), "*fp32"),
     "cu_seqlens": "*i32",
@@ -48,19 +50,24 @@ POINTERS = {
     "mask": "*u8",
 }
 FLOATS = ("temperature", "logit_scale", "softcap", "gamma", "decay", "alpha", "threshold")
-COUNTED = {  # kernel, and which of its optional arguments are there
+COUNTED = {  # kernel, and which of its optional arguments are there; `ref_kl` is REF_KL
     "statistics": (statistics_kernel, ()),
     "statistics with a reference": (statistics_kernel, ("ref_logits",)),
+    "statistics with both KLs": (statistics_kernel, ("ref_logits", "ref_kl")),
     "gradient": (gradient_kernel, ("grad_logprob", "grad_entropy")),
     "gradient with KL": (gradient_kernel, ("ref_logits", "grad_logprob", "grad_entropy", "grad_kl")),
+    "gradient with both KLs": (
+        gradient_kernel,
+        ("ref_logits", "grad_logprob", "grad_entropy", "grad_kl", "grad_ref_kl"),
+    ),
     "statistics with a reference and softcap": (statistics_kernel, ("ref_logits", "softcap")),
 }
 HEAD_OPTIONS = ("bias", "ref_bias", "logit_scale", "softcap")
-GRADIENTS = ("grad_logprob", "grad_entropy")
+GRADIENTS = ("grad_logprob", "grad_entropy", "grad_kl", "grad_ref_kl")
 COMBINED = (  # kernel, what it reads and writes, and the options that reach it there beside a reference
-    (statistics_kernel, "bf16", "", ()),
-    (statistics_kernel, "fp16", "", ()),
-    (statistics_kernel, "fp32", "", (*HEAD_OPTIONS, "carry")),
+    (statistics_kernel, "bf16", "", ("ref_kl",)),
+    (statistics_kernel, "fp16", "", ("ref_kl",)),
+    (statistics_kernel, "fp32", "", ("ref_kl", *HEAD_OPTIONS, "carry")),
     (gradient_kernel, "bf16", "bf16", GRADIENTS),
     (gradient_kernel, "fp16", "fp16", GRADIENTS),
     (gradient_kernel, "fp32", "fp32", (*GRADIENTS, *HEAD_OPTIONS)),
@@ -72,6 +79,13 @@ ABSENT = {  # of the fused kernel, by its reference
     "shared": ("ref_weight",),
     "own": (),
 }
+FUSED = [  # reference, rows of the statistics, bits of the operands
+    (reference, rows, bits)
+    for reference in ABSENT
+    for rows in CARRIED
+    for bits in (16, 32)
+    if (reference == "none") == (rows == 4)
+]
 NOT_PLAIN = ("bias", "ref_bias", "softcap")
 INSTRUCTIONS = {"wgmma": "HGMMA", "bulk_loads": "UTMALDG", "tcgen05": r"UTC\w*MMA", "mfma": "v_mfma"}
 
@@ -117,6 +131,7 @@ def counted(only: str = "", target: str = "sm_90") -> Iterator[dict[str, Any]]:
         if not re.search(only, name):
             continue
         case = next(x for x in row_cases(choice) if x.kernel is kernel)._replace(required=present)
+        case.constants["REF_KL"] = "ref_kl" in present
         binary = compiled(case, TARGETS[target], False)
         found: dict[str, Any] = resources(binary)
         streams = 1 + ("ref_logits" in present)
@@ -183,16 +198,19 @@ def subsets(*names: str) -> list[tuple[str, ...]]:
 
 
 def is_reachable(kernel: Any, present: Sequence[str]) -> bool:
-    if "ref_bias" in present and "ref_logits" not in present:
+    if "ref_logits" not in present and any(x in present for x in ("ref_bias", "ref_kl")):
         return False
-    return kernel is statistics_kernel or any(x in present for x in ("ref_logits", "grad_logprob", "grad_entropy"))
+    reads_reference = any(x in present for x in ("grad_kl", "grad_ref_kl"))
+    return kernel is statistics_kernel or (
+        reads_reference == ("ref_logits" in present) and any(x in present for x in GRADIENTS)
+    )
 
 
 def without(kernel: Any, present: Sequence[str]) -> dict[str, Any]:
-    """Constants for the options that are not present. The gradient reads a reference only for the KL."""
-    given = {*present, "mask", "temperatures"} | ({"grad_kl"} if "ref_logits" in present else set())
-    whole = "carry" not in present
-    return dict.fromkeys(optional_arguments(kernel) - given) | {"FIRST": whole, "LAST": whole}
+    """Constants for the options that are not present. The gradient reads a reference only for a KL."""
+    given, whole = {*present, "mask", "temperatures"}, "carry" not in present
+    constants = {"FIRST": whole, "LAST": whole, "REF_KL": "ref_kl" in present}
+    return dict.fromkeys(optional_arguments(kernel) - given) | constants
 
 
 def scan_cases() -> Iterator[Case]:
@@ -203,27 +221,27 @@ def scan_cases() -> Iterator[Case]:
 
 
 def merge_cases() -> Iterator[Case]:
-    for reference in (False, True):
-        constants = {"CARRIED": carried(reference), "REFERENCE": reference, "R": launch.MERGE.rows}
-        yield Case(merge_kernel, {"reference": reference}, constants, {"num_warps": launch.MERGE.num_warps})
+    for rows in CARRIED:
+        constants = statistics_constants(rows) | {"REFERENCE": rows > 4, "R": launch.MERGE.rows}
+        yield Case(merge_kernel, {"rows": rows}, constants, {"num_warps": launch.MERGE.num_warps})
 
 
 def fused_cases(target: str) -> Iterator[Case]:
-    for reference, absent in ABSENT.items():
-        work = "statistics" if reference == "none" else "with reference"
-        for bits in (16, 32):
-            optional = (False, True) if bits == 16 else (True,)  # the slowest to compile, and used least
-            yield fused_case(launch.GEMMS[target, work, bits], {"reference": reference, "bits": bits}, absent, optional)
-            if (target, work, bits) in launch.PLAIN:
-                label = {"reference": reference, "bits": bits, "plain": True}
-                yield fused_case(launch.PLAIN[target, work, bits], label, (*absent, *NOT_PLAIN), optional)
+    for reference, rows, bits in FUSED:
+        work, absent = "statistics" if reference == "none" else "with reference", ABSENT[reference]
+        optional = (False, True) if bits == 16 else (True,)  # the slowest to compile, and used least
+        label = {"reference": reference, "rows": rows, "bits": bits}
+        yield fused_case(launch.GEMMS[target, work, bits], label, absent, optional)
+        if (target, work, bits) in launch.PLAIN:
+            label |= {"plain": True}
+            yield fused_case(launch.PLAIN[target, work, bits], label, (*absent, *NOT_PLAIN), optional)
 
 
 def fused_case(choice: GemmChoice, label: dict[str, Any], absent: Sequence[str], optional: tuple[bool, ...]) -> Case:
     operands = dict.fromkeys(("hidden", "ref_hidden"), choice.rows)
     operands |= dict.fromkeys(("weight", "ref_weight"), choice.columns)
     types = {name: operand(choice, label["bits"], height, choice.inner) for name, height in operands.items()}
-    constants = gemm_constants(choice) | {"CARRIED": carried(label["reference"] != "none"), "SPLIT": choice.split}
+    constants = gemm_constants(choice) | statistics_constants(label["rows"]) | {"SPLIT": choice.split}
     constants |= dict.fromkeys(absent)
     return Case(fused_kernel, label, constants, gemm_options(choice), types, ("ref_hidden", "ref_weight"), optional)
 
@@ -240,8 +258,8 @@ def product_cases(target: str) -> Iterator[Case]:
             yield Case(product_kernel, label, constants, gemm_options(choice), types, optional=(True,))
 
 
-def carried(reference: bool) -> int:
-    return len(CARRY) if reference else POLICY_CARRY
+def statistics_constants(rows: int) -> dict[str, Any]:
+    return {"CARRIED": CARRIED[rows], "REF_KL": rows == ALL_ROWS}
 
 
 def gemm_constants(choice: GemmChoice) -> dict[str, Any]:
@@ -262,7 +280,7 @@ def operand(choice: GemmChoice, bits: int, *block: int) -> str:
 def compiled(case: Case, target: GPUTarget, optional: bool) -> Any:
     """The kernel with every optional argument, or with none."""
     names = case.kernel.arg_names
-    constants = {"FIRST": not optional, "LAST": True} | case.constants
+    constants = {"FIRST": not optional, "LAST": True, "REF_KL": optional} | case.constants
     if not optional:
         constants |= dict.fromkeys(optional_arguments(case.kernel) - set(case.required))
     constants = {name: value for name, value in constants.items() if name in names}

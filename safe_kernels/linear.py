@@ -23,8 +23,8 @@ from .dispatch import (
     register,
     without_second_derivative,
 )
-from .inputs import Head, LinearInputs, StatsGrad, compute_dtype
-from .logits import new_results, results_of
+from .inputs import ALL_ROWS, Head, LinearInputs, StatsGrad, compute_dtype
+from .logits import constants_of, new_results, results_of
 from .results import TokenStats
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def linear_token_stats(
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
+    with_ref_kl: bool = False,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -55,7 +56,7 @@ def linear_token_stats(
 
         logits = logit_scale * (hidden.float() @ weight.float().T + bias)
         logits = softcap * tanh(logits / softcap)
-        token_stats(logits, tokens, ref_logits=the same of the reference, temperature=temperature, mask=mask)
+        token_stats(logits, tokens, ref_logits=the same of the reference, temperature=temperature, mask=mask, ...)
 
     Args:
         hidden: [..., H], any floating dtype. Autocast is ignored: the product is in the dtype of hidden and weight, of
@@ -86,13 +87,15 @@ def linear_token_stats(
             hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
         )._replace(batch_invariant=batch_invariant, process_group=process_group)
     )
+    if with_ref_kl:
+        checks.require_reference_for("with_ref_kl", with_ref_kl, "ref_hidden", ref_hidden)
     if max_kept_bytes is not None:
         max_kept_bytes = min(int(checks.require_number("max_kept_bytes", max_kept_bytes, 0)), sys.maxsize)
     backend = choose_backend(backend, *head[:8], group=head.process_group)
     if backend == "reference":
         with exact(hidden):
-            return reference.linear_token_stats(**head._asdict())
-    inputs, name, bounds = flat_inputs(head), None, None
+            return reference.linear_token_stats(**head._asdict(), with_ref_kl=with_ref_kl)
+    inputs, name, bounds = flat_inputs(head, with_ref_kl), None, None
     if head.process_group is not None:
         inputs, name, bounds = vocab_parallel.sharded(inputs, len(head.weight), head.process_group)
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3])
@@ -101,10 +104,10 @@ def linear_token_stats(
     if head.process_group is not None and backend == "torch":  # which keeps them centred by the peak of this part
         max_kept_bytes = 0
     found = linear_token_stats_op(*inputs, max_kept_bytes, name, bounds, backend)
-    return TokenStats.of(found[:4], tokens, ref_hidden is not None)
+    return TokenStats.of(found, tokens, inputs.stats_rows)
 
 
-def flat_inputs(head: Head) -> LinearInputs:
+def flat_inputs(head: Head, with_ref_kl: bool = False) -> LinearInputs:
     """With one axis of tokens; what never receives a gradient is detached."""
     tokens_N, ref_hidden, t = head.tokens.reshape(-1), head.ref_hidden, head.temperature
     temperature, temperatures_N = (1.0, t.reshape(-1)) if isinstance(t, Tensor) else (t, None)
@@ -122,6 +125,7 @@ def flat_inputs(head: Head) -> LinearInputs:
         head.softcap,
         head.logit_scale,
         head.batch_invariant,
+        4 if ref_hidden is None else ALL_ROWS if with_ref_kl else 8,
     )
 
 
@@ -139,7 +143,7 @@ def linear_token_stats_fake(
     *others, max_kept_bytes, _, _, backend = others  # type: ignore[assignment]
     inputs = LinearInputs(*head, tokens_N, *others)
     logits = hidden_NH.new_empty(NOTHING) if max_kept_bytes == 0 else new_logits(inputs, max_kept_bytes, backend)
-    return *new_results(hidden_NH, tokens_N, ref_hidden_NH is not None), logits
+    return *new_results(hidden_NH, tokens_N, inputs.stats_rows), logits
 
 
 @register(linear_token_stats_fake)
@@ -157,22 +161,23 @@ def linear_token_stats_op(
     softcap: float | None,
     logit_scale: float,
     batch_invariant: bool,
+    stats_rows: int,
     max_kept_bytes: int | None,
     group: str | None,
     bounds: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, ref_logprob, kl) [N], empty without a reference, the rows of `RowStats`, and the logits that
-    are kept for the backward [1 or 2, K, V], as its backend laid them out.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, ref_logprob, kl, ref_kl) [N], empty if not asked for, the rows of `RowStats`, and the logits
+    that are kept for the backward [1 or 2, K, V], as its backend laid them out.
     """
     head = (hidden_NH, weight_VH, bias_V, ref_hidden_NH, ref_weight_VH, ref_bias_V)
     per_row = (tokens_N, temperature, temperatures_N, mask_N)
-    inputs = LinearInputs(*head, *per_row, softcap, logit_scale, batch_invariant)
+    inputs = LinearInputs(*head, *per_row, softcap, logit_scale, batch_invariant, stats_rows)
     logits = hidden_NH.new_empty(NOTHING) if max_kept_bytes == 0 else new_logits(inputs, max_kept_bytes, backend)
     stats = backend_of(backend).linear_statistics(inputs, logits)
     if group is not None and bounds is not None:
         stats = vocab_parallel.merged_stats(stats, inputs, group, bounds)
-    return *results_of(stats), logits
+    return *results_of(stats), logits  # type: ignore[return-value]
 
 
 def new_logits(inputs: LinearInputs, max_kept_bytes: int | None, backend: str) -> Tensor:
@@ -183,21 +188,21 @@ def new_logits(inputs: LinearInputs, max_kept_bytes: int | None, backend: str) -
 
 
 def save_for_the_gradient(ctx: Any, arguments: tuple[Any, ...], found: tuple[Tensor, ...]) -> None:
-    _, _, ref_logprob, kl, stats, logits = found
-    ctx.mark_non_differentiable(ref_logprob, stats, logits, *([kl] if len(stats) == 4 else []))
+    *results, logits = found
+    ctx.mark_non_differentiable(*constants_of(results), logits)
     # A set, to be emptied: an attribute that a backward sets is lost under compiled autograd.
     ctx.unused = {"logits"} if logits.shape[1] > 0 else set()
-    keep(ctx, arguments, stats, logits)
+    keep(ctx, arguments, results[-1], logits)
 
 
 def linear_token_stats_gradient(
-    ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, _: None, grad_kl: Tensor | None, *rest: None
+    ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, _: None, *others: Tensor | None
 ) -> list[Tensor | None]:
-    grads, needed = StatsGrad(grad_logprob, grad_entropy, grad_kl), ctx.needs_input_grad[1:4]
+    grads, needed = StatsGrad(grad_logprob, grad_entropy, *others[:2]), ctx.needs_input_grad[1:4]
     if not any(x is not None for x in grads):
         return [None, None, None]
     *arguments, stats, logits = kept(ctx)
-    inputs, group, backend = LinearInputs(*arguments[:13]), arguments[14], arguments[16]
+    inputs, group, backend = LinearInputs(*arguments[:14]), arguments[15], arguments[17]
     if not ctx.unused or any(x is not None and is_of_many_samples(x) for x in grads):
         return linear_gradients(inputs, stats, grads, needed, group, backend)
     # Not where a graph is recorded, by compilation or create_graph: it may run again, or is refused.
@@ -239,7 +244,7 @@ def linear_gradients(
 
 
 def linear_token_stats_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    leaves, stats, needed = arguments[:3], arguments[13], arguments[17:20]
+    leaves, stats, needed = arguments[:3], arguments[14], arguments[19:22]
     return tuple(stats.new_empty(x.shape if need else 0) for x, need in zip(leaves, needed, strict=True))
 
 
@@ -258,10 +263,12 @@ def linear_token_stats_backward_op(
     softcap: float | None,
     logit_scale: float,
     batch_invariant: bool,
+    stats_rows: int,
     stats: Tensor,
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     grad_kl: Tensor | None,
+    grad_ref_kl: Tensor | None,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -274,8 +281,8 @@ def linear_token_stats_backward_op(
     """
     head = (hidden_NH, weight_VH, bias_V, ref_hidden_NH, ref_weight_VH, ref_bias_V)
     per_row = (tokens_N, temperature, temperatures_N, mask_N)
-    inputs = LinearInputs(*head, *per_row, softcap, logit_scale, batch_invariant)
-    grads, needed = StatsGrad(grad_logprob, grad_entropy, grad_kl), (need_hidden, need_weight, need_bias)
+    inputs = LinearInputs(*head, *per_row, softcap, logit_scale, batch_invariant, stats_rows)
+    grads, needed = StatsGrad(grad_logprob, grad_entropy, grad_kl, grad_ref_kl), (need_hidden, need_weight, need_bias)
     own_logits = None if logits_SKV is None else logits_SKV.clone()
     return summed_gradients(inputs, stats, grads, needed, group, backend, own_logits)
 
@@ -296,10 +303,12 @@ def linear_token_stats_backward__op(
     softcap: float | None,
     logit_scale: float,
     batch_invariant: bool,
+    stats_rows: int,
     stats: Tensor,
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     grad_kl: Tensor | None,
+    grad_ref_kl: Tensor | None,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -309,8 +318,8 @@ def linear_token_stats_backward__op(
     """The same; the kept logits are written over."""
     head = (hidden_NH, weight_VH, bias_V, ref_hidden_NH, ref_weight_VH, ref_bias_V)
     per_row = (tokens_N, temperature, temperatures_N, mask_N)
-    inputs = LinearInputs(*head, *per_row, softcap, logit_scale, batch_invariant)
-    grads, needed = StatsGrad(grad_logprob, grad_entropy, grad_kl), (need_hidden, need_weight, need_bias)
+    inputs = LinearInputs(*head, *per_row, softcap, logit_scale, batch_invariant, stats_rows)
+    grads, needed = StatsGrad(grad_logprob, grad_entropy, grad_kl, grad_ref_kl), (need_hidden, need_weight, need_bias)
     return summed_gradients(inputs, stats, grads, needed, group, backend, logits_SKV)
 
 
@@ -330,4 +339,4 @@ def summed_gradients(
 
 
 differentiable(linear_token_stats_op, 3, save_for_the_gradient, linear_token_stats_gradient)
-without_second_derivative(linear_token_stats_backward_op, 17)
+without_second_derivative(linear_token_stats_backward_op, 19)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from .dispatch import (
     register,
     without_second_derivative,
 )
-from .inputs import LogitsInputs, StatsGrad, compute_dtype
+from .inputs import ALL_ROWS, RESULTS, LogitsInputs, StatsGrad, compute_dtype
 from .results import TokenStats
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def token_stats(
     tokens: Tensor,
     *,
     ref_logits: Tensor | None = None,
+    with_ref_kl: bool = False,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     inplace_backward: bool = False,
@@ -42,11 +44,14 @@ def token_stats(
         logp, logq = log_softmax(logits / temperature), log_softmax(ref_logits / temperature)
         logprob, ref_logprob = (x.gather(-1, tokens[..., None])[..., 0] for x in (logp, logq))
         entropy, kl = -(logp.exp() * logp).sum(-1), (logp.exp() * (logp - logq)).sum(-1)
+        ref_kl = (logq.exp() * (logq - logp)).sum(-1)
 
     Args:
         logits: [..., V], any floating dtype and strides.
         tokens: [...] of any integer dtype. An id outside 0..V-1 that is not masked has NaN log-probs.
         ref_logits: [..., V]; never receives a gradient. A reference of -inf where the policy is not has kl = inf.
+        with_ref_kl: whether to compute `ref_kl`, too, from the same read. A policy of -inf where the reference is not
+            has ref_kl = inf; its gradient (p - q) / temperature stays finite, unlike that of an infinite kl.
         temperature: > 0, a number or [...]; divides the logits of both.
         mask: [...] bool.
         inplace_backward: write the gradient over `logits`, which must not be a leaf. A second backward, or another
@@ -54,10 +59,12 @@ def token_stats(
         process_group: the ranks that share the vocabulary; None is this one alone. See `safe_kernels`.
 
     Returns:
-        TokenStats; `ref_logprob` and `kl` are None without `ref_logits`.
+        TokenStats; `ref_logprob` and `kl` are None without `ref_logits`, `ref_kl` without `with_ref_kl`.
     """
     logits, ref_logits, group = checks.local_parts(process_group, -1, logits=logits, ref_logits=ref_logits)
     checks.require_logits(logits, tokens, ref_logits, mask, group)
+    if with_ref_kl:
+        checks.require_reference_for("with_ref_kl", with_ref_kl, "ref_logits", ref_logits)
     if inplace_backward:
         checks.require_overwritable("logits", logits)
     if isinstance(temperature, Tensor):
@@ -67,18 +74,22 @@ def token_stats(
     backend = choose_backend(backend, logits, ref_logits, temperature, group=group)
     if backend == "reference":
         with exact(logits):
-            return reference.token_stats(
-                logits, tokens, ref_logits=ref_logits, temperature=temperature, mask=mask, process_group=group
-            )
-    inputs, name, bounds = flat_inputs(logits, tokens, ref_logits, temperature, mask), None, None
+            options: dict[str, Any] = {"with_ref_kl": with_ref_kl, "temperature": temperature, "mask": mask}
+            return reference.token_stats(logits, tokens, ref_logits=ref_logits, process_group=group, **options)
+    inputs, name, bounds = flat_inputs(logits, tokens, ref_logits, temperature, mask, with_ref_kl), None, None
     if group is not None:
         inputs, name, bounds = vocab_parallel.sharded(inputs, logits.shape[-1], group)
     found = token_stats_op(*inputs, name, bounds, inplace_backward, backend)
-    return TokenStats.of(found[:4], tokens, ref_logits is not None)
+    return TokenStats.of(found, tokens, inputs.stats_rows)
 
 
 def flat_inputs(
-    logits: Tensor, tokens: Tensor, ref_logits: Tensor | None, temperature: float | Tensor, mask: Tensor | None
+    logits: Tensor,
+    tokens: Tensor,
+    ref_logits: Tensor | None,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    with_ref_kl: bool = False,
 ) -> LogitsInputs:
     tokens_N = tokens.reshape(-1)
     number, temperatures = (1.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
@@ -89,25 +100,27 @@ def flat_inputs(
         number,
         None if temperatures is None else temperatures.reshape(-1),
         None if mask is None else mask.reshape(-1),
+        4 if ref_logits is None else ALL_ROWS if with_ref_kl else 8,
     )
 
 
-def new_results(x: Tensor, tokens_N: Tensor, with_reference: bool) -> tuple[Tensor, ...]:
+def new_results(x: Tensor, tokens_N: Tensor, stats_rows: int) -> tuple[Tensor, ...]:
     """What an op of statistics returns for tensors without memory."""
     dtype, N = compute_dtype(x), tokens_N.shape[0]  # len() would make a number of a symbolic size
-    sizes = [N, N, *[N if with_reference else 0] * 2]
-    return *(x.new_empty(size, dtype=dtype) for size in sizes), x.new_empty(8 if with_reference else 4, N, dtype=dtype)
+    found = [x.new_empty(N if i < RESULTS[stats_rows] else 0, dtype=dtype) for i in range(5)]
+    return *found, x.new_empty(stats_rows, N, dtype=dtype)
 
 
-def results_of(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, ref_logprob, kl, stats), the first four with memory of their own: what callers get."""
-    if stats.shape[0] == 8:
-        return stats[0].clone(), stats[1].clone(), stats[4].clone(), stats[5].clone(), stats
-    return stats[0].clone(), stats[1].clone(), stats.new_empty(0), stats.new_empty(0), stats
+def results_of(stats: Tensor) -> tuple[Tensor, ...]:
+    """(logprob, entropy, ref_logprob, kl, ref_kl), with memory of their own, of which callers get the first two, four
+    or five and the others are empty; and the statistics.
+    """
+    found = [stats[row].clone() for row in (0, 1, 4, 5, 8)[: RESULTS[stats.shape[0]]]]
+    return *found, *[stats.new_empty(0) for _ in range(5 - len(found))], stats
 
 
-def token_stats_fake(logits: Tensor, ref_logits: Tensor | None, tokens_N: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return new_results(logits, tokens_N, ref_logits is not None)
+def token_stats_fake(logits: Tensor, ref_logits: Tensor | None, tokens_N: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return new_results(logits, tokens_N, stats_rows=others[3])
 
 
 @register(token_stats_fake)
@@ -118,34 +131,39 @@ def token_stats_op(
     temperature: float,
     temperatures_N: Tensor | None,
     mask_N: Tensor | None,
+    stats_rows: int,
     group: str | None,
     bounds: Tensor | None,
     inplace_backward: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, ref_logprob, kl) [N], empty without a reference, and the rows of `RowStats`."""
-    inputs = LogitsInputs(logits, ref_logits, tokens_N, temperature, temperatures_N, mask_N)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, ref_logprob, kl, ref_kl) [N], empty if not asked for, and the rows of `RowStats`."""
+    inputs = LogitsInputs(logits, ref_logits, tokens_N, temperature, temperatures_N, mask_N, stats_rows)
     stats = backend_of(backend).logits_statistics(inputs)
     if group is not None and bounds is not None:
         stats = vocab_parallel.merged_stats(stats, inputs, group, bounds)
-    return results_of(stats)
+    return results_of(stats)  # type: ignore[return-value]
+
+
+def constants_of(found: Sequence[Tensor]) -> list[Tensor]:
+    """What has no gradient of the results that are there, and those that are not."""
+    *results, stats = found
+    return [results[2], stats, *results[max(3, RESULTS[stats.shape[0]]) :]]
 
 
 def save_stats(ctx: Any, arguments: tuple[Any, ...], found: tuple[Tensor, ...]) -> None:
-    """For the op of logits and that of hidden states alike."""
-    _, _, ref_logprob, kl, stats = found
-    ctx.mark_non_differentiable(ref_logprob, stats, *([kl] if stats.shape[0] == 4 else []))
-    keep(ctx, arguments, stats)
+    ctx.mark_non_differentiable(*constants_of(found))
+    keep(ctx, arguments, found[-1])
 
 
 def token_stats_gradient(
-    ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, _: None, grad_kl: Tensor | None, *rest: None
+    ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, _: None, *others: Tensor | None
 ) -> tuple[Tensor | None]:
-    grads = StatsGrad(grad_logprob, grad_entropy, grad_kl)
+    grads = StatsGrad(grad_logprob, grad_entropy, *others[:2])
     if not any(x is not None for x in grads):
         return (None,)
     *arguments, stats = kept(ctx)
-    inputs, inplace, backend = LogitsInputs(*arguments[:6]), arguments[8], arguments[9]
+    inputs, inplace, backend = LogitsInputs(*arguments[:7]), arguments[9], arguments[10]
     if not inplace:
         return (token_stats_backward_op(*inputs, stats, *grads, backend),)
     first_derivative_only("inplace_backward=True")
@@ -166,16 +184,19 @@ def token_stats_backward_op(
     temperature: float,
     temperatures_N: Tensor | None,
     mask_N: Tensor | None,
+    stats_rows: int,
     stats: Tensor,
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     grad_kl: Tensor | None,
+    grad_ref_kl: Tensor | None,
     backend: str,
 ) -> Tensor:
     """d loss / d logits; of a part of the vocabulary, from the statistics of the whole."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    inputs = LogitsInputs(logits, ref_logits, tokens_N, temperature, temperatures_N, mask_N)
-    backend_of(backend).logits_gradient(inputs, stats, StatsGrad(grad_logprob, grad_entropy, grad_kl), out)
+    inputs = LogitsInputs(logits, ref_logits, tokens_N, temperature, temperatures_N, mask_N, stats_rows)
+    grads = StatsGrad(grad_logprob, grad_entropy, grad_kl, grad_ref_kl)
+    backend_of(backend).logits_gradient(inputs, stats, grads, out)
     return out
 
 
@@ -187,17 +208,20 @@ def token_stats_backward__op(
     temperature: float,
     temperatures_N: Tensor | None,
     mask_N: Tensor | None,
+    stats_rows: int,
     stats: Tensor,
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     grad_kl: Tensor | None,
+    grad_ref_kl: Tensor | None,
     backend: str,
 ) -> None:
     """The same, written over the logits."""
-    if ref_logits is not None and grad_kl is not None and overlap(logits, ref_logits):
+    grads = StatsGrad(grad_logprob, grad_entropy, grad_kl, grad_ref_kl)
+    if ref_logits is not None and grads.reads_reference and overlap(logits, ref_logits):
         ref_logits = ref_logits.clone()
-    inputs = LogitsInputs(logits, ref_logits, tokens_N, temperature, temperatures_N, mask_N)
-    backend_of(backend).logits_gradient(inputs, stats, StatsGrad(grad_logprob, grad_entropy, grad_kl), logits)
+    inputs = LogitsInputs(logits, ref_logits, tokens_N, temperature, temperatures_N, mask_N, stats_rows)
+    backend_of(backend).logits_gradient(inputs, stats, grads, logits)
 
 
 def overlap(x: Tensor, y: Tensor) -> bool:
@@ -215,4 +239,4 @@ def reach(x: Tensor) -> tuple[int, int]:
 
 
 differentiable(token_stats_op, 1, save_stats, token_stats_gradient)
-without_second_derivative(token_stats_backward_op, 10)
+without_second_derivative(token_stats_backward_op, 12)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import checks, reference, vocab_parallel
 from .dispatch import backend_of, choose_backend, differentiable, exact, first_derivative_only, register
-from .formulas import Objective
-from .inputs import Head, LinearInputs, compute_dtype, without_masked
+from .formulas import Objective, is_zero
+from .inputs import Head, LinearInputs, RowStats, compute_dtype, without_masked
 from .linear import flat_inputs
 from .logits import new_results, results_of
 from .results import PolicyLoss, TokenStats
@@ -39,6 +39,7 @@ def linear_policy_loss(
     kl_coef: float | Tensor = 0.0,
     kl_penalty_coef: float | Tensor = 0.0,
     kl_threshold: float | Tensor = 0.0,
+    ref_kl_coef: float | Tensor = 0.0,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -53,7 +54,7 @@ def linear_policy_loss(
         stats = linear_token_stats(hidden, weight, tokens, ...)
         ratio = exp(stats.logprob - old_logprob)
         l = -min(ratio * advantage, clip(ratio, 1 - clip_low, 1 + clip_high) * advantage) - entropy_coef * stats.entropy
-        l = l + kl_coef * stats.kl + kl_penalty_coef * relu(stats.kl - kl_threshold)**2
+        l = l + kl_coef * stats.kl + kl_penalty_coef * relu(stats.kl - kl_threshold)**2 + ref_kl_coef * stats.ref_kl
         loss = (loss_weight * l).sum()
 
     (Schulman et al., arXiv 1707.06347) with one sweep over the vocabulary instead of a forward and a recomputing
@@ -68,7 +69,8 @@ def linear_policy_loss(
         old_logprob, advantage: [...]; without gradient.
         loss_weight: [...]; it carries the reduction. Default: 1 / number of live tokens, the token mean.
         clip_low, clip_high: >= 0.
-        entropy_coef, kl_coef, kl_penalty_coef: numbers or 0-dim tensors. The number 0 switches its term off.
+        entropy_coef, kl_coef, kl_penalty_coef, ref_kl_coef: numbers or 0-dim tensors. The number 0 switches its term
+            off, and of `ref_kl_coef` also the result `ref_kl`.
         kl_threshold: a number or a 0-dim tensor, in nats.
 
     The other arguments are those of `linear_token_stats`.
@@ -90,10 +92,11 @@ def linear_policy_loss(
         "kl_coef": checks.require_coefficient("kl_coef", kl_coef),
         "kl_penalty_coef": checks.require_coefficient("kl_penalty_coef", kl_penalty_coef),
         "kl_threshold": checks.require_coefficient("kl_threshold", kl_threshold),
+        "ref_kl_coef": checks.require_coefficient("ref_kl_coef", ref_kl_coef),
     }
-    for name in ("kl_coef", "kl_penalty_coef"):
-        if ref_hidden is None and (isinstance(coefficients[name], Tensor) or coefficients[name] != 0):
-            raise ValueError(f"{name} is {coefficients[name]} without ref_hidden; it must be 0, or ref_hidden given")
+    for name in ("kl_coef", "kl_penalty_coef", "ref_kl_coef"):
+        if not is_zero(coefficients[name]):
+            checks.require_reference_for(name, coefficients[name], "ref_hidden", ref_hidden)
     clip = checks.require_number("clip_low", clip_low, 0), checks.require_number("clip_high", clip_high, 0)
     given = (*head[:8], old_logprob, advantage, loss_weight)
     backend = choose_backend(backend, *given, group=head.process_group)
@@ -103,7 +106,7 @@ def linear_policy_loss(
             return reference.linear_policy_loss(
                 old_logprob=old_logprob, advantage=advantage, **options, **coefficients, **head._asdict()
             )
-    inputs, group, bounds = flat_inputs(head), None, None
+    inputs, group, bounds = flat_inputs(head, not is_zero(coefficients["ref_kl_coef"])), None, None
     if head.process_group is not None:
         inputs, group, bounds = vocab_parallel.sharded(inputs, len(head.weight), head.process_group)
     found = linear_policy_loss_op(
@@ -116,8 +119,8 @@ def linear_policy_loss(
         *(torch.is_grad_enabled() and x is not None and may_require_grad(x) for x in inputs[:3]),
         backend,
     )
-    stats = TokenStats.of(found[2:6], tokens, ref_hidden is not None)
-    return PolicyLoss(found[0], *stats, found[1])
+    stats = TokenStats.of(found[2:7], tokens, inputs.stats_rows)
+    return PolicyLoss(found[0], *stats[:4], found[1], stats.ref_kl)
 
 
 def weights_of(
@@ -139,8 +142,8 @@ def may_require_grad(x: Tensor) -> bool:
 
 
 def linear_policy_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    leaves, needed = arguments[:3], arguments[29:32]
-    results = new_results(arguments[0], arguments[6], arguments[3] is not None)[:4]
+    leaves, needed = arguments[:3], arguments[32:35]
+    *results, _ = new_results(arguments[0], arguments[6], arguments[13])
     shapes = [x.shape if need else (0,) for x, need in zip(leaves, needed, strict=True)]
     loss, clip_fraction, *gradients = [results[0].new_empty(shape) for shape in ((), (), *shapes)]
     return loss, clip_fraction, *results, *gradients
@@ -161,6 +164,7 @@ def linear_policy_loss_op(
     softcap: float | None,
     logit_scale: float,
     batch_invariant: bool,
+    stats_rows: int,
     group: str | None,
     bounds: Tensor | None,
     old_logprob_N: Tensor,
@@ -173,28 +177,31 @@ def linear_policy_loss_op(
     kl_coef: float,
     kl_penalty_coef: float,
     kl_threshold: float,
+    ref_kl_coef: float,
     entropy_coef_tensor: Tensor | None,
     kl_coef_tensor: Tensor | None,
     kl_penalty_coef_tensor: Tensor | None,
     kl_threshold_tensor: Tensor | None,
+    ref_kl_coef_tensor: Tensor | None,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss, clip_fraction, logprob, entropy, ref_logprob, kl, and the gradients of (hidden, weight, bias).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, clip_fraction, logprob, entropy, ref_logprob, kl, ref_kl, and the gradients of (hidden, weight, bias).
 
     A coefficient's tensor, if there is one, takes the place of its number.
     """
     head = (hidden_NH, weight_VH, bias_V, ref_hidden_NH, ref_weight_VH, ref_bias_V)
     per_row = (tokens_N, temperature, temperatures_N, mask_N)
-    inputs = LinearInputs(*head, *per_row, softcap, logit_scale, batch_invariant)
+    inputs = LinearInputs(*head, *per_row, softcap, logit_scale, batch_invariant, stats_rows)
     objective = Objective(
         *(old_logprob_N, advantage_N, weight_N, share_N, clip_low, clip_high),
         entropy_coef if entropy_coef_tensor is None else entropy_coef_tensor,
         kl_coef if kl_coef_tensor is None else kl_coef_tensor,
         kl_penalty_coef if kl_penalty_coef_tensor is None else kl_penalty_coef_tensor,
         kl_threshold if kl_threshold_tensor is None else kl_threshold_tensor,
+        ref_kl_coef if ref_kl_coef_tensor is None else ref_kl_coef_tensor,
     )
     needed, kernels = (need_hidden, need_weight, need_bias), backend_of(backend)
     if group is not None and bounds is not None:
@@ -202,7 +209,7 @@ def linear_policy_loss_op(
     else:
         stats, gradients = kernels.linear_loss(inputs, objective, needed)
     *results, _ = results_of(stats)
-    loss_N, is_clipped_N, _ = objective.evaluate(results[0], results[1], results[3] if len(stats) == 8 else None)
+    loss_N, is_clipped_N, _ = objective.evaluate(RowStats(*stats.unbind()))
     clip_fraction = (objective.share_N * is_clipped_N).sum()
     empty = (stats.new_empty(0) if x is None else x for x in gradients)
     return loss_N.sum(), clip_fraction, *results, *empty  # type: ignore[return-value]

@@ -17,7 +17,15 @@ from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
 
 
 def token_stats(
-    logits, tokens, *, ref_logits=None, temperature=1.0, mask=None, inplace_backward=False, process_group=None
+    logits,
+    tokens,
+    *,
+    ref_logits=None,
+    with_ref_kl=False,
+    temperature=1.0,
+    mask=None,
+    inplace_backward=False,
+    process_group=None,
 ) -> TokenStats:
     """`inplace_backward` is ignored: the reference never overwrites the logits."""
     if process_group is not None:
@@ -33,8 +41,13 @@ def token_stats(
     logq = _log_softmax(ref_logits.detach(), temperature, mask)
     kl = (p * (logp - logq).masked_fill(p == 0, 0)).sum(-1)
     outside = ((logq == -math.inf) & (logp > -math.inf)).any(-1)  # even where p is too small for its dtype
-    kl = torch.where(outside & (kl < math.inf), math.inf, kl)
-    return TokenStats(*(without_masked(x, mask) for x in (logprob, entropy, _at_token(logq, tokens), kl)))
+    found = [logprob, entropy, _at_token(logq, tokens), torch.where(outside & (kl < math.inf), math.inf, kl)]
+    if with_ref_kl:
+        q = logq.exp()
+        ref_kl = (q * (logq - logp).masked_fill(q == 0, 0)).sum(-1)
+        outside = ((logp == -math.inf) & (logq > -math.inf)).any(-1)
+        found.append(ref_kl + torch.where(outside & (ref_kl < math.inf), math.inf, 0))  # the gradient stays p - q
+    return TokenStats(*(without_masked(x, mask) for x in found))
 
 
 def linear_token_stats(
@@ -46,6 +59,7 @@ def linear_token_stats(
     ref_hidden=None,
     ref_weight=None,
     ref_bias=None,
+    with_ref_kl=False,
     temperature=1.0,
     softcap=None,
     logit_scale=1.0,
@@ -71,7 +85,7 @@ def linear_token_stats(
         ref_bias = bias if shared and ref_bias is None else ref_bias
         with torch.no_grad():
             ref_logits = logits(ref_hidden, weight if shared else ref_weight, ref_bias)
-    options = {"temperature": temperature, "mask": mask, "process_group": process_group}
+    options = {"with_ref_kl": with_ref_kl, "temperature": temperature, "mask": mask, "process_group": process_group}
     return token_stats(logits(hidden, weight, bias), tokens, ref_logits=ref_logits, **options)
 
 
@@ -146,10 +160,11 @@ def linear_policy_loss(
     kl_coef=0.0,
     kl_penalty_coef=0.0,
     kl_threshold=0.0,
+    ref_kl_coef=0.0,
     mask=None,
     **head,
 ) -> PolicyLoss:
-    stats = linear_token_stats(hidden, weight, tokens, mask=mask, **head)
+    stats = linear_token_stats(hidden, weight, tokens, mask=mask, with_ref_kl=not is_zero(ref_kl_coef), **head)
     old_logprob, advantage = (without_masked(_compute(x.detach()), mask) for x in (old_logprob, advantage))
     live = torch.ones_like(old_logprob) if mask is None else mask.to(old_logprob.dtype)
     share = live / live.sum().clamp(min=1)
@@ -161,10 +176,13 @@ def linear_policy_loss(
         token_loss = token_loss + kl_coef * stats.kl
     if not is_zero(kl_penalty_coef):
         token_loss = token_loss + kl_penalty_coef * (stats.kl - kl_threshold).relu() ** 2
+    if not is_zero(ref_kl_coef):
+        token_loss = token_loss + ref_kl_coef * stats.ref_kl
     weights = share if loss_weight is None else without_masked(_compute(loss_weight.detach()), mask)
     loss = (weights * without_masked(token_loss, mask)).sum()
     clip_fraction = (share * (clipped < ratio * advantage)).sum()
-    return PolicyLoss._make([loss, *(None if x is None else x.detach() for x in (*stats, clip_fraction))])
+    found = (*stats[:4], clip_fraction, stats.ref_kl)
+    return PolicyLoss._make([loss, *(None if x is None else x.detach() for x in found)])
 
 
 def _compute(x: Tensor) -> Tensor:
@@ -206,7 +224,7 @@ def with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, t
         for steps in _sequences(target, mask, cu_seqlens):
             for t, after in zip(steps, steps[1:], strict=False):
                 value_target[t] += gamma * target[after]
-    return SafeTerms(*stats, *(without_masked(x, mask) for x in (penalty, value, value_target)))
+    return SafeTerms(*stats[:4], *(without_masked(x, mask) for x in (penalty, value, value_target)))
 
 
 def _sequences(x, mask, cu_seqlens) -> list[list[tuple[int, ...]]]:

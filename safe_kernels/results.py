@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .inputs import RESULTS
+
 
 class TokenStats(NamedTuple):
     """Per-token statistics of a policy, in nats; float32, or float64 for float64 inputs."""
@@ -15,15 +17,15 @@ class TokenStats(NamedTuple):
     entropy: Tensor  # H(pi), differentiable
     ref_logprob: Tensor | None  # log pi_ref(token), no gradient; None without a reference
     kl: Tensor | None  # KL(pi || pi_ref) over the whole vocabulary, differentiable in the policy
+    ref_kl: Tensor | None = None  # KL(pi_ref || pi), likewise; None unless asked for
 
     @classmethod
-    def of(cls, found: Sequence[Tensor], like: Tensor, with_reference: bool) -> TokenStats:
-        """From flat (logprob, entropy, ref_logprob, kl), in the shape of `like`."""
-        found = found[: 4 if with_reference else 2]
+    def of(cls, found: Sequence[Tensor], like: Tensor, stats_rows: int) -> TokenStats:
+        """From flat (logprob, entropy, ref_logprob, kl, ref_kl), those that are there, in the shape of `like`."""
+        found = found[: RESULTS[stats_rows]]
         if like.dim() != 1:  # each view is a node of the graph
             found = [x.view_as(like) for x in found]
-        logprob, entropy, *reference = found
-        return cls(logprob, entropy, *(reference or (None, None)))
+        return cls(*found, *[None] * (5 - len(found)))
 
 
 class SafeTerms(NamedTuple):
@@ -55,3 +57,4 @@ class PolicyLoss(NamedTuple):
     ref_logprob: Tensor | None
     kl: Tensor | None
     clip_fraction: Tensor  # 0-dim: share of live tokens where the clip took the gradient away
+    ref_kl: Tensor | None = None

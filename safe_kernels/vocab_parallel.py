@@ -8,14 +8,14 @@ of the policy's mass, and v_r of the reference's:
     M = max m_r,   log S = log sum e^l_r,   log w_r = l_r - log S        l_r = log s_r + (m_r - M) / T
 
     logprob = logprob_r + log w_r  of the rank that has the token        entropy = sum w_r (entropy_r - log w_r)
-    kl      = sum w_r (kl_r + log w_r - log v_r)
+    kl      = sum w_r (kl_r + log w_r - log v_r)         ref_kl  = sum v_r (ref_kl_r + log v_r - log w_r)
 
 Backwards each rank needs nothing of the others: its kernels get the statistics of the whole, from which the gradient of
 its own logits follows. Only the gradient of the hidden states, which all ranks share, is a sum over them.
 
 Sums over ranks are taken in the order of the ranks, with the same bits on each of them and for each row.
 
-Shapes: K ranks, N tokens, H hidden width, S = 4 statistics of a token, 8 with a reference.
+Shapes: K ranks, N tokens, H hidden width, S rows of `RowStats`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, distributed
 
 from .dispatch import Backend, register
 from .formulas import Objective
-from .inputs import LinearInputs, LogitsInputs
+from .inputs import ALL_ROWS, LinearInputs, LogitsInputs, RowStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -72,7 +72,7 @@ def linear_loss(
     stats = merged_stats(backend.linear_statistics(inputs), inputs, group, bounds)
     if not any(needed):
         return stats, [None] * len(needed)
-    *_, grads = objective.evaluate(stats[0], stats[1], stats[5] if len(stats) == 8 else None)
+    *_, grads = objective.evaluate(RowStats(*stats.unbind()))
     hidden, *head = backend.linear_gradients(inputs, stats, grads, needed)
     return stats, [None if hidden is None else summed(hidden, group_of(group)), *head]
 
@@ -129,8 +129,7 @@ def agreed_vocabulary(
 
 
 def merged(stats_KSN: Tensor, holders_KN: Tensor, temperature: float | Tensor) -> Tensor:
-    """Statistics [S, N] of the whole vocabulary from those of its parts: (logprob, entropy, peak, log total) and,
-    with a reference, (ref_logprob, kl, ref_peak, ref log total).
+    """Statistics [S, N] of the whole vocabulary from those of its parts, in the order of `RowStats`.
 
     A part without mass adds nothing, one with a NaN makes its row NaN.
     """
@@ -148,17 +147,33 @@ def merged(stats_KSN: Tensor, holders_KN: Tensor, temperature: float | Tensor) -
     if stats_KSN.shape[1] == 4:
         return torch.stack(policy)
 
-    ref_logprob, kl, ref_peak, ref_log_total = stats_KSN[:, 4:].unbind(1)
+    ref_logprob, kl, ref_peak, ref_log_total = stats_KSN[:, 4:8].unbind(1)
     ref_whole_peak, ref_whole_log_total, ref_log_share = _masses(ref_peak, ref_log_total, temperature)
-    outside = (kl == math.inf) | ((ref_log_total == -math.inf) & (log_total > -math.inf))
-    is_infinite = outside.any(0) & ~(whole_log_total + ref_whole_log_total).isnan()
+    is_number = ~(whole_log_total + ref_whole_log_total).isnan()
+    one, other = (log_share, log_total), (ref_log_share, ref_log_total)
     reference = (
         _at_token(ref_logprob, ref_log_total, ref_log_share, holders_KN),
-        _mean(share, kl + log_share - ref_log_share).masked_fill(is_infinite, math.inf),
+        _divergence(kl, *one, *other, is_number),
         ref_whole_peak,
         ref_whole_log_total,
     )
-    return torch.stack(policy + reference)
+    if stats_KSN.shape[1] < ALL_ROWS:
+        return torch.stack(policy + reference)
+    return torch.stack((*policy, *reference, _divergence(stats_KSN[:, 8], *other, *one, is_number)))
+
+
+def _divergence(
+    kl_KN: Tensor,
+    log_share_KN: Tensor,
+    log_total_KN: Tensor,
+    other_log_share_KN: Tensor,
+    other_log_total_KN: Tensor,
+    is_number_N: Tensor,
+) -> Tensor:
+    """KL of the whole from that of the parts, in which the other distribution may have no mass."""
+    outside_KN = (kl_KN == math.inf) | ((other_log_total_KN == -math.inf) & (log_total_KN > -math.inf))
+    kl_N = _mean(log_share_KN.exp(), kl_KN + log_share_KN - other_log_share_KN)
+    return kl_N.masked_fill(outside_KN.any(0) & is_number_N, math.inf)
 
 
 def _masses(peak_KN: Tensor, log_total_KN: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:

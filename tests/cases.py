@@ -59,7 +59,8 @@ def policy_case(shape=(3, 7), *, seed=0, **options):
     return case
 
 
-POLICY_ONLY = {"loss_weight", "clip_low", "clip_high", "entropy_coef", "kl_coef", "kl_penalty_coef", "kl_threshold"}
+POLICY_ONLY = {"loss_weight", "clip_low", "clip_high", "kl_threshold"}
+POLICY_ONLY |= {"entropy_coef", "kl_coef", "kl_penalty_coef", "ref_kl_coef"}
 
 
 def temperatures(shape=(3, 7), seed=0):
@@ -114,7 +115,7 @@ def hold_to_registration(op, arguments):
         torch.library.opcheck(
             op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
         )
-        arguments = (*arguments[:13], 0, *arguments[14:])
+        arguments = (*arguments[:14], 0, *arguments[15:])
     torch.library.opcheck(op, arguments)
 
 

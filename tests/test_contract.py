@@ -65,6 +65,11 @@ WRONG_LOGITS = [
     ({"temperature": torch.ones(7)}, ValueError, r"temperature has shape \(7,\); it must be \(3, 7\)"),
     ({"mask": torch.ones(7, dtype=torch.bool)}, ValueError, r"mask has shape \(7,\); it must be \(3, 7\)"),
     ({"mask": ones}, TypeError, "mask is torch.float32; it must be a torch.bool tensor"),
+    (
+        {"ref_logits": None, "with_ref_kl": True},
+        ValueError,
+        "with_ref_kl is True without ref_logits; it must be False, or ref_logits given",
+    ),
     ({"backend": "cuda"}, ValueError, "backend is 'cuda'; it must be one of 'reference', 'torch', 'triton'"),
 ]
 WRONG_HEAD = [
@@ -77,6 +82,7 @@ WRONG_HEAD = [
     ({"ref_hidden": torch.ones(2, 7, 16)}, ValueError, r"ref_hidden has shape \(2, 7, 16\); it must be \(3, 7, 16\)"),
     ({"ref_weight": torch.ones(36, 16)}, ValueError, r"ref_weight has shape \(36, 16\); it must be \(37, 16\)"),
     ({"ref_hidden": None, "ref_bias": torch.ones(37)}, ValueError, "ref_bias is given without ref_hidden"),
+    ({"ref_hidden": None, "with_ref_kl": True}, ValueError, "with_ref_kl is True without ref_hidden"),
     ({"softcap": 0.0}, ValueError, "softcap is 0.0; it must be > 0"),
     ({"logit_scale": float("inf")}, ValueError, "logit_scale is inf; it must be finite"),
     (
@@ -103,7 +109,9 @@ WRONG_POLICY = [
     ({"loss_weight": ones.long()}, TypeError, "loss_weight has dtype torch.int64"),
     ({"clip_low": -0.1}, ValueError, "clip_low is -0.1; it must be at least 0"),
     ({"kl_coef": torch.ones(2)}, ValueError, r"kl_coef has shape \(2,\); it must be a number or a 0-dim tensor"),
-    ({"ref_hidden": None, "kl_coef": 0.1}, ValueError, "kl_coef is 0.1 without ref_hidden"),
+    ({"ref_hidden": None, "kl_coef": 0.1}, ValueError, "kl_coef is 0.1 without ref_hidden; it must be 0, or"),
+    ({"ref_hidden": None, "ref_kl_coef": torch.tensor(0.1)}, ValueError, "ref_kl_coef is 0.1.* without ref_hidden"),
+    ({"ref_kl_coef": "0.1"}, TypeError, "ref_kl_coef is str; it must be a number"),
 ]
 WRONG = [
     *((token_stats, logits_case(), *wrong) for wrong in WRONG_LOGITS),
@@ -239,6 +247,13 @@ COMPILED = {
     "hidden": (linear_token_stats, linear_case(bias=True, temperature=temperatures()), ["hidden", "weight", "bias"]),
     "safe": (safe_terms, logits_case(**SAFE), ["logits", "v1", "v2"]),
     "linear safe": (linear_safe_terms, linear_case(**SAFE, mask=some_mask()), ["hidden", "v1", "v2"]),
+    "both KLs of logits": (token_stats, logits_case(with_ref_kl=True), ["logits"]),
+    "both KLs of hidden": (linear_token_stats, linear_case(with_ref_kl=True), ["hidden"]),
+    "policy loss with both KLs": (
+        linear_policy_loss,
+        policy_case(kl_coef=0.2, ref_kl_coef=torch.tensor(0.1)),
+        ["hidden"],
+    ),
     "policy loss": (linear_policy_loss, policy_case(kl_coef=torch.tensor(0.1)), ["hidden", "weight"]),
     "scan": (soft_min_gae, values_case(mask=some_mask()), []),
 }
@@ -287,11 +302,11 @@ def test_tensors_without_memory(name, backend):
 
 
 def test_no_grad_keeps_nothing(any_backend):
-    case = logits_case()
+    case = logits_case(with_ref_kl=True)
     case["logits"].requires_grad_()
     with torch.no_grad():
         stats = token_stats(**case, backend=any_backend)
-    assert all(x.grad_fn is None for x in stats)
+    assert all(x is None or x.grad_fn is None for x in stats)
     with torch.inference_mode():
         assert torch.equal(token_stats(**case, backend=any_backend).kl, stats.kl)
 
@@ -376,17 +391,16 @@ def test_what_a_backward_does_not_read_may_change(backend):
 def test_a_caller_may_change_the_statistics_before_the_backward(backend):
     """Whatever the gradient needs of them is its own: logits, hidden states and the closed form alike."""
     for op, case, wrt in (
-        (token_stats, logits_case(), "logits"),
-        (linear_token_stats, linear_case(), "hidden"),
-        (linear_policy_loss, policy_case(kl_coef=0.1), "hidden"),
+        (token_stats, logits_case(with_ref_kl=True), "logits"),
+        (linear_token_stats, linear_case(with_ref_kl=True), "hidden"),
+        (linear_policy_loss, policy_case(kl_coef=0.1, ref_kl_coef=0.1), "hidden"),
     ):
         case[wrt].requires_grad_()
         gradients = []
         for changes in (False, True):
             found = op(**case, backend=backend)
-            loss = (
-                found.loss if op is linear_policy_loss else found.logprob.sum() + found.entropy.sum() + found.kl.sum()
-            )
+            differentiable = (found.logprob, found.entropy, found.kl, found.ref_kl)
+            loss = found.loss if op is linear_policy_loss else sum(x.sum() for x in differentiable)
             with torch.no_grad():
                 for x in found if changes else ():
                     x.zero_()

@@ -26,11 +26,13 @@ pytestmark = [
 ]
 
 SAFE = values_case(kl_threshold=0.1, alpha=0.3, gamma=0.9)
-SPLIT = {"kl_coef": 0.3, "kl_penalty_coef": 0.2, "kl_threshold": 0.01, "entropy_coef": 0.1}
+SPLIT = {"kl_coef": 0.3, "kl_penalty_coef": 0.2, "kl_threshold": 0.01, "entropy_coef": 0.1, "ref_kl_coef": 0.2}
 # An operation, its arguments, by which one it is differentiated, and of which result.
 OPERATIONS = {
     "logprob of logits": (token_stats, logits_case(mask=some_mask()), "logits", "logprob"),
     "kl of logits": (token_stats, logits_case(), "logits", "kl"),
+    "ref_kl of logits": (token_stats, logits_case(with_ref_kl=True), "logits", "ref_kl"),
+    "ref_kl of hidden states": (linear_token_stats, linear_case(with_ref_kl=True, softcap=5.0), "hidden", "ref_kl"),
     "entropy of hidden states": (linear_token_stats, linear_case(softcap=5.0), "hidden", "entropy"),
     "logprob of a head": (linear_token_stats, linear_case(reference=None), "weight", "logprob"),
     "kl of a bias": (linear_token_stats, linear_case(bias=True, reference="own"), "bias", "kl"),

@@ -210,7 +210,7 @@ def test_the_public_functions_take_it(backend, name, ops_seen):
         linear_safe_terms(**case, **values, kl_threshold=0.1, alpha=1.0, backend=backend)
     else:
         linear_token_stats(**case, backend=backend)
-    assert [a[13] for op, a in ops_seen if op.name() == "safe_kernels::linear_token_stats"] == [EVERYTHING]
+    assert [a[14] for op, a in ops_seen if op.name() == "safe_kernels::linear_token_stats"] == [EVERYTHING]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Properties that hold for every input."""
 
+import functools
 import math
 
 import pytest
@@ -20,7 +21,12 @@ scales = st.sampled_from([0.01, 1.0, 5.0, 50.0])
 temperatures = st.sampled_from([0.3, 1.0, 2.5])
 alphas = st.sampled_from([1e-2, 0.3, 10.0, 1e3, 1e7])
 cases = st.builds(
-    logits_case, shape=shapes, vocabulary=vocabularies, scale=scales, seed=seeds, temperature=temperatures
+    functools.partial(logits_case, with_ref_kl=True),
+    shape=shapes,
+    vocabulary=vocabularies,
+    scale=scales,
+    seed=seeds,
+    temperature=temperatures,
 )
 
 
@@ -35,7 +41,10 @@ def close(found, expected, vocabulary, scale=1.0):
 
 def size(case):
     """The largest difference of logits: what bounds the rounding of log-probs."""
-    return max(case[name].abs().max().item() for name in ("logits", "ref_logits")) / case["temperature"]
+    return (
+        max(case[name].nan_to_num(0, neginf=0).abs().max().item() for name in ("logits", "ref_logits"))
+        / case["temperature"]
+    )
 
 
 @BACKEND
@@ -46,14 +55,32 @@ def test_bounds(backend, case):
     rounding = 1e-6 * max(1.0, size(case))
     assert (stats.logprob <= rounding).all() and (stats.ref_logprob <= rounding).all()
     assert (stats.entropy >= -rounding).all() and (stats.entropy <= math.log(vocabulary) + rounding).all()
-    assert (stats.kl >= -rounding).all()
+    assert (stats.kl >= -rounding).all() and (stats.ref_kl >= -rounding).all()
 
 
 @BACKEND
 @given(case=cases)
 def test_no_kl_to_itself(backend, case):
     stats = token_stats(**case | {"ref_logits": case["logits"]}, backend=backend)
-    assert stats.kl.abs().max() <= 1e-6 and torch.equal(stats.logprob, stats.ref_logprob)
+    assert (
+        stats.kl.abs().max() <= 1e-6
+        and stats.ref_kl.abs().max() <= 1e-6
+        and torch.equal(stats.logprob, stats.ref_logprob)
+    )
+
+
+@BACKEND
+@given(case=cases, seed=seeds, forbidden=st.sampled_from([0.0, 0.3, 0.9]))
+def test_one_kl_is_the_other_with_exchanged_roles(backend, case, seed, forbidden):
+    """Where it is infinite, too, and where it is none, as a distribution has no mass anywhere."""
+    noise = torch.Generator().manual_seed(seed)
+    for name in ("logits", "ref_logits"):
+        case[name][torch.rand(case[name].shape, generator=noise) < forbidden] = -math.inf
+    exchanged = case | {"logits": case["ref_logits"], "ref_logits": case["logits"]}
+    found, other = (token_stats(**x, backend=backend) for x in (case, exchanged))
+    allowed = 32 * torch.finfo(torch.float32).eps * max(1.0, size(case))
+    torch.testing.assert_close(found.ref_kl, other.kl, rtol=1e-5, atol=allowed, equal_nan=True)
+    torch.testing.assert_close(found.kl, other.ref_kl, rtol=1e-5, atol=allowed, equal_nan=True)
 
 
 @BACKEND
@@ -118,9 +145,9 @@ def test_masked_tokens_change_no_other(backend, case, seed):
 @BACKEND
 @given(seed=seeds, shape=shapes, vocabulary=vocabularies, width=st.integers(1, 33))
 def test_hidden_states_are_logits(backend, seed, shape, vocabulary, width):
-    case = linear_case(shape, vocabulary, width, seed=seed)
+    case = linear_case(shape, vocabulary, width, seed=seed, with_ref_kl=True)
     direct = {"logits": case["hidden"] @ case["weight"].T, "ref_logits": case["ref_hidden"] @ case["weight"].T}
-    expected = evaluate(token_stats, {"tokens": case["tokens"], **direct}, backend)
+    expected = evaluate(token_stats, {"tokens": case["tokens"], "with_ref_kl": True, **direct}, backend)
     close(evaluate(linear_token_stats, case, backend), expected, vocabulary, size(direct | {"temperature": 1.0}) * 4)
 
 

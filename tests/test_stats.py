@@ -1,5 +1,6 @@
 """Statistics of logits: against the reference, and the rules of their numerics."""
 
+import itertools
 import math
 
 import pytest
@@ -17,13 +18,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("reference, with_ref_kl", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, "per token"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_holds_to_reference(backend, dtype, reference, temperature, masked):
+def test_holds_to_reference(backend, dtype, reference, with_ref_kl, temperature, masked):
     if temperature == "per token":
         temperature = temperatures()
-    case = logits_case(dtype=dtype, reference=reference, temperature=temperature)
+    case = logits_case(dtype=dtype, reference=reference, temperature=temperature, with_ref_kl=with_ref_kl)
     if masked:
         case["mask"] = some_mask()
     hold_to_reference(token_stats, case, backend, wrt=["logits"])
@@ -31,7 +32,7 @@ def test_holds_to_reference(backend, dtype, reference, temperature, masked):
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 31, 257, 32001, 50257])
 def test_any_vocabulary(backend, coarse, vocabulary):
-    case = logits_case((3,), vocabulary)
+    case = logits_case((3,), vocabulary, with_ref_kl=True)
     hold_to_reference(token_stats, case, backend, wrt=["logits"], vocabulary=vocabulary)
 
 
@@ -40,7 +41,7 @@ def test_any_vocabulary(backend, coarse, vocabulary):
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 1e3])
 def test_a_finite_mask_has_no_mass(any_backend, low, allowed, temperature):
     """As trainers mask logits; most lanes of a row then hold nothing but masked columns, and so do whole tiles."""
-    case = logits_case((3,), 64, temperature=temperature)
+    case = logits_case((3,), 64, temperature=temperature, with_ref_kl=True)
     case["tokens"] = torch.tensor(allowed)[case["tokens"] % len(allowed)]
     restricted = {name: case[name][..., allowed] for name in ("logits", "ref_logits")}
     restricted["tokens"] = (case["tokens"][:, None] == torch.tensor(allowed)).int().argmax(-1)
@@ -59,11 +60,12 @@ def test_rows_of_the_lowest_logits_are_uniform(any_backend):
     """Of finfo.min alone, or beside -inf: the lowest number is a logit like any other."""
     low, logits = torch.finfo(torch.float32).min, torch.full((2, 64), -math.inf)
     logits[0], logits[1, 40:] = low, low
-    stats = token_stats(logits, torch.tensor([5, 50]), ref_logits=logits, backend=any_backend)
+    stats = token_stats(logits, torch.tensor([5, 50]), ref_logits=logits, with_ref_kl=True, backend=any_backend)
     expected = torch.tensor([64.0, 24.0]).log()
     torch.testing.assert_close(stats.logprob, -expected)
     torch.testing.assert_close(stats.entropy, expected)
     torch.testing.assert_close(stats.kl, torch.zeros(2))
+    torch.testing.assert_close(stats.ref_kl, torch.zeros(2))
 
 
 def test_one_row_has_the_bits_that_it_has_among_others(backend, coarse):
@@ -78,7 +80,7 @@ def test_one_row_has_the_bits_that_it_has_among_others(backend, coarse):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("offset", [-200.0, 5000.0, -1e4])
 def test_large_offsets_cost_nothing(any_backend, offset, temperature):
-    case = logits_case(reference=True, temperature=temperature)
+    case = logits_case(temperature=temperature, with_ref_kl=True)
     shift = {"logits": (case["logits"] + offset).double(), "ref_logits": (case["ref_logits"] + offset).double()}
     exact = evaluate(token_stats, case | shift, "reference", ["logits"])
     shifted = {name: x.float() for name, x in shift.items()}
@@ -90,7 +92,7 @@ def test_large_offsets_cost_nothing(any_backend, offset, temperature):
 
 def test_minus_infinity_has_no_mass(any_backend):
     """Statistics over a restricted vocabulary are those of the vocabulary without the forbidden ids."""
-    case = logits_case(vocabulary=20)
+    case = logits_case(vocabulary=20, with_ref_kl=True)
     case["tokens"] %= 12
     allowed = evaluate(
         token_stats, case | {k: case[k][..., :12] for k in ("logits", "ref_logits")}, any_backend, ["logits"]
@@ -118,22 +120,47 @@ def test_reference_alone_at_minus_infinity(any_backend):
         assert logits.grad[1].isnan().all()
 
 
+def test_policy_alone_at_minus_infinity(any_backend):
+    """KL(reference || policy) is infinite, and its gradient (p - q) / T is not, wherever the policy is -inf."""
+    case = logits_case((5,), 9, temperature=0.7, with_ref_kl=True)
+    case["logits"][1, 3] = -math.inf
+    case["logits"][2, 5] = case["ref_logits"][2, 5] = -math.inf
+    case["logits"][3, 2], case["ref_logits"][3, 2] = -math.inf, -1e4  # which the reference has with a probability of 0
+    case["ref_logits"][4, 1] = -math.inf
+    logits = case.pop("logits").requires_grad_()
+    stats = token_stats(logits, **case, backend=any_backend)
+    assert stats.ref_kl[[1, 3]].eq(math.inf).all() and stats.ref_kl[[0, 2, 4]].isfinite().all()
+    assert stats.kl[4] == math.inf and stats.kl[:4].isfinite().all()
+    slopes = torch.arange(1.0, 6.0)
+    (found,) = torch.autograd.grad((stats.ref_kl * slopes).sum(), logits)
+    p, q = ((x / 0.7).softmax(-1) for x in (logits.detach(), case["ref_logits"]))
+    torch.testing.assert_close(found, slopes[:, None] * (p - q) / 0.7)
+
+
+def test_a_finite_mask_of_the_policy_alone_is_no_infinity(any_backend):
+    """Log-ratios beyond 1e20 count as that much, or as themselves."""
+    case = logits_case((3,), 9, with_ref_kl=True)
+    case["logits"][1, 3] = -1e38
+    ref_kl = token_stats(**case, backend=any_backend).ref_kl
+    assert 1e10 < ref_kl[1] < math.inf and (ref_kl[[0, 2]] < 100).all()
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf, "all -inf"])
 def test_poisoned_row_poisons_no_other(any_backend, poison):
-    case = logits_case((4,), 9)
+    case = logits_case((4,), 9, with_ref_kl=True)
     clean = evaluate(token_stats, case, any_backend, ["logits"])
     case["logits"][1, slice(None) if poison == "all -inf" else 4] = -math.inf if poison == "all -inf" else poison
     actual = evaluate(token_stats, case, any_backend, ["logits"])
     others = torch.tensor([0, 2, 3])
     for name, x in actual.items():
         assert torch.equal(x[others], clean[name][others]), name
-    assert all(actual[name][1].isnan() for name in ("logprob", "entropy", "kl"))
+    assert all(actual[name][1].isnan() for name in ("logprob", "entropy", "kl", "ref_kl"))
     assert actual["d logits"][1].isnan().all()
 
 
 @pytest.mark.parametrize("index", [-100, -1, 37, 2**40])
 def test_id_outside_the_vocabulary(any_backend, index):
-    case = logits_case()
+    case = logits_case(with_ref_kl=True)
     clean = evaluate(token_stats, case, any_backend)
     case["tokens"][1, 2] = index
     stats = token_stats(**case, backend=any_backend)
@@ -151,7 +178,7 @@ def test_id_outside_the_vocabulary(any_backend, index):
 def test_masked_rows_are_zero_and_spread_nothing(any_backend):
     mask = some_mask()
     temperature = torch.ones(3, 7)
-    case = logits_case(mask=mask, temperature=temperature)
+    case = logits_case(mask=mask, temperature=temperature, with_ref_kl=True)
     clean = evaluate(token_stats, case, any_backend, ["logits"])
     case["logits"][~mask] = math.nan
     case["ref_logits"][~mask] = -math.inf
@@ -182,10 +209,11 @@ def test_levels_of_strides_address_the_rows_and_are_aligned_only_where_they_say_
 def test_results_may_be_changed_in_place_before_the_backward(any_backend, shape):
     gradients = []
     for factor in (1, 2):
-        case = logits_case(shape)
+        case = logits_case(shape, with_ref_kl=True)
         logits = case["logits"].requires_grad_()
         found = token_stats(**case, backend=any_backend if factor == 2 else "reference")
-        (found.logprob.mul_(2) + found.kl if factor == 2 else 2 * found.logprob + found.kl).sum().backward()
+        logprob, ref_kl = (x.mul_(2) if factor == 2 else 2 * x for x in (found.logprob, found.ref_kl))
+        (logprob + ref_kl + found.kl).sum().backward()
         gradients.append(logits.grad)
     torch.testing.assert_close(*gradients)
 
@@ -213,21 +241,22 @@ def test_strided_inputs_and_gradients(backend):
 
 def test_incoming_gradients_of_every_kind(any_backend):
     """None, zero-stride, strided and of another dtype: equal to the dense ones."""
-    case = logits_case((6,), 11)
+    case = logits_case((6,), 11, with_ref_kl=True)
     logits = case.pop("logits").requires_grad_()
 
     def gradient(upstream):
         stats = token_stats(logits, **case, backend=any_backend)
-        outputs = [stats.logprob, stats.entropy, stats.kl]
+        outputs = [stats.logprob, stats.entropy, stats.kl, stats.ref_kl]
         kept = [(x, g) for x, g in zip(outputs, upstream, strict=True) if g is not None]
         return torch.autograd.grad([x for x, _ in kept], logits, [g for _, g in kept])[0]
 
     one = torch.ones(())
-    dense = gradient([torch.ones(6), torch.full((6,), 2.0), torch.ones(6)])
-    torch.testing.assert_close(gradient([one.expand(6), (2 * one).expand(6), torch.ones(12)[::2]]), dense)
-    for kept in range(3):
-        alone = [torch.ones(6) if i == kept else None for i in range(3)]
-        padded = [torch.ones(6) if i == kept else torch.zeros(6) for i in range(3)]
+    dense = gradient([torch.ones(6), torch.full((6,), 2.0), torch.ones(6), torch.ones(6)])
+    strided = [one.expand(6), (2 * one).expand(6), torch.ones(12)[::2], torch.ones(18)[::3]]
+    torch.testing.assert_close(gradient(strided), dense)
+    for kept in range(4):
+        alone = [torch.ones(6) if i == kept else None for i in range(4)]
+        padded = [torch.ones(6) if i == kept else torch.zeros(6) for i in range(4)]
         torch.testing.assert_close(gradient(alone), gradient(padded))
 
 
@@ -241,13 +270,13 @@ def test_gradient_of_another_dtype(any_backend):
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
 def test_no_tokens(any_backend, shape):
-    case = logits_case(shape, 5)
+    case = logits_case(shape, 5, with_ref_kl=True)
     found = evaluate(token_stats, case, any_backend, ["logits"])
     assert found["d logits"].shape == (*shape, 5) and found["logprob"].shape == shape
 
 
 def test_all_masked(any_backend):
-    case = logits_case(mask=torch.zeros(3, 7, dtype=torch.bool))
+    case = logits_case(mask=torch.zeros(3, 7, dtype=torch.bool), with_ref_kl=True)
     for name, x in evaluate(token_stats, case, any_backend, ["logits"]).items():
         assert x.eq(0).all(), name
 
@@ -266,12 +295,12 @@ def test_rows_do_not_depend_on_the_batch(backend, threads, vocabulary, coarse, m
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        case = logits_case((9,), vocabulary)
+        case = logits_case((9,), vocabulary, with_ref_kl=True)
         together = evaluate(token_stats, case, backend, ["logits"])
         logits = case["logits"].clone().requires_grad_()
         for row in range(9):
-            part = {k: v[row : row + 1] for k, v in case.items()} | {"logits": logits[row : row + 1]}
-            stats = token_stats(**part, backend=backend)
+            part = {k: case[k][row : row + 1] for k in ("tokens", "ref_logits")} | {"logits": logits[row : row + 1]}
+            stats = token_stats(**part, with_ref_kl=True, backend=backend)
             assert all(torch.equal(x, together[name][row : row + 1]) for name, x in stats._asdict().items()), row
         stats = [token_stats(logits[i : i + 1], case["tokens"][i : i + 1], backend=backend).entropy for i in range(9)]
         alone = torch.autograd.grad(torch.cat(stats).sum(), logits)[0]
@@ -282,7 +311,8 @@ def test_rows_do_not_depend_on_the_batch(backend, threads, vocabulary, coarse, m
 
 
 def test_two_runs_have_the_same_bits(backend):
-    runs = [evaluate(token_stats, logits_case(vocabulary=501), backend, ["logits"]) for _ in range(2)]
+    case = logits_case(vocabulary=501, with_ref_kl=True)
+    runs = [evaluate(token_stats, case, backend, ["logits"]) for _ in range(2)]
     assert all(torch.equal(x, runs[1][name]) for name, x in runs[0].items())
 
 
@@ -291,7 +321,7 @@ def test_gradient_is_rounded_once(backend, dtype):
     """Low-precision logits: the one-hot is subtracted in float32, so the gradient is the rounded float32 gradient."""
     if backend == "triton" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
-    case = logits_case(dtype=dtype)
+    case = logits_case(dtype=dtype, with_ref_kl=True)
     low = evaluate(token_stats, case, backend, ["logits"])
     wide = evaluate(token_stats, case | {k: case[k].float() for k in ("logits", "ref_logits")}, backend, ["logits"])
     assert torch.equal(low["d logits"], wide["d logits"].to(dtype))
@@ -305,10 +335,10 @@ def test_autocast_changes_nothing(any_backend):
     assert all(torch.equal(x, plain[name]) for name, x in cast.items())
 
 
-@pytest.mark.parametrize("name", ["logprob", "entropy", "kl"])
+@pytest.mark.parametrize("name", ["logprob", "entropy", "kl", "ref_kl"])
 @pytest.mark.parametrize("temperature", [0.8, "per token"])
 def test_gradcheck(float64_backend, name, temperature):
-    case = logits_case((3,), 7, dtype=torch.float64, scale=1.0)
+    case = logits_case((3,), 7, dtype=torch.float64, scale=1.0, with_ref_kl=True)
     logits = case.pop("logits").requires_grad_()
     case["temperature"] = torch.tensor([0.5, 1.0, 2.0]) if temperature == "per token" else temperature
     assert torch.autograd.gradcheck(lambda x: getattr(token_stats(x, **case, backend=float64_backend), name), logits)
@@ -316,7 +346,7 @@ def test_gradcheck(float64_backend, name, temperature):
 
 class TestInplaceBackward:
     def test_writes_over_the_logits(self, backend):
-        case = logits_case()
+        case = logits_case(with_ref_kl=True)
         plain = evaluate(token_stats, case, backend, ["logits"])["d logits"]
         leaf = case["logits"].requires_grad_()
         logits = leaf * 1
@@ -336,7 +366,7 @@ class TestInplaceBackward:
         assert torch.equal(whole[:, :-1], again.grad[:, :-1])
 
     def test_writes_over_logits_of_any_strides(self, backend):
-        case = logits_case((2, 3, 4), 9)
+        case = logits_case((2, 3, 4), 9, with_ref_kl=True)
         plain = evaluate(token_stats, case, backend, ["logits"])["d logits"]
         logits = (case["logits"].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0).requires_grad_()) * 1
         assert not logits.is_contiguous()
@@ -344,7 +374,8 @@ class TestInplaceBackward:
         assert torch.equal(found, plain) and torch.equal(logits.detach(), plain)
 
     @pytest.mark.parametrize("shift", [37, -37, 1, -1, 0])
-    def test_a_reference_that_shares_memory(self, backend, shift):
+    @pytest.mark.parametrize("name", ["kl", "ref_kl"])
+    def test_a_reference_that_shares_memory(self, backend, name, shift):
         """Views of one tensor, a row or an element apart: what is written must not be read as the reference."""
         case, memory = logits_case(reference=False), logits_case((3, 9), reference=False)["logits"].flatten()
         first = {"logits": 37, "ref_logits": 37 + shift}
@@ -353,9 +384,9 @@ class TestInplaceBackward:
             shared = memory.clone().requires_grad_() * 1
             views = {name: shared[start:][: 21 * 37].view(3, 7, 37) for name, start in first.items()}
             views["ref_logits"] = views["ref_logits"].detach()
-            stats = token_stats(**case | views, inplace_backward=inplace, backend=backend)
+            stats = token_stats(**case | views, with_ref_kl=True, inplace_backward=inplace, backend=backend)
             upstream = torch.arange(21.0).view(3, 7)
-            loss = (stats.kl * upstream + stats.logprob - stats.entropy).sum()
+            loss = (getattr(stats, name) * upstream + stats.logprob - stats.entropy).sum()
             found.append(torch.autograd.grad(loss, views["logits"])[0])
         assert torch.equal(*found) and found[0].any()
         assert found[1].data_ptr() == views["logits"].data_ptr()
@@ -412,12 +443,15 @@ def evaluate_kept(op, case, backend, logits):
 
 @pytest.mark.parametrize("low", [-200.0, -2e4, -1e20])
 def test_a_ratio_that_is_infinite_where_the_policy_underflows(any_backend, low):
-    case = {"logits": torch.tensor([[0.0, low]]), "ref_logits": torch.tensor([[0.0, -math.inf]])}
-    assert token_stats(**case, tokens=torch.tensor([0]), backend=any_backend).kl == math.inf
+    names, logits = ("logits", "ref_logits"), (torch.tensor([[0.0, low]]), torch.tensor([[0.0, -math.inf]]))
+    options = {"tokens": torch.tensor([0]), "with_ref_kl": True, "backend": any_backend}
+    assert token_stats(**dict(zip(names, logits, strict=True)), **options).kl == math.inf
+    assert token_stats(**dict(zip(names[::-1], logits, strict=True)), **options).ref_kl == math.inf
 
 
-@pytest.mark.parametrize("name", ["entropy", "kl", "logprob"])
-@pytest.mark.parametrize("where", ["policy", "both"])
+@pytest.mark.parametrize(
+    "name, where", [*itertools.product(["entropy", "kl", "logprob"], ["policy", "both"]), ("ref_kl", "both")]
+)
 def test_large_slopes_beside_a_logit_without_mass(any_backend, name, where):
     """A token of probability 0 has a gradient of 0, also where 1e18 times its log-prob would be beyond float32."""
     case = logits_case((3,), 20)
@@ -427,7 +461,8 @@ def test_large_slopes_beside_a_logit_without_mass(any_backend, name, where):
     found = []
     for scale in (1.0, 1e18):
         leaf = case["logits"].clone().requires_grad_()
-        stats = token_stats(leaf, case["tokens"], ref_logits=case["ref_logits"], backend=any_backend)
+        options = {"ref_logits": case["ref_logits"], "with_ref_kl": True, "backend": any_backend}
+        stats = token_stats(leaf, case["tokens"], **options)
         found.append(torch.autograd.grad((scale * getattr(stats, name)).sum(), leaf)[0])
     torch.testing.assert_close(found[1] / 1e18, found[0])
     assert found[1][:, 7].eq(0).all()
@@ -442,6 +477,9 @@ def test_no_infinite_kl_where_there_is_none(any_backend, poison):
         case["logits" if poison == "policy" else "ref_logits"][1, 3] = math.nan
     kl = token_stats(**case, backend=any_backend).kl
     assert kl[1].isnan() and kl[[0, 2]].isfinite().all()
+    case["logits"], case["ref_logits"] = case["ref_logits"], case["logits"]
+    ref_kl = token_stats(**case, with_ref_kl=True, backend=any_backend).ref_kl
+    assert ref_kl[1].isnan() and ref_kl[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("view", [lambda x: x, lambda x: x[:, :-1]], ids=["itself", "a view"])

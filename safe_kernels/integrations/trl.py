@@ -93,7 +93,7 @@ class LinearLogprob(torch.autograd.Function):
         ctx.options = {"temperature": head.temperature, "softcap": head.softcap, "logit_scale": head.logit_scale}
         ctx.backend = _fast_backend(hidden, weight)
         inputs = _linear_inputs(hidden, weight, bias, targets, ctx.options, ctx.rounded)
-        logprob, entropy, _, _, stats, _ = linear.linear_token_stats_op(*inputs, 0, None, None, ctx.backend)
+        logprob, entropy, *_, stats, _ = linear.linear_token_stats_op(*inputs, 0, None, None, ctx.backend)
         ctx.save_for_backward(hidden, weight, bias, targets, stats)
         with torch.autocast(device, enabled=False):
             metrics = [
@@ -107,7 +107,7 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, stats = ctx.saved_tensors
-        given, needed = StatsGrad(grads[0], grads[1], None), ctx.needs_input_grad[:3]
+        given, needed = StatsGrad(grads[0], grads[1]), ctx.needs_input_grad[:3]
         dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         found: list[Tensor | None] = [None, None, None]
         if any(needed) and any(x is not None for x in given):
@@ -194,7 +194,7 @@ class SelectedLogprobs(torch.autograd.Function):
         grad = grad.to(stats.dtype)
         total = grad.sum(-1)
         inputs = flat_inputs(logits, token, None, ctx.temperature, rows)
-        found = token_stats_backward_op(*inputs, stats, total.reshape(-1), None, None, ctx.backend)
+        found = token_stats_backward_op(*inputs, stats, *StatsGrad(total.reshape(-1)), ctx.backend)
         total = total.unsqueeze(-1)
         share = torch.where(total == 0, 0, total * result.exp())  # a row without gradient may hold NaN
         values = (_sum_of_equal(index, grad) - share) / ctx.temperature

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..formulas import Objective
-from ..inputs import LinearInputs, RowStats, StatsGrad, compute_dtype, take
+from ..inputs import ALL_ROWS, LinearInputs, RowStats, StatsGrad, compute_dtype, take
 from .rows import RowInputs, Slopes, Tile, is_on_host, logit_gradient, restore, row_statistics, slopes_of, tiles, write
 
 PRODUCT_BYTES = 64 << 20  # logits of the rows of one product; a reference doubles it
@@ -35,7 +35,7 @@ def kept_rows(inputs: LinearInputs, max_bytes: int | None) -> int:
 def linear_statistics(inputs: LinearInputs, logits: Tensor | None = None) -> Tensor:
     live, live_inputs = without_masked_rows(inputs)
     per_row, with_reference = per_row_of(live_inputs), inputs.ref_hidden_NH is not None
-    stats = per_row.new_stats(with_reference)
+    stats = per_row.new_stats(inputs.stats_rows)
     for product in products(live_inputs, per_row, with_reference, logits, are_known=False):
         for rows, per_row_R, tile in product.tiles():
             write(row_statistics(tile, per_row_R), stats[:, product.rows], rows)
@@ -51,7 +51,7 @@ def linear_gradients(
         row_stats, grads = take(row_stats, live), take(grads, live)
     per_row, head, sums = per_row_of(live_inputs), head_of(live_inputs), GradientSums(live_inputs, needed)
     slopes = slopes_of(per_row, row_stats, grads)
-    for product in products(live_inputs, per_row, grads.kl is not None, logits, are_known=True):
+    for product in products(live_inputs, per_row, grads.reads_reference, logits, are_known=True):
         stats_here, slopes_here = take(row_stats, product.rows), take(slopes, product.rows)
         for rows, per_row_R, tile in product.tiles():
             stats_R = take(stats_here, rows)
@@ -67,14 +67,14 @@ def linear_loss(
     live, live_inputs = without_masked_rows(inputs)
     objective = objective if live is None else take(objective, live)
     per_row, with_reference, head = per_row_of(live_inputs), inputs.ref_hidden_NH is not None, head_of(live_inputs)
-    stats, sums = per_row.new_stats(with_reference), GradientSums(live_inputs, needed)
+    stats, sums = per_row.new_stats(inputs.stats_rows), GradientSums(live_inputs, needed)
     for product in products(live_inputs, per_row, with_reference):
         goal = take(objective, product.rows)
         for rows, per_row_R, tile in product.tiles():
             stats_R = row_statistics(tile, per_row_R)
             write(stats_R, stats[:, product.rows], rows)
             if any(needed):
-                *_, grads = take(goal, rows).evaluate(stats_R.logprob, stats_R.entropy, stats_R.kl)
+                *_, grads = take(goal, rows).evaluate(stats_R)
                 head.write_gradient(tile, per_row_R, stats_R, slopes_of(per_row_R, stats_R, grads))
         sums.add(product)
     count = len(inputs.tokens_N)
@@ -167,13 +167,14 @@ class Product(NamedTuple):
     logits_SRV: Tensor  # the gradient may write over them; S = 2 with a reference
     hidden_RH: Tensor
     is_centred: bool  # as `row_statistics` left them
+    keep_y: bool
 
     def tiles(self) -> Iterator[tuple[slice, RowInputs, Tile]]:
         def load(rows: slice) -> tuple[Tensor, Tensor | None]:
             x, *y = self.logits_SRV[:, rows]
             return x, y[0] if y else None
 
-        return tiles(self.per_row, self.logits_SRV.shape[2], load)
+        return tiles(self.per_row, self.logits_SRV.shape[2], load, self.keep_y)
 
 
 def products(
@@ -187,6 +188,7 @@ def products(
     those of the first K rows, its beginning, which is filled last and emptied first.
     """
     count, height, streams = len(per_row.index_N), product_height(inputs), 1 + with_reference
+    keep_y = with_reference and inputs.stats_rows == ALL_ROWS
     kept, starts = 0 if logits_SKV is None else logits_SKV.shape[1], range(0, count, height)
     if logits_SKV is None or kept == 0:
         buffer = per_row.known_N.new_empty(streams, min(height, count), len(inputs.weight_VH))
@@ -201,7 +203,7 @@ def products(
             head_of(inputs).logits(hidden_RH, logits_SRV[0])
             if with_reference and inputs.ref_hidden_NH is not None:
                 ref_head_of(inputs).logits(_float_rows(inputs.ref_hidden_NH, rows, per_row_R), logits_SRV[1])
-        yield Product(rows, per_row_R, logits_SRV, hidden_RH, is_centred)
+        yield Product(rows, per_row_R, logits_SRV, hidden_RH, is_centred, keep_y)
 
 
 def product_height(inputs: LinearInputs) -> int:

@@ -8,15 +8,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..inputs import LogitsInputs, RowStats, StatsGrad, compute_dtype, take
+from ..inputs import ALL_ROWS, LogitsInputs, RowStats, StatsGrad, compute_dtype, take
 from .rows import RowInputs, logit_gradient, restore, row_statistics, slopes_of, tile_height, tiles, write
 
 
 def logits_statistics(inputs: LogitsInputs) -> Tensor:
     vocabulary = inputs.logits.shape[-1]
     per_row = RowInputs.of(inputs, vocabulary, compute_dtype(inputs.logits))
-    stats = per_row.new_stats(inputs.ref_logits is not None)
-    for rows, per_row_R, tile in tiles(per_row, vocabulary, _loader(inputs, per_row, inputs.ref_logits)):
+    stats = per_row.new_stats(inputs.stats_rows)
+    load, keep_y = _loader(inputs, per_row, inputs.ref_logits), inputs.stats_rows == ALL_ROWS
+    for rows, per_row_R, tile in tiles(per_row, vocabulary, load, keep_y):
         write(row_statistics(tile, per_row_R), stats, rows)
     return stats
 
@@ -25,8 +26,8 @@ def logits_gradient(inputs: LogitsInputs, stats: Tensor, grads: StatsGrad, out: 
     vocabulary, row_stats = inputs.logits.shape[-1], RowStats(*stats.unbind())
     per_row = RowInputs.of(inputs, vocabulary, compute_dtype(inputs.logits))
     slopes = slopes_of(per_row, row_stats, grads)
-    reference = None if grads.kl is None else inputs.ref_logits
-    for rows, per_row_R, tile in tiles(per_row, vocabulary, _loader(inputs, per_row, reference)):
+    load = _loader(inputs, per_row, inputs.ref_logits if grads.reads_reference else None)
+    for rows, per_row_R, tile in tiles(per_row, vocabulary, load, keep_y=grads.ref_kl is not None):
         restore(tile, per_row_R, take(row_stats, rows))
         _store_rows(out, rows, logit_gradient(tile, per_row_R, take(slopes, rows), tile.e))
 

@@ -3,7 +3,8 @@
 A tile holds R full rows in the compute dtype (float32, or float64 for float64 inputs), few enough for the cache:
 
     load             x = a, the logits after scale, bias and softcap;  y = a_ref, the same of the reference
-    row_statistics   x = (a - peak) / T;  e = exp(x);  y = x - (a_ref - ref_peak) / T
+    row_statistics   x = (a - peak) / T;  e = exp(x);  y = (a_ref - ref_peak) / T;  ratio = x - y, in the place of y
+                     unless KL(reference || policy), whose gradient reads y, is asked for
     logit_gradient   d loss / d a
 
 Maxima are kept on `a` and 1/T acts on differences, so that a large common offset costs no precision.
@@ -53,19 +54,20 @@ class RowInputs(NamedTuple):
 
     def prepared(self, grads: StatsGrad, logprob_N: Tensor) -> StatsGrad:
         """In the compute dtype, 0 where masked, NaN where the log-prob is."""
-        logprob, entropy, kl = (None if x is None else self.live(x.to(self.known_N.dtype)) for x in grads)
-        return StatsGrad(None if logprob is None else logprob.masked_fill(logprob_N.isnan(), math.nan), entropy, kl)
+        logprob, *others = (None if x is None else self.live(x.to(self.known_N.dtype)) for x in grads)
+        return StatsGrad(None if logprob is None else logprob.masked_fill(logprob_N.isnan(), math.nan), *others)
 
-    def new_stats(self, with_reference: bool) -> Tensor:
-        return self.known_N.new_empty(8 if with_reference else 4, len(self.known_N))
+    def new_stats(self, stats_rows: int) -> Tensor:
+        return self.known_N.new_empty(stats_rows, len(self.known_N))
 
 
 class Slopes(NamedTuple):
-    """Of each row: d loss / d a = e^x (constant + of_x x + of_y y), and at_token more at the token."""
+    """Of each row: d loss / d a = e^x (constant + of_x x + of_ratio ratio) + of_q e^y, at_token more at the token."""
 
     constant_N1: Tensor
     of_x_N1: Tensor | None
-    of_y_N1: Tensor | None
+    of_ratio_N1: Tensor | None
+    of_q_N1: Tensor | None
     at_token_N1: Tensor | None
 
 
@@ -74,19 +76,25 @@ class Tile(NamedTuple):
     e: Tensor
     scratch: Tensor
     y: Tensor | None
+    ratio: Tensor | None  # the memory of y, or its own
+
+    @property
+    def keeps_y(self) -> bool:
+        return self.ratio is not self.y
 
 
 def tiles(
-    per_row: RowInputs, vocabulary: int, load: Callable[[slice], tuple[Tensor, Tensor | None]]
+    per_row: RowInputs, vocabulary: int, load: Callable[[slice], tuple[Tensor, Tensor | None]], keep_y: bool
 ) -> Iterator[tuple[slice, RowInputs, Tile]]:
     """Yield (rows, their inputs, a tile). `load` gives logits, and the reference's, that may be overwritten."""
     count, like = len(per_row.index_N), per_row.known_N
     height = tile_height(vocabulary, like)
-    e, scratch = like.new_empty(2, min(height, count), vocabulary)
+    e, scratch, *ratio = like.new_empty(3 if keep_y else 2, min(height, count), vocabulary)
     for start in range(0, count, height):
         rows = slice(start, min(start + height, count))
         x, y = load(rows)
-        yield rows, take(per_row, rows), Tile(x, e[: len(x)], scratch[: len(x)], y)
+        own = ratio[0][: len(x)] if ratio and y is not None else y
+        yield rows, take(per_row, rows), Tile(x, e[: len(x)], scratch[: len(x)], y, own)
 
 
 def tile_height(vocabulary: int, like: Tensor) -> int:
@@ -98,47 +106,58 @@ def tile_height(vocabulary: int, like: Tensor) -> int:
 def row_statistics(tile: Tile, per_row: RowInputs) -> RowStats:
     """Statistics of a loaded tile, which is left centred: 0 where masked, NaN log-probs of unknown ids.
 
-    With s = sum e^x:  logprob = x_token - log s,  entropy = log s - sum(e^x x) / s,
-    kl = sum(e^x y) / s - log s + log r,  where y = x - x_ref and r = sum e^x_ref.
+    With s = sum e^x and r = sum e^y:  logprob = x_token - log s,  entropy = log s - sum(e^x x) / s,
+    kl = sum(e^x (x - y)) / s - log s + log r,  ref_kl = sum(e^y (y - x)) / r - log r + log s.
     """
     index_R1, temperature = per_row.index_N[:, None], per_row.temperature_N1
     a_token_R1, peak_R1 = tile.x.gather(1, index_R1), tile.x.amax(1, keepdim=True)
-    _centre_policy(tile, peak_R1, temperature)
+    _centre(tile.x, peak_R1, temperature)
+    if tile.y is not None:
+        a_ref_token_R1, ref_peak_R1 = tile.y.gather(1, index_R1), tile.y.amax(1, keepdim=True)
+        _centre(tile.y, ref_peak_R1, temperature)
+        policy_lacks_R = _lacks(tile.x, tile.y) if tile.keeps_y else None
+    torch.exp(tile.x.clamp_(min=FLOOR), out=tile.e)
     total = _row_sum(tile.e)
     log_total = total.log()
     logprob = per_row.known(((a_token_R1 - peak_R1) / temperature).squeeze(1) - log_total)
     entropy = per_row.live(log_total - _row_sum(torch.mul(tile.e, tile.x, out=tile.scratch)) / total)
-    if tile.y is None:
+    if tile.y is None or tile.ratio is None:
         return RowStats(logprob, entropy, *_saved(peak_R1, log_total))
 
-    a_token_R1, ref_peak_R1 = tile.y.gather(1, index_R1), tile.y.amax(1, keepdim=True)
-    _centre(tile.y, ref_peak_R1, temperature)
     ref_total = _row_sum(torch.exp(tile.y, out=tile.scratch))
     ref_log_total = ref_total.log()
-    ref_logprob = per_row.known(((a_token_R1 - ref_peak_R1) / temperature).squeeze(1) - ref_log_total)
-    _log_ratio(tile.x, tile.y)
-    kl = _row_sum(torch.mul(tile.e, tile.y, out=tile.scratch)) / total - log_total + ref_log_total
+    ref_logprob = per_row.known(((a_ref_token_R1 - ref_peak_R1) / temperature).squeeze(1) - ref_log_total)
+    may_be_infinite, is_number, ref_kl = _log_ratio(tile), ~(total + ref_total).isnan(), None
+    if policy_lacks_R is not None:
+        tile.scratch.mul_(tile.ratio)
+        if may_be_infinite:
+            tile.scratch.masked_fill_(tile.ratio == math.inf, 0)
+        ref_kl = log_total - ref_log_total - _row_sum(tile.scratch) / ref_total
+        ref_kl = per_row.live(ref_kl.masked_fill(policy_lacks_R & is_number, math.inf))
+    kl = _row_sum(torch.mul(tile.e, tile.ratio, out=tile.scratch)) / total - log_total + ref_log_total
     # With finite inputs, only a probability that underflowed times an infinite ratio is NaN.
-    kl = kl.masked_fill(kl.isnan() & ~(total + ref_total).isnan(), math.inf)
+    kl = kl.masked_fill(kl.isnan() & is_number, math.inf)
     policy = (logprob, entropy, *_saved(peak_R1, log_total))
-    return RowStats(*policy, ref_logprob, per_row.live(kl), *_saved(ref_peak_R1, ref_log_total))
+    return RowStats(*policy, ref_logprob, per_row.live(kl), *_saved(ref_peak_R1, ref_log_total), ref_kl)
 
 
 def restore(tile: Tile, per_row: RowInputs, stats: RowStats, is_centred: bool = False) -> None:
     """Centre a loaded tile as `row_statistics` did, from the statistics that it returned, or one that it left."""
-    if is_centred:
-        torch.exp(tile.x, out=tile.e)
-        return
-    _centre_policy(tile, stats.peak[:, None], per_row.temperature_N1)
-    if tile.y is not None and stats.ref_peak is not None:
-        _centre(tile.y, stats.ref_peak[:, None], per_row.temperature_N1)
-        _log_ratio(tile.x, tile.y)
+    if not is_centred:
+        _centre(tile.x, stats.peak[:, None], per_row.temperature_N1).clamp_(min=FLOOR)
+        if tile.y is not None and stats.ref_peak is not None:
+            _centre(tile.y, stats.ref_peak[:, None], per_row.temperature_N1)
+    torch.exp(tile.x, out=tile.e)
+    if tile.keeps_y or not is_centred:
+        _log_ratio(tile)
 
 
 def slopes_of(per_row: RowInputs, stats: RowStats, grads: StatsGrad) -> Slopes:
-    """Of g_l (onehot - p) - g_H p (log p + H) + g_K p (log p - log q - KL), over T. An infinite KL has NaN slopes."""
+    """Of g_l (onehot - p) - g_H p (log p + H) + g_K p (log p - log q - KL) + g_R (p - q), over T. An infinite KL has
+    NaN slopes; those of an infinite KL(reference || policy) are finite.
+    """
     grads = per_row.prepared(grads, stats.logprob)
-    per_temperature, of_y_N1, at_token_N1 = 1 / per_row.temperature_N1, None, None
+    per_temperature, of_ratio_N1, of_q_N1, at_token_N1 = 1 / per_row.temperature_N1, None, None, None
     per_total_N1 = per_temperature * (-stats.log_total).exp()[:, None]
     constant = torch.zeros_like(stats.log_total)
     if grads.logprob is not None:
@@ -150,9 +169,12 @@ def slopes_of(per_row: RowInputs, stats: RowStats, grads: StatsGrad) -> Slopes:
     if grads.kl is not None and stats.kl is not None and stats.ref_log_total is not None:
         finite_kl = stats.kl.masked_fill(stats.kl == math.inf, math.nan)
         constant = constant + grads.kl * (stats.ref_log_total - stats.log_total - finite_kl)
-        of_y_N1 = grads.kl[:, None] * per_total_N1
+        of_ratio_N1 = grads.kl[:, None] * per_total_N1
+    if grads.ref_kl is not None and stats.ref_log_total is not None:
+        constant = constant + grads.ref_kl
+        of_q_N1 = -grads.ref_kl[:, None] * per_temperature * (-stats.ref_log_total).exp()[:, None]
     of_x_N1 = None if grads.entropy is None else -grads.entropy[:, None] * per_total_N1
-    return Slopes(constant[:, None] * per_total_N1, of_x_N1, of_y_N1, at_token_N1)
+    return Slopes(constant[:, None] * per_total_N1, of_x_N1, of_ratio_N1, of_q_N1, at_token_N1)
 
 
 def logit_gradient(tile: Tile, per_row: RowInputs, slopes: Slopes, out: Tensor) -> Tensor:
@@ -160,9 +182,11 @@ def logit_gradient(tile: Tile, per_row: RowInputs, slopes: Slopes, out: Tensor) 
     factor = slopes.constant_N1
     if slopes.of_x_N1 is not None:
         factor = torch.mul(tile.x, slopes.of_x_N1, out=tile.scratch).add_(factor)
-    if slopes.of_y_N1 is not None and tile.y is not None:
-        factor = torch.add(tile.y.mul_(slopes.of_y_N1), factor, out=tile.scratch)
+    if slopes.of_ratio_N1 is not None and tile.ratio is not None:
+        factor = torch.add(tile.ratio.mul_(slopes.of_ratio_N1), factor, out=tile.scratch)
     torch.mul(tile.e, factor, out=out)
+    if slopes.of_q_N1 is not None and tile.y is not None:
+        out.addcmul_(torch.exp(tile.y, out=tile.scratch), slopes.of_q_N1)
     if slopes.at_token_N1 is not None:
         out.scatter_add_(1, per_row.index_N[:, None], slopes.at_token_N1)
     return out
@@ -189,16 +213,22 @@ def _centre(a_RV: Tensor, peak_R1: Tensor, temperature: float | Tensor) -> Tenso
     return a_RV if isinstance(temperature, float) and temperature == 1.0 else a_RV.div_(temperature)
 
 
-def _centre_policy(tile: Tile, peak_R1: Tensor, temperature: float | Tensor) -> None:
-    torch.exp(_centre(tile.x, peak_R1, temperature).clamp_(min=FLOOR), out=tile.e)
+def _lacks(x_RV: Tensor, y_RV: Tensor) -> Tensor:
+    """Which rows have an id where x is -inf and y is not."""
+    if is_on_host(x_RV) and x_RV.amin() > -math.inf:
+        return x_RV.new_zeros(len(x_RV), dtype=torch.bool)
+    return ((x_RV == -math.inf) & (y_RV > -math.inf)).any(1)
 
 
-def _log_ratio(x_RV: Tensor, y_RV: Tensor) -> None:
-    """y = x - y, but 0 where both are -inf; inf where only the reference is."""
-    torch.sub(x_RV, y_RV, out=y_RV)
-    if is_on_host(y_RV) and y_RV.amax() < math.inf:  # no -inf in the reference: a tenth of the time of a selection
-        return
-    y_RV.masked_fill_(x_RV <= FLOOR, 0)
+def _log_ratio(tile: Tile) -> bool:
+    """x - y, but 0 where both are -inf; inf where only the reference is. Whether there may be such an id."""
+    if tile.y is None or tile.ratio is None:
+        return False
+    torch.sub(tile.x, tile.y, out=tile.ratio)
+    if is_on_host(tile.x) and tile.ratio.amax() < math.inf:  # no -inf in the reference: a tenth of a selection's time
+        return False
+    tile.ratio.masked_fill_(tile.x <= FLOOR, 0)
+    return True
 
 
 def _row_sum(x_RV: Tensor) -> Tensor:

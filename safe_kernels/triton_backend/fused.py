@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..inputs import LinearInputs
+from ..inputs import ALL_ROWS, LinearInputs
 from . import launch
 from .gemm import (
     add_products,
@@ -29,20 +29,31 @@ from .gemm import (
     takes_descriptor,
 )
 from .logits import RowInputs
-from .online_softmax import empty_policy, empty_reference, merge, merge_policy, update, update_policy
+from .online_softmax import (
+    empty_forward,
+    empty_policy,
+    empty_reference,
+    merge,
+    merge_forward,
+    merge_policy,
+    update,
+    update_forward,
+    update_policy,
+)
 from .rows import (
-    CARRY,
+    CARRIED,
+    load_forward,
     load_policy,
     load_reference,
     load_rows,
     logits_of,
+    store_forward,
+    store_forward_stats,
     store_policy,
     store_policy_stats,
     store_reference,
     store_reference_stats,
 )
-
-POLICY_CARRY = CARRY.index("n")  # number of rows of CARRY without a reference
 
 NOT_SPECIALIZED = ["N", "temperature", "logit_scale", "stride_stats", "splits"]
 STRIDES = ["stride_hidden", "stride_weight", "stride_ref_hidden", "stride_ref_weight"]
@@ -59,7 +70,7 @@ def fused_kernel(
     tokens,  # [N]
     temperatures,  # [N], or None: temperature
     mask,  # [N], or None
-    carry,  # [splits, 9, N]; without a reference [splits, 4, N]
+    carry,  # [splits, CARRIED, N]
     stride_hidden,
     stride_weight,
     stride_ref_hidden,
@@ -72,6 +83,7 @@ def fused_kernel(
     temperature,
     logit_scale,  # or None
     softcap,  # or None
+    REF_KL: tl.constexpr,  # asked for
     LOADS: tl.constexpr,  # "descriptors", "aligned" pointers or "any" pointers
     CARRIED: tl.constexpr,  # rows of carry a split
     SPLIT: tl.constexpr,  # columns
@@ -104,7 +116,7 @@ def fused_kernel(
     else:
         x_ref = rows_of(ref_hidden, row_tile * M, N, stride_ref_hidden, ref_H, M)
         a_ref_token = tl.zeros([M], tl.float32)
-        reference = empty_reference(a_ref_token)
+        reference, forward = empty_reference(a_ref_token), empty_forward(a_ref_token)
         for start in range(first, end, C):
             columns = start + tl.arange(0, C)[None, :]
             zero = tl.zeros([M, C], tl.float32)
@@ -119,8 +131,13 @@ def fused_kernel(
             a_ref = logits_of(u_ref, columns, columns < end, ref_bias, logit_scale, softcap)
             a_token += tl.sum(tl.where(columns == token[:, None], a, 0.0), axis=1)
             a_ref_token += tl.sum(tl.where(columns == token[:, None], a_ref, 0.0), axis=1)
+            before, ref_before = policy, reference
             policy, reference = update(policy, reference, a, a_ref, inverse)
+            if REF_KL:
+                forward = update_forward(forward, before, ref_before, policy, reference, a, a_ref, inverse)
         store_reference(state, N, reference, a_ref_token, inside)
+        if REF_KL:
+            store_forward(state, N, forward, inside)
     store_policy(state, N, policy, a_token, inside)
 
 
@@ -138,6 +155,7 @@ def merge_kernel(
     temperature,
     CARRIED: tl.constexpr,
     REFERENCE: tl.constexpr,
+    REF_KL: tl.constexpr,
     R: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -151,15 +169,20 @@ def merge_kernel(
     policy = empty_policy(a_token)
     if REFERENCE:
         a_ref_token = tl.zeros([R], tl.float32)
-        reference = empty_reference(a_ref_token)
+        reference, forward = empty_reference(a_ref_token), empty_forward(a_ref_token)
         for split in range(0, splits):
             state = carry + split * step + row
             other, a_here = load_policy(state, N, live)
             other_reference, a_ref_here = load_reference(state, N, live)
+            if REF_KL:
+                other_forward = load_forward(state, N, live)
+                forward = merge_forward(forward, policy, reference, other_forward, other, other_reference, inverse)
             policy, reference = merge(policy, reference, other, other_reference, inverse)
             a_token += a_here
             a_ref_token += a_ref_here
         store_reference_stats(stats + row, stride_stats, policy, reference, a_ref_token, inverse, known, live, inside)
+        if REF_KL:
+            store_forward_stats(stats + row, stride_stats, forward, policy, reference, live, inside)
     else:
         for split in range(0, splits):
             other, a_here = load_policy(carry + split * step + row, N, live)
@@ -169,14 +192,13 @@ def merge_kernel(
 
 
 def fused_statistics(inputs: LinearInputs, per_row: RowInputs, stats: Tensor) -> None:
-    """Fill `stats` [4, N], or [8, N] with a reference."""
+    """Fill `stats` [stats_rows, N]."""
     if per_row.N == 0:
         return
     matrices = [None if x is None else by_row(x) for x in matrices_of(inputs)]
     choice = choice_for(matrices, is_plain(inputs))
-    carried = POLICY_CARRY if inputs.ref_hidden_NH is None else len(CARRY)
     splits = triton.cdiv(len(inputs.weight_VH), choice.split)
-    carry = stats.new_empty(splits, carried, per_row.N)
+    carry = stats.new_empty(splits, CARRIED[inputs.stats_rows], per_row.N)
     multiply(inputs, matrices, per_row, carry, choice)
     merge_splits(carry, per_row, stats, len(inputs.weight_VH))
 
@@ -231,6 +253,7 @@ def multiply(
         H=inputs.hidden_NH.shape[1],
         ref_H=0 if inputs.ref_hidden_NH is None else inputs.ref_hidden_NH.shape[1],
         splits=splits,
+        REF_KL=inputs.stats_rows == ALL_ROWS,
         LOADS=loads,
         CARRIED=carried,
         SPLIT=choice.split,
@@ -258,7 +281,8 @@ def merge_splits(carry: Tensor, per_row: RowInputs, stats: Tensor, vocabulary: i
         vocabulary=vocabulary,
         splits=splits,
         CARRIED=carried,
-        REFERENCE=carried == len(CARRY),
+        REFERENCE=len(stats) > 4,
+        REF_KL=len(stats) == ALL_ROWS,
         R=launch.MERGE.rows,
         num_warps=launch.MERGE.num_warps,
     )

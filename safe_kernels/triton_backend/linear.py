@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ..formulas import Objective
-from ..inputs import LinearInputs, StatsGrad, take
+from ..inputs import LinearInputs, RowStats, StatsGrad, take
 from . import launch
 from .fused import fused_statistics, is_fastest
 from .gemm import product as product_of_rows
 from .logits import RowInputs, gradient, statistics
-from .rows import CARRY
+from .rows import CARRIED
 
 ADDS_IN_FLOAT32 = torch.__version__ >= "2.10"  # torch.addmm of 16-bit factors to a float32 sum
 MOST = 100  # a float16 row is scaled by at most 2^100
@@ -37,7 +37,7 @@ def kept_rows(inputs: LinearInputs, max_bytes: int | None) -> int:
 
 def linear_statistics(inputs: LinearInputs, logits: Tensor | None = None) -> Tensor:
     per_row, with_reference = RowInputs.of(inputs), inputs.ref_hidden_NH is not None
-    stats = torch.empty(8 if with_reference else 4, per_row.N, dtype=torch.float32, device=per_row.tokens.device)
+    stats = torch.empty(inputs.stats_rows, per_row.N, dtype=torch.float32, device=per_row.tokens.device)
     kept = 0 if logits is None else min(logits.shape[1], per_row.N)
     sweeps, rest = [Sweep(slice(0, kept), launch.ROWS_OF_A_TILE, logits)] if kept else [], slice(kept, per_row.N)
     if inputs.batch_invariant or (launch.architecture(stats.device) in launch.PLAIN_TARGETS and is_fastest(inputs)):
@@ -45,7 +45,7 @@ def linear_statistics(inputs: LinearInputs, logits: Tensor | None = None) -> Ten
         fused_statistics(*others)
     else:
         sweeps.append(Sweep(rest, launch.ROWS_OF_A_TILE))
-    carry, vocabulary = stats.new_empty(len(CARRY), per_row.N if sweeps else 0), len(inputs.weight_VH)
+    carry, vocabulary = stats.new_empty(CARRIED[len(stats)], per_row.N if sweeps else 0), len(inputs.weight_VH)
     for tile in (tile for sweep in sweeps for tile in sweep.tiles(inputs, per_row, with_reference)):
         rows, first = tile.rows, tile.columns.start
         given = (tile.logits_RW, tile.ref_logits_RW, tile.per_row)
@@ -62,7 +62,7 @@ def linear_gradients(
     sweeps = [Sweep(slice(kept, per_row.N), row_limit)]
     if kept:
         sweeps.insert(0, Sweep(slice(0, kept), launch.ROWS_OF_A_TILE, logits, are_known=True))
-    for tile in (tile for sweep in sweeps for tile in sweep.tiles(inputs, per_row, grads.kl is not None)):
+    for tile in (tile for sweep in sweeps for tile in sweep.tiles(inputs, per_row, grads.reads_reference)):
         sums.add(tile, *tile.gradient(inputs, stats, take(grads, tile.rows)))
     return sums.sums
 
@@ -73,14 +73,14 @@ def linear_loss(
     """One product forward, one back: the logits of whole rows become their gradient while still in memory."""
     with_reference, vocabulary = inputs.ref_hidden_NH is not None, len(inputs.weight_VH)
     per_row = RowInputs.of(inputs)
-    stats = torch.empty(8 if with_reference else 4, per_row.N, dtype=torch.float32, device=per_row.tokens.device)
+    stats = torch.empty(inputs.stats_rows, per_row.N, dtype=torch.float32, device=per_row.tokens.device)
     sums = GradientSums(inputs, needed)
     sweep = Sweep(slice(0, per_row.N), launch.SWEEP_BYTES // (4 * vocabulary), whole_rows=True)
     for tile in sweep.tiles(inputs, per_row, with_reference):
         part = stats[:, tile.rows]
         statistics(tile.logits_RW, tile.ref_logits_RW, tile.per_row, part, vocabulary)
         if any(needed):
-            *_, grads = take(objective, tile.rows).evaluate(part[0], part[1], part[5] if with_reference else None)
+            *_, grads = take(objective, tile.rows).evaluate(RowStats(*part.unbind()))
             sums.add(tile, *tile.gradient(inputs, stats, grads))
     return stats, sums.sums
 

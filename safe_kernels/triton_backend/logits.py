@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..inputs import LinearInputs, LogitsInputs, StatsGrad
+from ..inputs import ALL_ROWS, LinearInputs, LogitsInputs, StatsGrad
 from . import launch
 from .rows import gradient_kernel, statistics_kernel
 
@@ -90,8 +90,7 @@ class RowInputs(NamedTuple):
 
 
 def logits_statistics(inputs: LogitsInputs) -> Tensor:
-    rows = 4 if inputs.ref_logits is None else 8
-    stats = torch.empty(rows, len(inputs.tokens_N), dtype=torch.float32, device=inputs.logits.device)
+    stats = torch.empty(inputs.stats_rows, len(inputs.tokens_N), dtype=torch.float32, device=inputs.logits.device)
     statistics(inputs.logits, inputs.ref_logits, RowInputs.of(inputs), stats, inputs.logits.shape[-1])
     return stats
 
@@ -110,7 +109,7 @@ def statistics(
     carry: Tensor | None = None,
     first_column: int = 0,
 ) -> None:
-    """Fill `stats` from a tile; with `carry` [9, N], continue the state of the previous tile."""
+    """Fill `stats` from a tile; with `carry`, continue the state of the previous tile."""
     x, width, choice = Rows.of(logits), logits.shape[-1], launch.ROWS
     reference = x if ref_logits is None else Rows.of(ref_logits)
     statistics_kernel[(-(-per_row.N // choice.rows),)](
@@ -128,6 +127,7 @@ def statistics(
         W=width,
         first_column=first_column,
         vocabulary=vocabulary,
+        REF_KL=len(stats) == ALL_ROWS,
         FIRST=first_column == 0,
         LAST=first_column + width == vocabulary,
         ALIGNED=x.is_aligned and reference.is_aligned,
@@ -150,8 +150,8 @@ def gradient(
 ) -> None:
     """Write d loss / d logits of a tile to `out`, which may be the logits."""
     x, written, choice = Rows.of(logits), Rows.of(out), launch.ROWS
-    grad_logprob, grad_entropy, grad_kl = (None if g is None else g.contiguous() for g in grads)
-    if grad_kl is None:
+    grad_logprob, grad_entropy, grad_kl, grad_ref_kl = (None if g is None else g.contiguous() for g in grads)
+    if not grads.reads_reference:
         ref_logits = None
     reference = x if ref_logits is None else Rows.of(ref_logits)
     gradient_kernel[(-(-per_row.N // choice.rows),)](
@@ -161,6 +161,7 @@ def gradient(
         grad_logprob=grad_logprob,
         grad_entropy=grad_entropy,
         grad_kl=grad_kl,
+        grad_ref_kl=grad_ref_kl,
         grad_logits=written.tensor,
         rows_inner=x.inner,
         stride_outer=x.stride_outer,

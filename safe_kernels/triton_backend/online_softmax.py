@@ -6,12 +6,12 @@ their `union`. With T the temperature, a row's state after any set of its column
 
     policy     m = max a,      s = sum 2^x,    b = sum 2^x x           x = (a - m) / (T ln 2)
     reference  n = max a_ref,  r = sum 2^y                             y = (a_ref - n) / (T ln 2)
-    both       c = sum 2^x (x - y)
+    both       c = sum 2^x (x - y),   and if asked for   d = sum 2^y (y - x)
 
-and at the end logprob = (a_token - m) / T - ln s, entropy = ln s - ln 2 b / s, kl = ln 2 c / s - ln s + ln r. The
-hardware has only powers of two. Maxima are kept on `a`, and 1/T acts on differences: a large common offset costs no
-precision. Exponents are clamped at LEAST before they are multiplied, so a weight 2^x of 0 adds 0. A NaN logit makes
-every statistic of its row NaN; so does a row that is all -inf.
+and at the end logprob = (a_token - m) / T - ln s, entropy = ln s - ln 2 b / s, kl = ln 2 c / s - ln s + ln r and ref_kl
+= ln 2 d / r - ln r + ln s. The hardware has only powers of two. Maxima are kept on `a`, and 1/T acts on differences: a
+large common offset costs no precision. Exponents are clamped at LEAST before they are multiplied, so a weight 2^x of 0
+adds 0. A NaN logit makes every statistic of its row NaN; so does a row that is all -inf.
 """
 
 from typing import NamedTuple
@@ -38,6 +38,13 @@ class Reference(NamedTuple):
     outside: tl.tensor  # inf where the reference is -inf and the policy is not: then kl is inf
 
 
+class Forward(NamedTuple):
+    """Of KL(reference || policy), beside the other two states: a call that does not ask for it has none."""
+
+    d: tl.tensor
+    outside: tl.tensor  # -inf where the policy is -inf and the reference is not: then ref_kl is inf
+
+
 @triton.jit
 def empty_policy(zero):
     """`zero`: zeros of the state's shape."""
@@ -47,6 +54,11 @@ def empty_policy(zero):
 @triton.jit
 def empty_reference(zero):
     return Reference(zero + LOWEST, zero, zero, zero)
+
+
+@triton.jit
+def empty_forward(zero):
+    return Forward(zero, zero)
 
 
 @triton.jit
@@ -85,6 +97,17 @@ def update(policy, reference, a, a_ref, inverse_temperature):
 
 
 @triton.jit
+def update_forward(state, before, ref_before, after, ref_after, a, a_ref, inverse_temperature):
+    """The third state after the tile that took the other two from `before` to `after`."""
+    inverse = tl.expand_dims(inverse_temperature, -1)
+    x, y = centred(a, tl.expand_dims(after.m, -1), inverse), centred(a_ref, tl.expand_dims(ref_after.n, -1), inverse)
+    terms = tl.exp2(y) * (tl.maximum(x, LEAST) - tl.maximum(y, LEAST))
+    outside = tl.minimum(state.outside, tl.min(a - a_ref, axis=-1))
+    moved = moved_forward(state, before, ref_before, after.m, ref_after.n, inverse_temperature)
+    return Forward(moved.d - tl.sum(terms, axis=-1), outside)
+
+
+@triton.jit
 def merge_policy(state, other, inverse_temperature):
     """The state of the union of two disjoint sets of columns."""
     m = tl.maximum(state.m, other.m)
@@ -104,6 +127,15 @@ def merge(policy, reference, other_policy, other_reference, inverse_temperature)
 
 
 @triton.jit
+def merge_forward(state, policy, reference, other, other_policy, other_reference, inverse_temperature):
+    """The third state of the union, of which `policy` and `reference` and the others are the parts' other two."""
+    m, n = tl.maximum(policy.m, other_policy.m), tl.maximum(reference.n, other_reference.n)
+    left = moved_forward(state, policy, reference, m, n, inverse_temperature)
+    right = moved_forward(other, other_policy, other_reference, m, n, inverse_temperature)
+    return Forward(left.d + right.d, tl.minimum(left.outside, right.outside))
+
+
+@triton.jit
 def moved_policy(state, m, inverse_temperature):
     """The state of the same columns under a larger maximum, or the same one."""
     shift = moved(state.m, m, inverse_temperature)
@@ -117,6 +149,13 @@ def moved_reference(policy, reference, m, n, inverse_temperature):
     ref_shift = moved(reference.n, n, inverse_temperature)
     c = (reference.c + (shift - ref_shift) * policy.s) * tl.exp2(shift)
     return Reference(n, reference.r * tl.exp2(ref_shift), c, reference.outside)
+
+
+@triton.jit
+def moved_forward(state, policy, reference, m, n, inverse_temperature):
+    shift = moved(policy.m, m, inverse_temperature)
+    ref_shift = moved(reference.n, n, inverse_temperature)
+    return Forward((state.d + (ref_shift - shift) * reference.r) * tl.exp2(ref_shift), state.outside)
 
 
 @triton.jit
@@ -137,6 +176,14 @@ def union(policy, reference, inverse_temperature):
 
 
 @triton.jit
+def union_forward(state, policy, reference, inverse_temperature):
+    m, n = tl.max(policy.m, axis=-1), tl.max(reference.n, axis=-1)
+    m_R1, n_R1 = tl.expand_dims(m, -1), tl.expand_dims(n, -1)
+    parts = moved_forward(state, policy, reference, m_R1, n_R1, inverse_temperature)
+    return Forward(tl.sum(parts.d, axis=-1), tl.min(parts.outside, axis=-1))
+
+
+@triton.jit
 def finish_policy(policy, a_token, inverse_temperature):
     """(logprob, entropy, log s)."""
     log_s = tl.log(policy.s)
@@ -154,6 +201,14 @@ def finish_reference(policy, reference, a_ref_token, inverse_temperature):
 
 
 @triton.jit
+def finish_forward(state, policy, reference):
+    """ref_kl."""
+    ref_kl = (state.d / reference.r) * LN_2 - tl.log(reference.r) + tl.log(policy.s)
+    infinity = tl.where(policy.s > 0, float("inf"), float("nan"))  # a policy that is all -inf has none
+    return tl.where((state.outside == -float("inf")) & (ref_kl == ref_kl), infinity, ref_kl)
+
+
+@triton.jit
 def log2_probabilities(a, peak, log_total, inverse_temperature):
     """log2 p of a row from its maximum and the log of its sum. Adding the two first would lose digits."""
     finite_peak = tl.where(peak == -float("inf"), 0.0, peak)  # no result needs it, but on sm_100 a case spills without
@@ -161,7 +216,7 @@ def log2_probabilities(a, peak, log_total, inverse_temperature):
 
 
 @triton.jit
-def constant_slope(entropy, kl, grad_logprob, grad_entropy, grad_kl):
+def constant_slope(entropy, kl, grad_logprob, grad_entropy, grad_kl, grad_ref_kl):
     """The part of gradient / p that is the same for every entry of a row; None is no gradient."""
     constant = tl.zeros_like(entropy)
     if grad_logprob is not None:
@@ -170,12 +225,16 @@ def constant_slope(entropy, kl, grad_logprob, grad_entropy, grad_kl):
         constant -= grad_entropy * entropy
     if grad_kl is not None:  # NaN where the KL is infinite
         constant -= grad_kl * tl.where(kl == float("inf"), float("nan"), kl)
+    if grad_ref_kl is not None:
+        constant += grad_ref_kl
     return constant
 
 
 @triton.jit
-def logit_gradient(log2_p, log2_q, is_token, constant, grad_logprob, grad_entropy, grad_kl):
-    """d loss / d (a / T) = g_l (onehot - p) - g_H p (log p + H) + g_K p (log p - log q - KL), in one product with p."""
+def logit_gradient(log2_p, log2_q, is_token, constant, grad_logprob, grad_entropy, grad_kl, grad_ref_kl):
+    """d loss / d (a / T) = g_l (onehot - p) - g_H p (log p + H) + g_K p (log p - log q - KL) + g_R (p - q), in one
+    product with p and, for g_R, one with q.
+    """
     finite = tl.maximum(log2_p, LEAST)
     slope = tl.zeros_like(log2_p) + constant[:, None]
     if grad_entropy is not None:
@@ -183,6 +242,8 @@ def logit_gradient(log2_p, log2_q, is_token, constant, grad_logprob, grad_entrop
     if grad_kl is not None:
         slope += (grad_kl * LN_2)[:, None] * (finite - tl.maximum(log2_q, LEAST))
     gradient = tl.exp2(log2_p) * slope
+    if grad_ref_kl is not None:
+        gradient -= tl.exp2(log2_q) * grad_ref_kl[:, None]
     if grad_logprob is not None:
         gradient = tl.where(is_token, gradient + grad_logprob[:, None], gradient)
     return gradient

@@ -10,25 +10,32 @@ import triton
 import triton.language as tl
 
 from .online_softmax import (
+    Forward,
     Policy,
     Reference,
     constant_slope,
+    empty_forward,
     empty_policy,
     empty_reference,
+    finish_forward,
     finish_policy,
     finish_reference,
     log2_probabilities,
     logit_gradient,
     merge,
+    merge_forward,
     merge_policy,
     union,
+    union_forward,
     union_policy,
     update,
+    update_forward,
     update_policy,
 )
 
-# Rows of `carry` [9, N], the state between two tiles; those of `stats` are the fields of `RowStats`.
-CARRY = ("m", "s", "b", "a_token", "n", "r", "c", "outside", "a_ref_token")
+# Rows of `carry`, the state between two tiles; those of `stats` are the fields of `RowStats`.
+CARRY = ("m", "s", "b", "a_token", "n", "r", "c", "outside", "a_ref_token", "d", "policy_outside")
+CARRIED = {4: CARRY.index("n"), 8: CARRY.index("d"), 9: len(CARRY)}  # how many, by the number of statistics
 
 NOT_SPECIALIZED = ["N", "stride_stats", "W", "first_column", "vocabulary", "temperature", "logit_scale"]
 NOT_SPECIALIZED += ["rows_inner", "stride_outer", "stride_inner"]
@@ -142,6 +149,18 @@ def store_reference(state, stride, reference, a_ref_token, inside):
 
 
 @triton.jit
+def load_forward(state, stride, inside):
+    d = tl.load(state + 9 * stride, mask=inside, other=0.0)
+    return Forward(d, tl.load(state + 10 * stride, mask=inside, other=0.0))
+
+
+@triton.jit
+def store_forward(state, stride, forward, inside):
+    tl.store(state + 9 * stride, forward.d, mask=inside)
+    tl.store(state + 10 * stride, forward.outside, mask=inside)
+
+
+@triton.jit
 def store_policy_stats(out, stride, policy, a_token, inverse, known, live, inside):
     """A masked row gets zeros; an id outside the vocabulary gets a NaN logprob."""
     logprob, entropy, log_s = finish_policy(policy, a_token, inverse)
@@ -158,6 +177,11 @@ def store_reference_stats(out, stride, policy, reference, a_ref_token, inverse, 
     tl.store(out + 5 * stride, tl.where(live, kl, 0.0), mask=inside)
     tl.store(out + 6 * stride, tl.where(live, reference.n, 0.0), mask=inside)
     tl.store(out + 7 * stride, tl.where(live, log_r, 0.0), mask=inside)
+
+
+@triton.jit
+def store_forward_stats(out, stride, forward, policy, reference, live, inside):
+    tl.store(out + 8 * stride, tl.where(live, finish_forward(forward, policy, reference), 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -185,6 +209,7 @@ def statistics_kernel(
     temperature,
     logit_scale,  # or None
     softcap,  # or None
+    REF_KL: tl.constexpr,  # asked for
     FIRST: tl.constexpr,  # no state to carry in
     LAST: tl.constexpr,  # no state to carry out
     ALIGNED: tl.constexpr,
@@ -218,10 +243,13 @@ def statistics_kernel(
         if not FIRST:
             carried_reference, ref_carried = load_reference(state, stride_stats, inside)
             a_ref_token = tl.where(is_here, a_ref_token, ref_carried)
+            if REF_KL:
+                carried_forward = load_forward(state, stride_stats, inside)
 
     K: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth  # 16 bytes
     zero = tl.zeros([R, C // K], tl.float32)
-    policy, reference, inverse_R1 = empty_policy(zero), empty_reference(zero), inverse[:, None]
+    policy, reference, forward = empty_policy(zero), empty_reference(zero), empty_forward(zero)
+    inverse_R1 = inverse[:, None]
     tiles = width // C
     for REST in tl.static_range(2):  # without masks as far as tiles are whole, then at most one with
         for tile in range(tiles if REST else 0, tiles + (width % C > 0) if REST else tiles):
@@ -235,20 +263,34 @@ def statistics_kernel(
                 a_ref = load_logits(
                     ref_pointer[:, None, None], columns, seen, ref_bias, first_column, logit_scale, softcap
                 )
+                before, ref_before = policy, reference
                 policy, reference = update(policy, reference, a, a_ref, inverse_R1)
+                if REF_KL:
+                    forward = update_forward(forward, before, ref_before, policy, reference, a, a_ref, inverse_R1)
 
     if ref_logits is None:
         policy = union_policy(policy, inverse_R1)
         if not FIRST:
             policy = merge_policy(carried_policy, policy, inverse)
     else:
+        if REF_KL:
+            forward = union_forward(forward, policy, reference, inverse_R1)
         policy, reference = union(policy, reference, inverse_R1)
         if not FIRST:
+            if REF_KL:
+                forward = merge_forward(
+                    carried_forward, carried_policy, carried_reference, forward, policy, reference, inverse
+                )
             policy, reference = merge(carried_policy, carried_reference, policy, reference, inverse)
         if LAST:
             store_reference_stats(out, stride_stats, policy, reference, a_ref_token, inverse, known, live, inside)
         else:
             store_reference(state, stride_stats, reference, a_ref_token, inside)
+        if REF_KL:
+            if LAST:
+                store_forward_stats(out, stride_stats, forward, policy, reference, live, inside)
+            else:
+                store_forward(state, stride_stats, forward, inside)
 
     if LAST:
         store_policy_stats(out, stride_stats, policy, a_token, inverse, known, live, inside)
@@ -259,7 +301,7 @@ def statistics_kernel(
 @triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "grad_rows_inner", "grad_stride_outer", "grad_stride_inner"])
 def gradient_kernel(
     logits,
-    ref_logits,  # or None: no gradient of the KL is asked for
+    ref_logits,  # or None: no gradient of a KL is asked for
     tokens,  # [N]
     temperatures,  # [N], or None: temperature
     mask,  # [N], or None
@@ -269,6 +311,7 @@ def gradient_kernel(
     grad_logprob,  # [N], or None
     grad_entropy,  # [N], or None
     grad_kl,  # [N], or None
+    grad_ref_kl,  # [N], or None
     grad_logits,  # rows like those of logits, with their own strides; may be the logits
     rows_inner,
     stride_outer,
@@ -302,7 +345,7 @@ def gradient_kernel(
     scale = inverse  # the factor of u in a / T
     if logit_scale is not None:
         scale *= logit_scale
-    g_logprob, g_entropy, g_kl, kl = grad_logprob, grad_entropy, None, entropy
+    g_logprob, g_entropy, g_kl, g_ref_kl, kl = grad_logprob, grad_entropy, grad_kl, grad_ref_kl, entropy
     if grad_logprob is not None:
         logprob = tl.load(saved, mask=inside)
         g_logprob = tl.where(logprob == logprob, scale * load_rows(grad_logprob, 0.0, row, inside), float("nan"))
@@ -313,10 +356,13 @@ def gradient_kernel(
     grad_pointer = row_pointers(grad_logits, row_read, grad_rows_inner, grad_stride_outer, grad_stride_inner, ALIGNED)
     if ref_logits is not None:
         ref_pointer = row_pointers(ref_logits, row_read, ref_rows_inner, ref_stride_outer, ref_stride_inner, ALIGNED)
-        g_kl, kl = scale * load_rows(grad_kl, 0.0, row, inside), tl.load(saved + 5 * stride_stats, mask=inside)
+        if grad_kl is not None:
+            g_kl, kl = scale * load_rows(grad_kl, 0.0, row, inside), tl.load(saved + 5 * stride_stats, mask=inside)
+        if grad_ref_kl is not None:
+            g_ref_kl = scale * load_rows(grad_ref_kl, 0.0, row, inside)
         ref_peak = tl.load(saved + 6 * stride_stats, mask=inside)
         ref_log_total = tl.load(saved + 7 * stride_stats, mask=inside)
-    constant = constant_slope(entropy, kl, g_logprob, g_entropy, g_kl)
+    constant = constant_slope(entropy, kl, g_logprob, g_entropy, g_kl, g_ref_kl)
     width = W
     if ALIGNED:
         width = W // 16 * 16
@@ -335,7 +381,7 @@ def gradient_kernel(
                 a_ref = load_logits(ref_pointer[:, None], columns, seen, ref_bias, first_column, logit_scale, softcap)
                 log2_q = log2_probabilities(a_ref, ref_peak[:, None], ref_log_total[:, None], inverse[:, None])
             is_token = tl.arange(0, C)[None, :] == (local - start)[:, None]  # in 32 bits
-            du = logit_gradient(log2_p, log2_q, is_token, constant, g_logprob, g_entropy, g_kl)
+            du = logit_gradient(log2_p, log2_q, is_token, constant, g_logprob, g_entropy, g_kl, g_ref_kl)
             if softcap is not None:
                 share = a * (1.0 / softcap)
                 du *= 1.0 - share * share
