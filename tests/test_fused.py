@@ -25,13 +25,12 @@ def descriptors(monkeypatch, kernels):
     monkeypatch.setattr(launch, "gemm_choice", lambda *_: choice)
 
 
-def statistics(**case):
+def statistics(with_ref_kl=False, **case):
     """The rows of RowStats by name, for arguments of `linear_token_stats` with one leading axis."""
-    inputs = flat_inputs(Head(**case))
-    stats = torch.full((len(RowStats._fields), len(inputs.tokens_N)), math.nan)
+    inputs = flat_inputs(Head(**case), with_ref_kl)
+    stats = torch.full((inputs.stats_rows, len(inputs.tokens_N)), math.nan)
     fused_statistics(inputs, RowInputs.of(inputs), stats)
-    names = RowStats._fields if inputs.ref_hidden_NH is not None else RowStats._fields[:4]
-    return dict(zip(names, stats.cpu(), strict=False))
+    return dict(zip(RowStats._fields, stats.cpu(), strict=False))
 
 
 def held(case, vocabulary=37):
@@ -52,8 +51,9 @@ def converted(x, dtype):
     return x.to(dtype) if is_float and dtype is not None else x
 
 
-def case_of(shape=(21,), **options):
-    return linear_case(shape, **options)
+def case_of(shape=(21,), reference="shared", **options):
+    """With both KLs if there is a reference."""
+    return linear_case(shape, reference=reference, with_ref_kl=reference is not None, **options)
 
 
 HEADS = {
@@ -69,6 +69,15 @@ HEADS = {
 @pytest.mark.parametrize("head", HEADS)
 def test_holds_to_reference(dtype, reference, head):
     held(case_of(dtype=dtype, reference=reference, **HEADS[head]))
+
+
+@pytest.mark.parametrize("reference", ["shared", "own"])
+def test_one_kl_alone(reference):
+    """It has the bits that it has beside the other one."""
+    case = case_of(reference=reference, **HEADS["all"])
+    both = statistics(**case)
+    both.pop("ref_kl")
+    assert_same(held(case | {"with_ref_kl": False}), both)
 
 
 @pytest.mark.parametrize("reference", [None, "shared", "own"])
@@ -132,7 +141,7 @@ def test_masked_rows(reference):
         if name in case:
             case[name][~case["mask"]] = math.nan
     found = statistics(**case)
-    alone = {k: x[case["mask"]] if len(x) == 40 else x for k, x in case.items()}
+    alone = {k: x[case["mask"]] if torch.is_tensor(x) and len(x) == 40 else x for k, x in case.items()}
     for name, x in held(alone | {"mask": None}, 33).items():
         assert torch.equal(found[name][case["mask"]], x)
         assert found[name][~case["mask"]].eq(0).all()
@@ -143,7 +152,7 @@ def test_a_nan_row_is_nan_alone():
     whole = statistics(**case)
     case["hidden"][3, 2] = math.nan
     for name, x in statistics(**case).items():
-        assert name not in ("logprob", "entropy", "kl") or x[3].isnan()
+        assert name not in ("logprob", "entropy", "kl", "ref_kl") or x[3].isnan()
         assert torch.equal(x.index_fill(0, torch.tensor(3), 0), whole[name].index_fill(0, torch.tensor(3), 0))
 
 
@@ -154,6 +163,8 @@ def test_reference_excludes_what_the_policy_does_not():
     case["bias"] = torch.zeros(37).index_fill(0, torch.tensor(20), -math.inf)
     case["tokens"][case["tokens"] == 20] = 0
     held(case)
+    case["ref_bias"][20] = 0
+    assert statistics(**case)["ref_kl"].eq(math.inf).all()
 
 
 def test_an_id_that_is_no_token():

@@ -77,7 +77,7 @@ def contiguous(x):
     return x if x.is_contiguous() else torch.ops.aten.clone(x, memory_format=torch.contiguous_format)
 
 
-def linear_inputs(count, vocabulary, dtype, reference="shared", *, masked=False, **options):
+def linear_inputs(count, vocabulary, dtype, reference="shared", *, with_ref_kl=False, masked=False, **options):
     case = {"temperature": 0.7} | options
     if reference != "none":
         case["ref_hidden"] = torch.empty(count, WIDTH, dtype=dtype)
@@ -87,17 +87,17 @@ def linear_inputs(count, vocabulary, dtype, reference="shared", *, masked=False,
     if masked:
         case |= {"mask": torch.empty(count, dtype=torch.bool), "temperature": torch.empty(count), "softcap": 30.0}
     hidden, weight = torch.empty(count, WIDTH, dtype=dtype), torch.empty(vocabulary, WIDTH, dtype=dtype)
-    return flat_inputs(Head(hidden, weight, torch.empty(count, dtype=torch.int64), **case))
+    return flat_inputs(Head(hidden, weight, torch.empty(count, dtype=torch.int64), **case), with_ref_kl)
 
 
 def objective_of(inputs):
     old_logprob, advantage = torch.empty(2, len(inputs.tokens_N))
-    return Objective(*weights_of(inputs, old_logprob, advantage, None), 0.2, 0.2, 0.01, 0.1, 0.1, 0.05)
+    return Objective(*weights_of(inputs, old_logprob, advantage, None), 0.2, 0.2, 0.01, 0.1, 0.1, 0.05, 0.1)
 
 
-def grads_of(inputs, with_reference):
-    count = len(inputs.tokens_N)
-    return StatsGrad(*torch.empty(2, count), torch.empty(count) if with_reference else None)
+def grads_of(inputs):
+    """Of everything that was asked for."""
+    return StatsGrad(*torch.empty({4: 2, 8: 3, 9: 4}[inputs.stats_rows], len(inputs.tokens_N)))
 
 
 def check_gradients(found, inputs, needed):
@@ -107,16 +107,16 @@ def check_gradients(found, inputs, needed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reference", ["none", "shared", "own"])
+@pytest.mark.parametrize("reference, rows", [("none", 4), ("shared", 8), ("own", 8), ("shared", 9), ("own", 9)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("batch_invariant", [False, True])
-def test_hidden_states(dtype, reference, masked, batch_invariant):
-    inputs = linear_inputs(128, 5000, dtype, reference, masked=masked, batch_invariant=batch_invariant)
-    rows = 4 if reference == "none" else 8
+def test_hidden_states(dtype, reference, rows, masked, batch_invariant):
+    options = {"with_ref_kl": rows == 9, "masked": masked, "batch_invariant": batch_invariant}
+    inputs = linear_inputs(128, 5000, dtype, reference, **options)
     stats = triton_backend.linear_statistics(inputs)
     assert (stats.shape, stats.dtype, stats.is_cuda) == ((rows, 128), torch.float32, True)
     for needed in ((True, True, True), (True, False, False)):
-        grads = grads_of(inputs, reference != "none")
+        grads = grads_of(inputs)
         check_gradients(triton_backend.linear_gradients(inputs, stats, grads, needed), inputs, needed)
         if reference != "none":
             _, found = triton_backend.linear_loss(inputs, objective_of(inputs), needed)
@@ -129,7 +129,7 @@ def test_hidden_states_beside_a_head_of_another_dtype():
         inputs = inputs._replace(batch_invariant=batch_invariant)
         stats = triton_backend.linear_statistics(inputs)
         needed = (True, True, False)
-        check_gradients(triton_backend.linear_gradients(inputs, stats, grads_of(inputs, True), needed), inputs, needed)
+        check_gradients(triton_backend.linear_gradients(inputs, stats, grads_of(inputs), needed), inputs, needed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,7 +139,7 @@ def test_logits(dtype):
     inputs = flat_logits(logits, tokens, ref_logits, 1.0, None)
     stats = triton_backend.logits_statistics(inputs)
     assert stats.shape == (8, 128)
-    triton_backend.logits_gradient(inputs, stats, grads_of(inputs, True), logits)
+    triton_backend.logits_gradient(inputs, stats, grads_of(inputs), logits)
 
 
 def test_values():
@@ -150,9 +150,9 @@ def test_values():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reference", ["none", "own"])
-def test_hidden_states_on_rocm(dtype, reference, rocm):
-    test_hidden_states(dtype, reference, masked=True, batch_invariant=False)
+@pytest.mark.parametrize("reference, rows", [("none", 4), ("own", 8), ("own", 9)])
+def test_hidden_states_on_rocm(dtype, reference, rows, rocm):
+    test_hidden_states(dtype, reference, rows, masked=True, batch_invariant=False)
 
 
 def test_the_reference_on_rocm(rocm):
@@ -187,7 +187,7 @@ def test_bytes_of_the_sums(entrance, part, most, monkeypatch):
         triton_backend.linear_loss(inputs, objective_of(inputs), needed)
     else:
         stats = triton_backend.linear_statistics(inputs)
-        triton_backend.linear_gradients(inputs, stats, grads_of(inputs, False), needed)
+        triton_backend.linear_gradients(inputs, stats, grads_of(inputs), needed)
     assert sum(moved) == sum_bytes(workload, part)
     assert sum_bytes(dataclasses.replace(workload, H=2048), part) <= most
 
@@ -200,7 +200,7 @@ def test_kept_logits(kept, needed):
     assert rows == {0: 0, 100: 0, 256: 256}[kept]
     logits = torch.empty(2, rows, 5000)
     stats = triton_backend.linear_statistics(inputs, logits)
-    found = triton_backend.linear_gradients(inputs, stats, grads_of(inputs, True), needed, logits)
+    found = triton_backend.linear_gradients(inputs, stats, grads_of(inputs), needed, logits)
     check_gradients(found, inputs, needed)
 
 
@@ -216,5 +216,5 @@ def test_memory_with_a_frozen_head(closed_form, limit, build, request):
             triton_backend.linear_loss(inputs, objective_of(inputs), needed)
         else:
             stats = triton_backend.linear_statistics(inputs)
-            triton_backend.linear_gradients(inputs, stats, grads_of(inputs, True), needed)
+            triton_backend.linear_gradients(inputs, stats, grads_of(inputs), needed)
     assert limit / 2 < seen.peak <= limit

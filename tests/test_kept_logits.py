@@ -47,11 +47,12 @@ def logits_made(backend, monkeypatch):
     [
         {},
         {"reference": None},
-        {"reference": "own", "bias": True, "softcap": 5.0, "logit_scale": 0.5, "temperature": 0.6},
+        {"with_ref_kl": True, "temperature": 0.7},
+        {"reference": "own", "with_ref_kl": True, "bias": True, "softcap": 5.0, "logit_scale": 0.5, "temperature": 0.6},
         {"dtype": torch.float16, "mask": some_mask(), "temperature": temperatures()},
         {"dtype": torch.bfloat16, "reference": "own", "mask": torch.zeros(3, 7, dtype=torch.bool)},
     ],
-    ids=["plain", "no reference", "all", "masked", "all masked"],
+    ids=["plain", "no reference", "both KLs", "all", "masked", "all masked"],
 )
 def test_holds_to_reference(backend, kept, options):
     streams = 1 if options.get("reference", "shared") is None else 2
@@ -78,22 +79,23 @@ def test_what_is_kept_is_not_computed_again(backend, logits_made, kept, saved, w
 
 @pytest.mark.parametrize("kept", [0, 16, EVERYTHING])
 def test_every_backward_gives_the_same(backend, kept):
-    case = linear_case(mask=some_mask(), max_kept_bytes=2 * kept * ROW)
+    case = linear_case(mask=some_mask(), max_kept_bytes=2 * kept * ROW, with_ref_kl=True)
     leaves = [case.pop(name).requires_grad_() for name in ("hidden", "weight")]
     stats = linear_token_stats(*leaves, **case, backend=backend)
-    loss = (stats.logprob + stats.entropy + stats.kl).sum()
+    loss = (stats.logprob + stats.entropy + stats.kl + stats.ref_kl).sum()
     first, second, third = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(3))
     for x, y, z in zip(first, second, third, strict=True):
         torch.testing.assert_close(x, y)
         assert torch.equal(y, z)
 
 
+@pytest.mark.parametrize("name", ["kl", "ref_kl"])
 @pytest.mark.parametrize("kept", [0, 16, EVERYTHING])
-def test_many_slopes_at_once(backend, kept):
+def test_many_slopes_at_once(backend, kept, name):
     """By is_grads_batched and by vmap, which run the ops once a sample, before and after a backward of one sample."""
-    case = linear_case(max_kept_bytes=2 * kept * ROW)
-    leaves = [case.pop(name).requires_grad_() for name in ("hidden", "weight")]
-    kl, slopes = linear_token_stats(*leaves, **case, backend=backend).kl, torch.randn(2, 3, 7)
+    case = linear_case(max_kept_bytes=2 * kept * ROW, with_ref_kl=True)
+    leaves = [case.pop(leaf).requires_grad_() for leaf in ("hidden", "weight")]
+    kl, slopes = getattr(linear_token_stats(*leaves, **case, backend=backend), name), torch.randn(2, 3, 7)
 
     def gradient(slope, **options):
         return torch.autograd.grad(kl, leaves, slope, retain_graph=True, **options)
@@ -123,6 +125,19 @@ def test_compiled_autograd_uses_them_up_too(backend, kept):
     for again in found[1:]:
         for x, y in zip(again, found[0], strict=True):
             torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("asked", ["entropy", "kl", "ref_kl"])
+def test_what_the_forward_computed_beyond_what_is_differentiated_changes_nothing(backend, asked):
+    """Of the kept logits the torch backend keeps another form where both KLs are asked for."""
+    found = []
+    for options in ({"max_kept_bytes": 0}, {}, {"max_kept_bytes": EVERYTHING}):
+        case = linear_case(reference="own", softcap=5.0, with_ref_kl=True, **options)
+        case["hidden"].requires_grad_()
+        stats = linear_token_stats(**case, backend=backend)
+        found += torch.autograd.grad(getattr(stats, asked).sum(), case["hidden"])
+    for x in found[1:]:
+        torch.testing.assert_close(x, found[0])
 
 
 def test_more_bytes_than_any_memory(backend):

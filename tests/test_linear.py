@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reference", [None, "shared", "own"])
+@pytest.mark.parametrize("reference, with_ref_kl", [(None, False), ("shared", False), ("own", False), ("own", True)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("kernels")
     ],
     ids=["plain", "bias", "softcap", "all"],
 )
-def test_holds_to_reference(backend, dtype, reference, options):
-    case = linear_case(dtype=dtype, reference=reference, **options)
+def test_holds_to_reference(backend, dtype, reference, with_ref_kl, options):
+    case = linear_case(dtype=dtype, reference=reference, with_ref_kl=with_ref_kl, **options)
     wrt = ["hidden", "weight", *(["bias"] if "bias" in options else [])]
     hold_to_reference(linear_token_stats, case, backend, wrt)
 
@@ -37,24 +37,25 @@ def test_gpus_without_a_product_into_float32_hold_to_reference(op, monkeypatch):
     """As on ROCm and XPU, where our own product takes the place of the library's in every direction."""
     monkeypatch.setattr(triton_linear, "blas_product", triton_linear.product_of_rows)
     make = policy_case if op is linear_policy_loss else linear_case
-    case = make(dtype=torch.float16, reference="own", bias=True, mask=some_mask())
+    asked = {"ref_kl_coef": 0.1} if op is linear_policy_loss else {"with_ref_kl": True}
+    case = make(dtype=torch.float16, reference="own", bias=True, mask=some_mask(), **asked)
     hold_to_reference(op, case, "triton", ["hidden", "weight", "bias"])
 
 
 def test_temperature_per_token(backend):
-    case = linear_case(mask=some_mask(), temperature=temperatures())
+    case = linear_case(mask=some_mask(), temperature=temperatures(), with_ref_kl=True)
     hold_to_reference(linear_token_stats, case, backend, ["hidden", "weight"])
 
 
 @pytest.mark.parametrize("vocabulary", [1, 31, 257, 50257])
 def test_any_vocabulary(backend, vocabulary, coarse):
-    case = linear_case((3,), vocabulary)
+    case = linear_case((3,), vocabulary, with_ref_kl=True)
     hold_to_reference(linear_token_stats, case, backend, ["hidden", "weight"], vocabulary)
 
 
 def test_equals_the_logits_entrance(any_backend):
-    case = linear_case(softcap=5.0, logit_scale=0.5, temperature=0.7, bias=True)
-    options = {"temperature": 0.7, "backend": any_backend}
+    case = linear_case(softcap=5.0, logit_scale=0.5, temperature=0.7, bias=True, with_ref_kl=True)
+    options = {"temperature": 0.7, "with_ref_kl": True, "backend": any_backend}
     logits, ref_logits = (
         5.0 * torch.tanh(0.5 * (case[x] @ case["weight"].T + case["bias"]) / 5.0) for x in ("hidden", "ref_hidden")
     )
@@ -65,7 +66,7 @@ def test_equals_the_logits_entrance(any_backend):
 
 def test_logits_are_never_rounded(backend):
     """bf16 inputs, float32 logits in between: the error is that of float32, in logits of the size of 100."""
-    case = linear_case((20,), 501, 64, dtype=torch.bfloat16)
+    case = linear_case((20,), 501, 64, dtype=torch.bfloat16, with_ref_kl=True)
     case["hidden"], case["ref_hidden"] = 20 * case["hidden"], 20 * case["ref_hidden"]
     exact = evaluate(linear_token_stats, case, "reference", dtype=torch.float64)
     for name, x in evaluate(linear_token_stats, case, backend).items():
@@ -89,7 +90,7 @@ def test_inputs_of_mixed_dtypes(backend):
 @pytest.mark.parametrize("wrt", [["hidden"], ["weight"], ["bias"], ["hidden", "weight"]])
 def test_only_what_is_needed(any_backend, wrt):
     """A frozen head or body gets no gradient, and does not change the others'."""
-    case = linear_case(bias=True)
+    case = linear_case(bias=True, with_ref_kl=True)
     everything = evaluate(linear_token_stats, case, any_backend, ["hidden", "weight", "bias"])
     for name, x in evaluate(linear_token_stats, case, any_backend, wrt).items():
         torch.testing.assert_close(x, everything[name])
@@ -100,9 +101,9 @@ def test_the_reference_receives_no_gradient(any_backend):
     for x in case.values():
         if x.is_floating_point():
             x.requires_grad_()
-    stats = linear_token_stats(**case, backend=any_backend)
+    stats = linear_token_stats(**case, with_ref_kl=True, backend=any_backend)
     assert not stats.ref_logprob.requires_grad
-    (stats.kl.sum() + stats.entropy.sum()).backward()
+    (stats.kl.sum() + stats.ref_kl.sum() + stats.entropy.sum()).backward()
     assert case["hidden"].grad is not None and case["weight"].grad is not None
     assert all(case[name].grad is None for name in ("ref_hidden", "ref_weight", "ref_bias"))
 
@@ -112,7 +113,7 @@ def test_masked_rows_are_zero_and_spread_nothing(any_backend, everywhere, monkey
     if not everywhere:
         _zero_rows_as_off_the_cpu(monkeypatch)
     mask = some_mask()
-    case = linear_case(mask=mask)
+    case = linear_case(mask=mask, with_ref_kl=True)
     clean = evaluate(linear_token_stats, case, any_backend, ["hidden", "weight"])
     case["hidden"][~mask] = math.nan
     case["ref_hidden"][~mask] = math.inf
@@ -124,18 +125,21 @@ def test_masked_rows_are_zero_and_spread_nothing(any_backend, everywhere, monkey
 
 def test_zeroed_rows_hold_to_reference(backend, monkeypatch):
     _zero_rows_as_off_the_cpu(monkeypatch)
-    case = linear_case(mask=some_mask(), temperature=temperatures(), bias=True)
+    case = linear_case(mask=some_mask(), temperature=temperatures(), bias=True, with_ref_kl=True)
     hold_to_reference(linear_token_stats, case, backend, ["hidden", "weight", "bias"])
 
 
 @pytest.mark.parametrize("everywhere", [True, False], ids=["left out", "zeroed"])
-def test_a_masked_row_has_no_gradient_where_only_the_references_bias_is_infinite(backend, everywhere, monkeypatch):
+@pytest.mark.parametrize("bias, kl", [("ref_bias", "kl"), ("bias", "ref_kl")])
+def test_a_masked_row_has_no_gradient_where_only_one_bias_is_infinite(backend, bias, kl, everywhere, monkeypatch):
     if not everywhere:
         _zero_rows_as_off_the_cpu(monkeypatch)
-    case = linear_case(reference="own", bias=True, mask=some_mask())
-    case["ref_bias"][5] = -math.inf
+    case = linear_case(reference="own", bias=True, mask=some_mask(), with_ref_kl=True)
+    case[bias][5] = -math.inf
+    case["tokens"][case["tokens"] == 5] = 0
     found = evaluate(linear_token_stats, case, backend, ["hidden"])
-    assert found["d hidden"][~case["mask"]].eq(0).all() and (found["kl"][case["mask"]] == math.inf).all()
+    assert found["d hidden"][~case["mask"]].eq(0).all() and (found[kl][case["mask"]] == math.inf).all()
+    assert kl == "kl" or found["d hidden"].isfinite().all()
 
 
 def test_nothing_asks_the_device(backend, monkeypatch):
@@ -143,7 +147,8 @@ def test_nothing_asks_the_device(backend, monkeypatch):
     _zero_rows_as_off_the_cpu(monkeypatch)
     case = linear_case(mask=some_mask(), temperature=torch.ones(3, 7), bias=True)
     policy = {"old_logprob": torch.zeros(3, 7), "advantage": torch.ones(3, 7), "kl_coef": torch.tensor(0.1)}
-    for op, arguments in ((linear_token_stats, case), (linear_policy_loss, case | policy)):
+    policy["ref_kl_coef"] = torch.tensor(0.1)
+    for op, arguments in ((linear_token_stats, case | {"with_ref_kl": True}), (linear_policy_loss, case | policy)):
         with Allocations() as seen:
             evaluate(op, arguments, backend, ["hidden", "weight", "bias"])
         assert "aten::mm" in seen.operators or "aten::addmm" in seen.operators
@@ -156,7 +161,7 @@ def _zero_rows_as_off_the_cpu(monkeypatch):
 
 
 def test_strided_inputs_and_gradients(backend):
-    case = linear_case((4, 6), 19, 8, reference="own", bias=True)
+    case = linear_case((4, 6), 19, 8, reference="own", bias=True, with_ref_kl=True)
     views = {
         **{name: torch.stack([case[name], case[name] + 1], -1)[:, 0] for name in ("bias", "ref_bias")},
         "hidden": torch.stack([case["hidden"], case["hidden"]], -1)[..., 0],
@@ -166,10 +171,12 @@ def test_strided_inputs_and_gradients(backend):
     }
     found = []
     for arguments in (case, case | views):
-        leaves = {name: x.detach() for name, x in arguments.items()}
+        leaves = {name: x.detach() if torch.is_tensor(x) else x for name, x in arguments.items()}
         hidden, weight = leaves["hidden"].requires_grad_(), leaves["weight"].requires_grad_()
         stats = linear_token_stats(**leaves, backend=backend)
-        loss = stats.logprob[:, ::2].sum() + stats.kl.T.mean() + stats.entropy.bfloat16().sum()
+        loss = (
+            stats.logprob[:, ::2].sum() + stats.kl.T.mean() + stats.ref_kl[::2].sum() + stats.entropy.bfloat16().sum()
+        )
         found.append([*stats, *torch.autograd.grad(loss, [hidden, weight])])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
@@ -182,7 +189,7 @@ def test_batch_invariant(backend, threads):
     torch.set_num_threads(threads)
     try:
         vocabulary = 5003 if backend == "torch" else 53  # tiny tiles are slow in the interpreter
-        case = linear_case((9,), vocabulary, 24, batch_invariant=True, temperature=0.9)
+        case = linear_case((9,), vocabulary, 24, batch_invariant=True, temperature=0.9, with_ref_kl=True)
         together = evaluate(linear_token_stats, case, backend, ["hidden"])
         whole = case["hidden"].clone().requires_grad_()
         all_rows = linear_token_stats(**case | {"hidden": whole}, backend=backend)
@@ -232,7 +239,7 @@ def test_gradients_in_float16_are_scaled_row_by_row(backend, slope, options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_batch_invariant_holds_to_reference(backend, dtype):
-    case = linear_case(mask=some_mask(), dtype=dtype)
+    case = linear_case(mask=some_mask(), dtype=dtype, with_ref_kl=True)
     wrt = ["hidden", "weight"]
     exact = evaluate(linear_token_stats, case, "reference", wrt, torch.float64)
     plain = evaluate(linear_token_stats, case, "reference", wrt)
@@ -242,18 +249,18 @@ def test_batch_invariant_holds_to_reference(backend, dtype):
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0)])
 def test_no_tokens(any_backend, shape):
-    found = evaluate(linear_token_stats, linear_case(shape, 5), any_backend, ["hidden", "weight"])
+    found = evaluate(linear_token_stats, linear_case(shape, 5, with_ref_kl=True), any_backend, ["hidden", "weight"])
     assert found["d hidden"].shape == (*shape, 16) and found["d weight"].eq(0).all()
 
 
 def test_all_masked(any_backend):
-    case = linear_case(mask=torch.zeros(3, 7, dtype=torch.bool))
+    case = linear_case(mask=torch.zeros(3, 7, dtype=torch.bool), with_ref_kl=True)
     for name, x in evaluate(linear_token_stats, case, any_backend, ["hidden", "weight"]).items():
         assert x.eq(0).all(), name
 
 
 def test_two_runs_have_the_same_bits(backend):
-    case = linear_case(vocabulary=101)
+    case = linear_case(vocabulary=101, with_ref_kl=True)
     runs = [evaluate(linear_token_stats, case, backend, ["hidden", "weight"]) for _ in range(2)]
     assert all(torch.equal(x, runs[1][name]) for name, x in runs[0].items())
 
@@ -272,10 +279,10 @@ def test_backward_inside_autocast(backend):
     assert all(torch.equal(x, plain[name]) for name, x in cast.items())
 
 
-@pytest.mark.parametrize("name", ["logprob", "entropy", "kl"])
+@pytest.mark.parametrize("name", ["logprob", "entropy", "kl", "ref_kl"])
 @pytest.mark.parametrize("head", [{}, {"bias": True, "softcap": 2.0, "logit_scale": 0.5, "temperature": 0.8}])
 def test_gradcheck(float64_backend, name, head):
-    case = linear_case((3,), 7, 4, dtype=torch.float64, **head)
+    case = linear_case((3,), 7, 4, dtype=torch.float64, with_ref_kl=True, **head)
     wrt = [x for x in ("hidden", "weight", "bias") if x in case]
 
     def statistic(*tensors):
@@ -287,12 +294,12 @@ def test_gradcheck(float64_backend, name, head):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(any_backend, use_reentrant):
-    case = linear_case()
+    case = linear_case(with_ref_kl=True)
     hidden = case.pop("hidden").requires_grad_()
 
     def loss(hidden):
         stats = linear_token_stats(hidden, **case, backend=any_backend)
-        return stats.logprob.sum() + stats.kl.sum()
+        return stats.logprob.sum() + stats.kl.sum() + stats.ref_kl.sum()
 
     plain = torch.autograd.grad(loss(hidden), hidden)[0]
     torch.utils.checkpoint.checkpoint(loss, hidden, use_reentrant=use_reentrant).backward()
@@ -308,7 +315,9 @@ def test_no_tensor_of_the_size_of_the_logits(backend, op, low_precision, coarse,
     monkeypatch.setattr(linear, "PRODUCT_BYTES", 30 * 1000 * 4)
     case = linear_case((700,), 1000, 64, dtype=torch.bfloat16 if low_precision else torch.float32)
     if op is linear_policy_loss:
-        case |= {"old_logprob": torch.zeros(700), "advantage": torch.ones(700), "kl_coef": 0.1}
+        case |= {"old_logprob": torch.zeros(700), "advantage": torch.ones(700), "kl_coef": 0.1, "ref_kl_coef": 0.1}
+    else:
+        case["with_ref_kl"] = True
     with Allocations() as seen:
         evaluate(op, case, backend, ["hidden"])
     assert seen.largest < 700 * 1000 * 4 / 10

@@ -18,8 +18,10 @@ TERMS = {
     "entropy": {"entropy_coef": 0.1},
     "kl": {"kl_coef": 0.3},
     "penalty": {"kl_penalty_coef": 0.5, "kl_threshold": 0.2},
+    "forward kl": {"ref_kl_coef": 0.4},
     "all": {"entropy_coef": 0.1, "kl_coef": 0.3, "kl_penalty_coef": 0.5, "kl_threshold": 0.2, "clip_high": 0.28},
 }
+TERMS["all"]["ref_kl_coef"] = 0.4
 
 
 @pytest.mark.parametrize("terms", TERMS)

@@ -47,7 +47,7 @@ VOCABULARY = 37
 WIDTHS = {2: (14, 23), 4: (9, 1, 20, 7)}  # of the ranks' parts
 AXES = {"logits": -1, "ref_logits": -1, "weight": 0, "bias": 0, "ref_weight": 0, "ref_bias": 0}
 SAFE = {"kl_threshold": 0.1, "alpha": 0.3, **values_case()}
-LOSS = {"entropy_coef": 0.1, "kl_coef": 0.3, "kl_penalty_coef": 0.5, "kl_threshold": 0.2}
+LOSS = {"entropy_coef": 0.1, "kl_coef": 0.3, "kl_penalty_coef": 0.5, "kl_threshold": 0.2, "ref_kl_coef": 0.4}
 HEAD = {"softcap": 5.0, "logit_scale": 0.5, "bias": True}
 
 
@@ -58,13 +58,21 @@ def in_place(logits, **case):
 CASES = {
     "logits": (token_stats, logits_case, {}),
     "logits, no reference": (token_stats, logits_case, {"reference": False, "temperature": 0.7}),
-    "logits, all": (token_stats, logits_case, {"temperature": temperatures(), "mask": some_mask()}),
+    "logits, all": (
+        token_stats,
+        logits_case,
+        {"temperature": temperatures(), "mask": some_mask(), "with_ref_kl": True},
+    ),
     "logits, bf16": (token_stats, logits_case, {"dtype": torch.bfloat16}),
     "logits, in place": (in_place, logits_case, {"mask": some_mask()}),
     "logits, terms": (safe_terms, logits_case, {**SAFE, "mask": some_mask()}),
     "hidden": (linear_token_stats, linear_case, {"bias": True}),
     "hidden, no reference": (linear_token_stats, linear_case, {"reference": None, "temperature": 1.3, **HEAD}),
-    "hidden, own head": (linear_token_stats, linear_case, {"reference": "own", "mask": some_mask(), **HEAD}),
+    "hidden, own head": (
+        linear_token_stats,
+        linear_case,
+        {"reference": "own", "mask": some_mask(), "with_ref_kl": True, **HEAD},
+    ),
     "hidden, bf16": (linear_token_stats, linear_case, {"dtype": torch.bfloat16, "temperature": temperatures()}),
     "hidden, fp16": (linear_token_stats, linear_case, {"dtype": torch.float16, "mask": some_mask()}),
     "hidden, terms": (linear_safe_terms, linear_case, SAFE),
@@ -103,11 +111,16 @@ def edges():
         "a large offset": [("logits", everywhere, everywhere, 1e4), ("ref_logits", everywhere, everywhere, -5e3)],
         "a part far below": [("logits", 1, first, -200.0)],
         "a part far below, and the reference nowhere": [("logits", 1, first, -300.0), ("ref_logits", 1, first, -inf)],
+        "the reference far below, and the policy nowhere": [
+            ("logits", 1, first, -inf),
+            ("ref_logits", 1, first, -300.0),
+        ],
+        "the reference far below, and one of the policy": [("logits", 1, 3, -inf), ("ref_logits", 1, first, -300.0)],
         "a part far below, and one of the reference": [("logits", 1, first, -300.0), ("ref_logits", 1, 3, -inf)],
     }
     found = {}
     for edge, changes in places.items():
-        case = logits_case((5,))
+        case = logits_case((5,), with_ref_kl=True)
         case["tokens"] = torch.tensor([0, 9, 20, 36, 12])
         for name, rows, columns, value in changes:
             case[name][rows, columns] += value
@@ -141,6 +154,12 @@ def only_what_is_needed_is_exchanged(group, widths):
     """Numbers of a token, never a column; the hidden gradient once, and only if someone wants it."""
     tokens, width, ranks = 6, 16, group.size()
     part = shared(linear_case((tokens,), bias=True), group, widths)
+    for wrt, asked in (([], False), ([], True)):
+        with pytest.MonkeyPatch.context() as patch:
+            seen = []
+            patch.setattr(distributed, "all_gather", functools.partial(seen_exchange, seen, "", distributed.all_gather))
+            evaluate(linear_token_stats, part | {"with_ref_kl": asked}, "torch", wrt)
+        assert seen == [("", 1), ("", (9 if asked else 8) * tokens)]
     for wrt, backwards in (
         ([], []),
         (["weight", "bias"], []),
@@ -171,13 +190,15 @@ def nothing_asks_the_device(group, widths):
 
 def a_row_does_not_depend_on_the_batch(group, widths):
     """Bitwise, in the results and the hidden gradient, for which the rows of a batch are shared out."""
-    part = shared(linear_case((9,), batch_invariant=True, temperature=0.9), group, widths)
+    part = shared(linear_case((9,), batch_invariant=True, temperature=0.9, with_ref_kl=True), group, widths)
     for backend in conftest.BACKENDS:
         found = []
         for rows in (slice(0, 9), slice(0, 1), slice(3, 4), slice(2, 7)):
             some = {name: part[name][rows].clone() for name in ("hidden", "tokens", "ref_hidden")}
             stats = linear_token_stats(**part | some | {"hidden": some["hidden"].requires_grad_()}, backend=backend)
-            gradient = torch.autograd.grad((stats.logprob + stats.entropy + stats.kl).sum(), some["hidden"])
+            gradient = torch.autograd.grad(
+                (stats.logprob + stats.entropy + stats.kl + stats.ref_kl).sum(), some["hidden"]
+            )
             found.append((rows, [*stats, *gradient]))
         (_, together), *others = found
         for rows, results in others:
@@ -188,14 +209,14 @@ def a_loss_has_the_bits_of_the_scoring(group, widths):
     """With and without a gradient: a ratio of exactly 1; and only the loss carries a gradient."""
     for backend in conftest.BACKENDS:
         part = shared(linear_case(mask=some_mask(), temperature=0.7), group, widths)
-        scored = linear_token_stats(**part, backend=backend)
-        part |= {"old_logprob": scored.logprob, "advantage": torch.ones(3, 7), "entropy_coef": 0.1}
+        scored = linear_token_stats(**part, with_ref_kl=True, backend=backend)
+        part |= {"old_logprob": scored.logprob, "advantage": torch.ones(3, 7), "entropy_coef": 0.1, "ref_kl_coef": 0.1}
         part["hidden"].requires_grad_()
         found = linear_policy_loss(**part, backend=backend)
         with torch.no_grad():
             without = linear_policy_loss(**part, backend=backend)
         for result in (found, without):
-            for name in ("logprob", "entropy", "ref_logprob", "kl"):
+            for name in scored._fields:
                 assert torch.equal(getattr(result, name), getattr(scored, name)), (backend, name)
             assert result.clip_fraction == 0
         assert torch.equal(found.loss, without.loss) and not without.loss.requires_grad
@@ -514,7 +535,7 @@ def test_ops_hold_to_what_they_register(alone, name, monkeypatch, ops_seen):
 def splits(draw):
     """Logits of some tokens, here and there -inf or NaN, and the widths of the parts."""
     widths, seed = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4)), draw(st.integers(0, 2**31))
-    case = logits_case((9,), sum(widths), seed=seed, scale=draw(st.sampled_from([0.1, 5.0, 50.0])))
+    case = logits_case((9,), sum(widths), with_ref_kl=True, seed=seed, scale=draw(st.sampled_from([0.1, 5.0, 50.0])))
     case["temperature"] = draw(st.sampled_from([0.3, 1.0, 2.5]))
     noise = torch.Generator().manual_seed(seed)
     for name in ("logits", "ref_logits"):
@@ -536,17 +557,18 @@ def test_any_split_is_the_whole(backend, split):
     for rank, first in enumerate(bounds.tolist()[:-1]):
         part = part_of(case, rank, widths)
         ids, temperature = part["tokens"] - first, part["temperature"]
-        parts.append(logits.flat_inputs(part["logits"], ids, part["ref_logits"], temperature, None))
+        parts.append(logits.flat_inputs(part["logits"], ids, part["ref_logits"], temperature, None, with_ref_kl=True))
     local = torch.stack([module.logits_statistics(part) for part in parts])
     holders = (case["tokens"] >= bounds[:-1, None]) & (case["tokens"] < bounds[1:, None])
     merged = vocab_parallel.merged(local, holders, case["temperature"])
-    found = dict(zip(("logprob", "entropy", "ref_logprob", "kl"), merged[[0, 1, 4, 5]], strict=True))
+    names = ("logprob", "entropy", "ref_logprob", "kl", "ref_kl")
+    found = dict(zip(names, merged[[0, 1, 4, 5, 8]], strict=True))
 
     draw = torch.Generator().manual_seed(99)
-    upstream = {name: torch.randn(9, generator=draw) for name in ("logprob", "entropy", "ref_logprob", "kl")}
+    upstream = {name: torch.randn(9, generator=draw) for name in names}
     gradients = [torch.empty_like(part.logits) for part in parts]
     for part, gradient in zip(parts, gradients, strict=True):
-        grads = inputs.StatsGrad(upstream["logprob"], upstream["entropy"], upstream["kl"])
+        grads = inputs.StatsGrad(*(upstream[name] for name in inputs.StatsGrad._fields))
         module.logits_gradient(part, merged, grads, gradient)
     found["d logits"] = torch.cat(gradients, -1)
 
