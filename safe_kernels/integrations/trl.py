@@ -17,6 +17,7 @@ import os
 import pkgutil
 import runpy
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,6 +28,7 @@ from .. import checks, linear
 from ..dispatch import choose_backend
 from ..inputs import Head, LinearInputs, RowStats, StatsGrad, compute_dtype
 from ..logits import flat_inputs, token_stats, token_stats_backward_op, token_stats_op
+from . import trl_exact_kl
 from .patch import Patch, Replacement
 
 UTILS = "trl.trainer.utils"
@@ -35,17 +37,26 @@ TIE = 4  # ulps: two log-probs so close are equal
 MEAN_COLUMNS, MEAN_ROWS = 8192, 4096  # of the weight and of tokens at a time, where a mean over V is taken
 
 
-def apply() -> Patch:
+def apply(kl: str | None = None) -> Patch:
     """Replace what this version of TRL has of these functions, in this process; see `Patch` for what it refuses.
 
     Call it before or after `import trl`, and before names of TRL's functions are imported elsewhere. The result is a
     context manager, and its `replaced` lists the names.
+
+    Args:
+        kl: None leaves the KL as TRL estimates it. "exact" changes the loss: GRPO and RLOO get the exact KL, see
+            `trl_exact_kl`.
     """
-    return PATCH.apply()
+    if kl not in (None, "exact"):
+        raise ValueError(f"kl must be None, for TRL's own estimate, or 'exact'; not {kl!r}")
+    if kl == "exact" and PATCH.replaced:
+        raise RuntimeError("apply() was called before apply(kl='exact'): call revert() in between, or the second alone")
+    return EXACT_KL.apply() if kl == "exact" or EXACT_KL.replaced else PATCH.apply()
 
 
 def revert() -> None:
     """TRL as it was."""
+    EXACT_KL.revert()
     PATCH.revert()
 
 
@@ -56,19 +67,21 @@ class LinearLogprob(torch.autograd.Function):
         logprob = log_softmax(z)[targets];  entropy = -(p * log p).sum(-1), with p = softmax(z)
         log_sum_sq_probs = log((p**2).sum(-1));  mean_logits = z.mean(-1);  is_top1 = z[targets] == z.max(-1)
 
-    with float32 logits, of which only one tile is ever in memory. Under autocast hidden and weight are rounded to its
-    dtype first, and their gradients are still summed in float32. ZeRO-3 takes the weight away between forward and
-    backward: the backward gathers it again.
+    with float32 logits, of which only one tile is ever in memory. With a reference, whose z_ref has the same settings,
+    also kl = (p * (log p - log softmax(z_ref))).sum(-1). Under autocast hidden and weight are rounded to its dtype
+    first, and their gradients are still summed in float32. ZeRO-3 takes the weights away between forward and backward:
+    the backward gathers them again.
 
     Args:
         hidden, weight, bias: [N, H], [V, H] and [V] or None.
         targets: [N]. An id outside 0..V-1 has a NaN log-prob; TRL removes or replaces -100 first.
         outputs: the results to return besides the log-prob; the others are None.
         chunk_size: unused.
+        ref_hidden, ref_weight, ref_bias: the reference's, with no gradient; no ref_weight shares weight and bias.
 
     Returns:
-        (logprob, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N]; the first two are differentiable. If
-        several tokens tie for the most likely, each of them is_top1.
+        (logprob, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N], and with a reference kl [N]; the first two
+        and kl are differentiable. If several tokens tie for the most likely, each of them is_top1.
     """
 
     @staticmethod
@@ -83,18 +96,21 @@ class LinearLogprob(torch.autograd.Function):
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", *METRICS),
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        head = checks.require_head(
-            Head(hidden, weight, targets, bias, None, None, None, temperature, final_logit_softcapping, logit_scale)
-        )
+        head: tuple[Any, ...] = (hidden, weight, targets, bias, ref_hidden, ref_weight, ref_bias)
         device = hidden.device.type
         ctx.rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        ctx.options = {"temperature": head.temperature, "softcap": head.softcap, "logit_scale": head.logit_scale}
         ctx.backend = _fast_backend(hidden, weight)
-        inputs = _linear_inputs(hidden, weight, bias, targets, ctx.options, ctx.rounded)
-        logprob, entropy, *_, stats, _ = linear.linear_token_stats_op(*inputs, 0, None, None, ctx.backend)
-        ctx.save_for_backward(hidden, weight, bias, targets, stats)
+        with _gathered(ref_weight, ref_bias):
+            checked = checks.require_head(Head(*head, temperature, final_logit_softcapping, logit_scale))
+            ctx.options = {name: getattr(checked, name) for name in ("temperature", "softcap", "logit_scale")}
+            inputs = _linear_inputs(head, ctx.options, ctx.rounded)
+            logprob, entropy, _, kl, *_, stats, _ = linear.linear_token_stats_op(*inputs, 0, None, None, ctx.backend)
+        ctx.save_for_backward(*head, stats)
         with torch.autocast(device, enabled=False):
             metrics = [
                 _log_sum_sq_probs(inputs, stats, ctx.backend) if "log_sum_sq_probs" in outputs else None,
@@ -102,19 +118,20 @@ class LinearLogprob(torch.autograd.Function):
                 _is_top1(logprob, stats) if "is_top1" in outputs else None,
             ]
         ctx.mark_non_differentiable(*(x for x in metrics if x is not None))
-        return logprob, entropy if "entropy" in outputs else None, *metrics
+        return logprob, entropy if "entropy" in outputs else None, *metrics, *([] if ref_hidden is None else [kl])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, stats = ctx.saved_tensors
-        given, needed = StatsGrad(grads[0], grads[1]), ctx.needs_input_grad[:3]
+        *head, stats = ctx.saved_tensors
+        hidden, weight, _, bias, _, ref_weight, ref_bias = head
+        given, needed = StatsGrad(grads[0], grads[1], *(grads[5:] or [None])), ctx.needs_input_grad[:3]
         dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         found: list[Tensor | None] = [None, None, None]
         if any(needed) and any(x is not None for x in given):
-            with _gathered(weight, bias):
-                inputs = _linear_inputs(hidden, weight, bias, targets, ctx.options, ctx.rounded)
+            with _gathered(weight, bias, ref_weight, ref_bias):
+                inputs = _linear_inputs(head, ctx.options, ctx.rounded)
                 found = linear.linear_gradients(inputs, stats, given, needed, None, ctx.backend, dtypes)
-        return *found, *[None] * 6
+        return *found, *[None] * 9
 
 
 class TwoOutputs:
@@ -243,18 +260,13 @@ def _is_top1(logprob: Tensor, stats: Tensor) -> Tensor:
     return logprob >= best - TIE * torch.finfo(best.dtype).eps * best.abs().clamp(min=1)
 
 
-def _linear_inputs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    options: dict[str, Any],
-    rounded: torch.dtype | None,
-) -> LinearInputs:
-    """`rounded` is autocast's dtype, to which hidden and weight go."""
-    if rounded is not None and hidden.dtype != torch.float64:
-        hidden, weight = hidden.to(rounded), weight.to(rounded)
-    return linear.flat_inputs(Head(hidden, weight, targets, bias, **options))
+def _linear_inputs(head: Sequence[Any], options: dict[str, Any], rounded: torch.dtype | None) -> LinearInputs:
+    """`rounded` is autocast's dtype, to which hidden states and weights go."""
+    given = Head(*head, **options)
+    if rounded is not None and given.hidden.dtype != torch.float64:
+        factors = {name: getattr(given, name) for name in ("hidden", "weight", "ref_hidden", "ref_weight")}
+        given = given._replace(**{name: x.to(rounded) for name, x in factors.items() if x is not None})
+    return linear.flat_inputs(given)
 
 
 def _fast_backend(*tensors: Tensor) -> str:
@@ -268,9 +280,9 @@ def _fast_backend(*tensors: Tensor) -> str:
 
 
 def _gathered(*parameters: Tensor | None) -> Any:
-    """Under ZeRO-3 the parameters as they were in the forward, for the backward."""
+    """Under ZeRO-3 the whole parameters, where TRL has not gathered them."""
     gather = getattr(sys.modules[UTILS], "maybe_gather_lm_head_ctx", None)
-    return nullcontext() if gather is None else gather(*parameters)
+    return nullcontext() if gather is None or parameters[0] is None else gather(*parameters)
 
 
 def _live(row_mask: Tensor | None) -> Tensor | None:
@@ -287,34 +299,34 @@ def _linear_logprob(original: Any) -> Any:
 
 
 _HEAD = ("targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
+_FROM_1_15 = ("hidden", "weight", "bias", *_HEAD, "outputs")
 _MASKED = ("temperature", "row_mask")
-PATCH = Patch(
+_FROM_LOGITS = [
+    Replacement(
+        UTILS,
+        "selective_log_softmax",
+        [("logits", "index", *_MASKED), ("logits", "index")],
+        lambda original: selective_log_softmax,
+    ),
+    Replacement(UTILS, "entropy_from_logits", [("logits", "chunk_size")], lambda original: entropy_from_logits),
+    Replacement(
+        UTILS,
+        "selective_log_softmax_and_entropy",
+        [("logits", "index", "entropy_requires_grad", *_MASKED)],
+        lambda original: selective_log_softmax_and_entropy,
+    ),
+]
+_CHUNKED = (UTILS, "_ChunkedLogProbFunction")
+_OLDER = [("last_hidden", "weight", "bias", *_HEAD), ("last_hidden", "weight", *_HEAD)]
+PATCH = Patch("trl", [Replacement(*_CHUNKED, [_FROM_1_15, *_OLDER], _linear_logprob), *_FROM_LOGITS])
+EXACT_KL = Patch(
     "trl",
     [
-        Replacement(
-            UTILS,
-            "_ChunkedLogProbFunction",
-            [
-                ("hidden", "weight", "bias", *_HEAD, "outputs"),  # 1.15 and later
-                ("last_hidden", "weight", "bias", *_HEAD),
-                ("last_hidden", "weight", *_HEAD),
-            ],
-            _linear_logprob,
-        ),
-        Replacement(
-            UTILS,
-            "selective_log_softmax",
-            [("logits", "index", *_MASKED), ("logits", "index")],
-            lambda original: selective_log_softmax,
-        ),
-        Replacement(UTILS, "entropy_from_logits", [("logits", "chunk_size")], lambda original: entropy_from_logits),
-        Replacement(
-            UTILS,
-            "selective_log_softmax_and_entropy",
-            [("logits", "index", "entropy_requires_grad", *_MASKED)],
-            lambda original: selective_log_softmax_and_entropy,
-        ),
+        Replacement(*_CHUNKED, [_FROM_1_15], lambda original: trl_exact_kl.HeadCall(LinearLogprob.apply)),
+        *_FROM_LOGITS,
+        *trl_exact_kl.METHODS,
     ],
+    needs_all=True,
 )
 
 
