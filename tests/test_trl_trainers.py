@@ -95,10 +95,11 @@ def test_a_trainer_trains_as_before(name, model_folder, tmp_path, monkeypatch):
 
 @pytest.mark.integration
 @pytest.mark.slow
-def test_trl_s_own_script_runs_patched(model_folder, tmp_path):
+@pytest.mark.parametrize("option", [[], ["--kl=exact"]])
+def test_trl_s_own_script_runs_patched(option, model_folder, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS["text"])))
-    command = [sys.executable, "-m", "safe_kernels.integrations.trl", "sft"]
+    command = [sys.executable, "-m", "safe_kernels.integrations.trl", *option, "sft"]
     options = {
         "model_name_or_path": model_folder,
         "dataset_name": tmp_path / "data",
@@ -113,11 +114,12 @@ def test_trl_s_own_script_runs_patched(model_folder, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "safe_kernels replaces trl.trainer.utils._ChunkedLogProbFunction, " in done.stderr
+    assert ("GRPOTrainer.compute_loss, " in done.stderr) == bool(option)
     assert "mean_token_accuracy" in done.stdout
 
 
 def test_a_script_that_trl_does_not_have_is_an_error(monkeypatch):
-    for arguments in ([], ["ppo"], ["vllm_serve"], ["utils"]):
+    for arguments in ([], ["ppo"], ["vllm_serve"], ["utils"], ["--kl=exact"], ["--kl=k3", "grpo"]):
         monkeypatch.setattr(sys, "argv", ["trl.py", *arguments])
         with pytest.raises(SystemExit, match="SCRIPT is one of distillation, dpo, grpo, kto, reward, rloo, sft$"):
             patch.main()
@@ -147,21 +149,3 @@ def test_the_recipe_for_any_other_trainer():
     weight = model.lm_head.weight
     gradients = [torch.autograd.grad(loss, [weight])[0] for loss in (given["loss"], terms[live].sum() / live.sum())]
     torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.integration
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_the_recipe_for_an_exact_kl_in_trl(model_folder, tmp_path, monkeypatch):
-    """A policy that starts at its reference stays nearer to it."""
-    space = {"torch": torch, "trl": trl, "safe_kernels": safe_kernels}
-    exec(code_of("### Exact KL in TRL"), space)
-    final = {}
-    for coefficient in (0.0, 10.0):
-        space["ExactKLTrainer"].kl_coef, space["ExactKLTrainer"].reference = coefficient, tiny.model()
-        monkeypatch.setattr(trl, "GRPOTrainer", space["ExactKLTrainer"])
-        options = {**SAMPLED, "beta": 0.0, "learning_rate": 3e-3, "max_steps": 8}
-        monkeypatch.setitem(TRAINERS, "GRPO", ("prompts", options))
-        logged, _ = trained("GRPO", model_folder, tmp_path)
-        assert logged[0]["exact_kl"] == pytest.approx(0, abs=1e-6)
-        final[coefficient] = logged[-1]["exact_kl"]
-    assert 0 < final[10.0] < 0.5 * final[0.0]

@@ -89,3 +89,9 @@ def test_ids_of_any_integer_dtype(dtype):
     logits = case["hidden"] @ case["weight"].T
     found, wide = (verl.logprobs_from_logits(logits, x) for x in (narrow, case["tokens"]))
     assert torch.equal(found.nan_to_num(), wide.nan_to_num())
+
+
+def test_an_exact_kl_is_refused_with_what_to_use_instead():
+    with pytest.raises(ValueError, match=r"kl='exact' is not possible in verl: .* Use actor\.kl_loss_type=k3\+"):
+        verl.apply(kl="exact")
+    assert not verl.PATCH.replaced

@@ -101,12 +101,14 @@ class LinearLogprob(torch.autograd.Function):
         ref_bias: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        head: tuple[Any, ...] = (hidden, weight, targets, bias, ref_hidden, ref_weight, ref_bias)
+        head = (hidden, weight, targets, bias, ref_hidden, ref_weight, ref_bias)
         device = hidden.device.type
         ctx.rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         ctx.backend = _fast_backend(hidden, weight)
         with _gathered(ref_weight, ref_bias):
-            checked = checks.require_head(Head(*head, temperature, final_logit_softcapping, logit_scale))
+            checked = checks.require_head(
+                Head(*head)._replace(temperature=temperature, softcap=final_logit_softcapping, logit_scale=logit_scale)
+            )
             ctx.options = {name: getattr(checked, name) for name in ("temperature", "softcap", "logit_scale")}
             inputs = _linear_inputs(head, ctx.options, ctx.rounded)
             logprob, entropy, _, kl, *_, stats, _ = linear.linear_token_stats_op(*inputs, 0, None, None, ctx.backend)
@@ -337,12 +339,15 @@ def main() -> None:
         for module in pkgutil.iter_modules(importlib.import_module("trl.scripts").__path__)
         if not module.name.startswith("_") and module.name not in ("utils", "env", "vllm_serve")
     )
+    kl = "exact" if "--kl=exact" in sys.argv[1:2] else None
+    if kl is not None:
+        sys.argv.pop(1)
     if len(sys.argv) < 2 or sys.argv[1] not in scripts:
         sys.exit(
-            f"usage: python -m safe_kernels.integrations.trl SCRIPT [arguments of `trl SCRIPT`]\n"
+            f"usage: python -m safe_kernels.integrations.trl [--kl=exact] SCRIPT [arguments of `trl SCRIPT`]\n"
             f"SCRIPT is one of {', '.join(scripts)}"
         )
-    patch, script = apply(), sys.argv.pop(1)
+    patch, script = apply(kl), sys.argv.pop(1)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"safe_kernels replaces {', '.join(patch.replaced) or 'nothing'}", file=sys.stderr)
     runpy.run_module(f"trl.scripts.{script}", run_name="__main__", alter_sys=True)

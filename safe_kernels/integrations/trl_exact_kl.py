@@ -28,9 +28,7 @@ from torch import Tensor
 
 from .patch import Replacement
 
-SCORE = (
-    "_get_per_token_logps_and_entropies"  # the trainers' method, (model, ids, mask, C, ...) -> (logprob, entropy, aux)
-)
+SCORE = "_get_per_token_logps_and_entropies"  # the trainers' method: (model, ...) -> (logprob [B, C], entropy, aux)
 
 
 class HeadCall:
@@ -48,12 +46,18 @@ class HeadCall:
 
 
 @contextmanager
-def head_calls(inside: Callable[..., tuple[Tensor | None, ...]]) -> Iterator[None]:
-    HeadCall.inside = inside
+def temporarily(owner: Any, **values: Any) -> Iterator[None]:
+    own = {name: vars(owner)[name] for name in values if name in vars(owner)}  # not those of its class
+    for name, value in values.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        HeadCall.inside = None
+        for name in values:
+            if name in own:
+                setattr(owner, name, own[name])
+            else:
+                delattr(owner, name)
 
 
 class RefLogprob:
@@ -102,7 +106,7 @@ def only(kls: list[Tensor]) -> Tensor:
 
 def score_both(trainer: Any, score: Any, model: Any, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], Tensor]:
     """What TRL's `score` gives for the policy `model`, and the exact KL [B, C], differentiable like its log-probs."""
-    heads: list[tuple[Tensor, ...]] = []
+    heads: list[tuple[Tensor, Tensor, Tensor | None]] = []
     outputs: list[Any] = []
 
     def keep(_: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor | None, ...]:
@@ -120,10 +124,11 @@ def score_both(trainer: Any, score: Any, model: Any, *args: Any, **kwargs: Any) 
         found[2] = kl  # travels as `log_sum_sq_probs`, which these trainers do not ask for
         return tuple(found)
 
-    unused = {name: False for name in ("compute_entropy", "compute_aux_loss") if name in kwargs}
-    with torch.no_grad(), reference_of(trainer) as reference, head_calls(keep):
-        score(reference, *args, **{**kwargs, **unused})
-    with head_calls(pair), model.register_forward_hook(lambda module, given, output: outputs.append(output)):
+    unused = kwargs.keys() & {"compute_entropy", "compute_aux_loss"}
+    with torch.no_grad(), reference_of(trainer) as reference, temporarily(HeadCall, inside=keep):
+        score(reference, *args, **kwargs | dict.fromkeys(unused, False))
+    noted = model.register_forward_hook(lambda module, given, output: outputs.append(output))
+    with noted, temporarily(HeadCall, inside=pair):
         found = score(model, *args, **kwargs)
     kls: list[Any] = [getattr(output, "log_sum_sq_probs", None) for output in outputs]
     if heads or not kls or any(x is None for x in kls):
@@ -138,8 +143,6 @@ def reference_of(trainer: Any) -> Iterator[Any]:
         yield trainer.ref_model
         return
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    if policy.active_peft_config.is_prompt_learning:
-        raise ValueError("apply(kl='exact') does not work with prompt learning: the reference has fewer tokens")
     name = "ref" if "ref" in policy.peft_config else None
     with sys.modules["trl.trainer.utils"].use_adapter(policy, name):
         yield trainer.model
@@ -148,7 +151,10 @@ def reference_of(trainer: Any) -> Iterator[Any]:
 def is_reference(trainer: Any, model: Any) -> bool:
     if trainer.ref_model is not None:
         return model is trainer.ref_model
-    status = trainer.accelerator.unwrap_model(model).get_model_status()
+    policy = trainer.accelerator.unwrap_model(model)
+    if policy.active_peft_config.is_prompt_learning:
+        raise ValueError("apply(kl='exact') does not work with prompt learning: the reference has fewer tokens")
+    status = policy.get_model_status()
     return not status.enabled or "ref" in status.active_adapters
 
 
@@ -167,22 +173,16 @@ def scored_together(trainer: Any) -> Iterator[list[Tensor]]:
         kls.append(kl)
         return found
 
-    setattr(trainer, SCORE, scored)  # before the method of its class
-    try:
+    with temporarily(trainer, **{SCORE: scored}):
         yield kls
-    finally:
-        delattr(trainer, SCORE)
 
 
 def _grpo_completions(original: Any) -> Any:
     @functools.wraps(original)
     def generate_and_score_completions(self: Any, inputs: Any) -> Any:
         """Without the reference, which the loss scores."""
-        beta, self.beta = self.beta, 0.0
-        try:
+        with temporarily(self, beta=0.0):
             return original(self, inputs)
-        finally:
-            self.beta = beta
 
     return generate_and_score_completions
 
@@ -192,7 +192,7 @@ def _grpo_loss(original: Any) -> Any:
     def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.beta == 0:
             return original(self, model, inputs, *args, **kwargs)
-        with scored_together(self) as kls:
+        with scored_together(self) as kls, temporarily(self.args, use_bias_correction_kl=False):  # of a sampled KL
             return original(self, model, {**inputs, "ref_per_token_logps": RefLogprob(kls)}, *args, **kwargs)
 
     return compute_loss

@@ -106,4 +106,17 @@ PATCH = Patch(
         ),
     ],
 )
-apply, revert = PATCH.apply, PATCH.revert
+
+
+def apply(kl: str | None = None) -> Patch:
+    """Replace these functions in this process; see `Patch`. `kl` must be None: verl's loss cannot have the exact KL."""
+    if kl is not None:
+        raise ValueError(
+            f"kl={kl!r} is not possible in verl: of the reference its loss gets only the log-probs of sampled tokens. Use "
+            "actor.kl_loss_type=k3+, whose gradient has the same mean as that of the exact KL; the exact KL is in "
+            "safe_kernels.integrations.trl.apply(kl='exact') and in safe_train"
+        )
+    return PATCH.apply()
+
+
+revert = PATCH.revert
