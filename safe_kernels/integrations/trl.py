@@ -283,8 +283,8 @@ def _fast_backend(*tensors: Tensor) -> str:
 
 def _gathered(*parameters: Tensor | None) -> Any:
     """Under ZeRO-3 the whole parameters, where TRL has not gathered them."""
-    gather = getattr(sys.modules[UTILS], "maybe_gather_lm_head_ctx", None)
-    return nullcontext() if gather is None or parameters[0] is None else gather(*parameters)
+    gather = None if parameters[0] is None else getattr(sys.modules[UTILS], "maybe_gather_lm_head_ctx", None)
+    return nullcontext() if gather is None else gather(*parameters)
 
 
 def _live(row_mask: Tensor | None) -> Tensor | None:

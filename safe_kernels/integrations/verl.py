@@ -112,7 +112,7 @@ def apply(kl: str | None = None) -> Patch:
     """Replace these functions in this process; see `Patch`. `kl` must be None: verl's loss cannot have the exact KL."""
     if kl is not None:
         raise ValueError(
-            f"kl={kl!r} is not possible in verl: of the reference its loss gets only the log-probs of sampled tokens. Use "
+            f"kl={kl!r} is not possible in verl: its loss gets only log-probs of sampled tokens of the reference. Use "
             "actor.kl_loss_type=k3+, whose gradient has the same mean as that of the exact KL; the exact KL is in "
             "safe_kernels.integrations.trl.apply(kl='exact') and in safe_train"
         )
