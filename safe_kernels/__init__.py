@@ -20,6 +20,7 @@ float32; never logits, except in the reference backend, which gathers them. A DT
 group stands for its slice, and its gradient is such a DTensor.
 """
 
+from .inputs import KeptIds
 from .linear import linear_token_stats
 from .logits import token_stats
 from .policy_loss import linear_policy_loss
@@ -28,6 +29,7 @@ from .safe_terms import linear_safe_terms, safe_terms
 from .values import soft_min, soft_min_gae
 
 __all__ = [
+    "KeptIds",
     "PolicyLoss",
     "SafeTerms",
     "TokenStats",

@@ -59,6 +59,9 @@ class Backend(Protocol):
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Statistics, and gradients of the loss, while the logits of a row are there."""
 
+    def matrix_product(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        """out = x @ y, summed in the dtype of `out`, which may also be that of x alone."""
+
     def value_terms(self, kl_N: Tensor, inputs: TermsInputs) -> Tensor:
         """(kl_penalty, value, value_target) [3, N]."""
 

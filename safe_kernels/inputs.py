@@ -34,6 +34,16 @@ class Head(NamedTuple):
     process_group: ProcessGroup | None = None
 
 
+class KeptIds(NamedTuple):
+    """The ids that a sampler kept for each of N tokens, those of one after those of another; repeated ones count once.
+
+    vLLM's SamplingMask(token_ids, offsets) is KeptIds(*map(torch.as_tensor, mask)).
+    """
+
+    ids: Tensor  # [E], any integer dtype; -1 is none
+    offsets: Tensor  # [N + 1], from 0 to E: where the ids of each token start
+
+
 class LogitsInputs(NamedTuple):
     logits: Tensor  # [..., V], in the caller's strides
     ref_logits: Tensor | None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checks, reference, vocab_parallel
+from . import checks, kept_sets, reference, vocab_parallel
 from .dispatch import (
     backend_of,
     choose_backend,
@@ -23,9 +23,9 @@ from .dispatch import (
     register,
     without_second_derivative,
 )
-from .inputs import ALL_ROWS, Head, LinearInputs, StatsGrad, compute_dtype
-from .logits import constants_of, new_results, results_of
-from .results import TokenStats
+from .inputs import ALL_ROWS, Head, KeptIds, LinearInputs, StatsGrad, compute_dtype
+from .kept import linear_kept_token_stats_op
+from .results import TokenStats, constants_of, new_results, results_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,6 +47,7 @@ def linear_token_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     mask: Tensor | None = None,
+    kept: KeptIds | Tensor | Sequence[Any] | None = None,
     batch_invariant: bool = False,
     max_kept_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
@@ -89,13 +90,18 @@ def linear_token_stats(
     )
     if with_ref_kl:
         checks.require_reference_for("with_ref_kl", with_ref_kl, "ref_hidden", ref_hidden)
+    if kept is not None:
+        kept = kept_sets.require_kept(kept, tokens, len(head.weight), mask, head.process_group)
+        kept_sets.require_offered("batch_invariant", batch_invariant)
     if max_kept_bytes is not None:
         max_kept_bytes = min(int(checks.require_number("max_kept_bytes", max_kept_bytes, 0)), sys.maxsize)
     backend = choose_backend(backend, *head[:8], group=head.process_group)
     if backend == "reference":
         with exact(hidden):
-            return reference.linear_token_stats(**head._asdict(), with_ref_kl=with_ref_kl)
+            return reference.linear_token_stats(**head._asdict(), with_ref_kl=with_ref_kl, kept=kept)
     inputs, name, bounds = flat_inputs(head, with_ref_kl), None, None
+    if kept is not None:
+        return TokenStats.of(linear_kept_token_stats_op(*inputs, *kept, backend), tokens, inputs.stats_rows)
     if head.process_group is not None:
         inputs, name, bounds = vocab_parallel.sharded(inputs, len(head.weight), head.process_group)
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3])

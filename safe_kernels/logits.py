@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import checks, reference, vocab_parallel
+from . import checks, kept_sets, reference, vocab_parallel
 from .dispatch import (
     backend_of,
     choose_backend,
@@ -20,8 +20,9 @@ from .dispatch import (
     register,
     without_second_derivative,
 )
-from .inputs import ALL_ROWS, RESULTS, LogitsInputs, StatsGrad, compute_dtype
-from .results import TokenStats
+from .inputs import ALL_ROWS, KeptIds, LogitsInputs, StatsGrad
+from .kept import kept_token_stats_op
+from .results import TokenStats, constants_of, new_results, results_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,6 +36,7 @@ def token_stats(
     with_ref_kl: bool = False,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
+    kept: KeptIds | Tensor | Sequence[Any] | None = None,
     inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,
     backend: str | None = None,
@@ -65,6 +67,9 @@ def token_stats(
     checks.require_logits(logits, tokens, ref_logits, mask, group)
     if with_ref_kl:
         checks.require_reference_for("with_ref_kl", with_ref_kl, "ref_logits", ref_logits)
+    if kept is not None:
+        kept = kept_sets.require_kept(kept, tokens, logits.shape[-1], mask, group)
+        kept_sets.require_offered("inplace_backward", inplace_backward)
     if inplace_backward:
         checks.require_overwritable("logits", logits)
     if isinstance(temperature, Tensor):
@@ -75,8 +80,11 @@ def token_stats(
     if backend == "reference":
         with exact(logits):
             options: dict[str, Any] = {"with_ref_kl": with_ref_kl, "temperature": temperature, "mask": mask}
-            return reference.token_stats(logits, tokens, ref_logits=ref_logits, process_group=group, **options)
+            options |= {"kept": kept, "process_group": group}
+            return reference.token_stats(logits, tokens, ref_logits=ref_logits, **options)
     inputs, name, bounds = flat_inputs(logits, tokens, ref_logits, temperature, mask, with_ref_kl), None, None
+    if kept is not None:
+        return TokenStats.of(kept_token_stats_op(*inputs, *kept, backend), tokens, inputs.stats_rows)
     if group is not None:
         inputs, name, bounds = vocab_parallel.sharded(inputs, logits.shape[-1], group)
     found = token_stats_op(*inputs, name, bounds, inplace_backward, backend)
@@ -104,21 +112,6 @@ def flat_inputs(
     )
 
 
-def new_results(x: Tensor, tokens_N: Tensor, stats_rows: int) -> tuple[Tensor, ...]:
-    """What an op of statistics returns for tensors without memory."""
-    dtype, N = compute_dtype(x), tokens_N.shape[0]  # len() would make a number of a symbolic size
-    found = [x.new_empty(N if i < RESULTS[stats_rows] else 0, dtype=dtype) for i in range(5)]
-    return *found, x.new_empty(stats_rows, N, dtype=dtype)
-
-
-def results_of(stats: Tensor) -> tuple[Tensor, ...]:
-    """(logprob, entropy, ref_logprob, kl, ref_kl), with memory of their own, of which callers get the first two, four
-    or five and the others are empty; and the statistics.
-    """
-    found = [stats[row].clone() for row in (0, 1, 4, 5, 8)[: RESULTS[stats.shape[0]]]]
-    return *found, *[stats.new_empty(0) for _ in range(5 - len(found))], stats
-
-
 def token_stats_fake(logits: Tensor, ref_logits: Tensor | None, tokens_N: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return new_results(logits, tokens_N, stats_rows=others[3])
 
@@ -143,12 +136,6 @@ def token_stats_op(
     if group is not None and bounds is not None:
         stats = vocab_parallel.merged_stats(stats, inputs, group, bounds)
     return results_of(stats)  # type: ignore[return-value]
-
-
-def constants_of(found: Sequence[Tensor]) -> list[Tensor]:
-    """What has no gradient of the results that are there, and those that are not."""
-    *results, stats = found
-    return [results[2], stats, *results[max(3, RESULTS[stats.shape[0]]) :]]
 
 
 def save_stats(ctx: Any, arguments: tuple[Any, ...], found: tuple[Tensor, ...]) -> None:

@@ -15,8 +15,7 @@ from .dispatch import backend_of, choose_backend, differentiable, exact, first_d
 from .formulas import Objective, is_zero
 from .inputs import Head, LinearInputs, RowStats, compute_dtype, without_masked
 from .linear import flat_inputs
-from .logits import new_results, results_of
-from .results import PolicyLoss, TokenStats
+from .results import PolicyLoss, TokenStats, new_results, results_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

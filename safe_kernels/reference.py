@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from . import vocab_parallel
 from .formulas import is_zero, soft_min
 from .inputs import without_masked
+from .kept_sets import kept_mask
 from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
 
 
@@ -24,10 +25,15 @@ def token_stats(
     with_ref_kl=False,
     temperature=1.0,
     mask=None,
+    kept=None,
     inplace_backward=False,
     process_group=None,
 ) -> TokenStats:
     """`inplace_backward` is ignored: the reference never overwrites the logits."""
+    if kept is not None:
+        is_kept = kept_mask(kept, logits.shape[-1]).view(logits.shape)
+        logits, ref_logits = (None if x is None else x.masked_fill(~is_kept, -math.inf) for x in (logits, ref_logits))
+        tokens = _inside(tokens, is_kept)
     if process_group is not None:
         logits = _Whole.apply(logits, process_group)
         ref_logits = None if ref_logits is None else _Whole.apply(ref_logits.detach(), process_group)
@@ -64,6 +70,7 @@ def linear_token_stats(
     softcap=None,
     logit_scale=1.0,
     mask=None,
+    kept=None,
     batch_invariant=False,
     max_kept_bytes=None,  # autograd keeps everything
     process_group=None,
@@ -85,8 +92,10 @@ def linear_token_stats(
         ref_bias = bias if shared and ref_bias is None else ref_bias
         with torch.no_grad():
             ref_logits = logits(ref_hidden, weight if shared else ref_weight, ref_bias)
-    options = {"with_ref_kl": with_ref_kl, "temperature": temperature, "mask": mask, "process_group": process_group}
-    return token_stats(logits(hidden, weight, bias), tokens, ref_logits=ref_logits, **options)
+    options = {"with_ref_kl": with_ref_kl, "temperature": temperature, "mask": mask, "kept": kept}
+    return token_stats(
+        logits(hidden, weight, bias), tokens, ref_logits=ref_logits, process_group=process_group, **options
+    )
 
 
 def safe_terms(
@@ -203,6 +212,13 @@ def _log_softmax(logits, temperature, mask):
         temperature = _compute(temperature if mask is None else temperature.where(mask, 1))[..., None]
     logits = logits if mask is None else logits.where(mask[..., None], 0)
     return torch.log_softmax(_compute(logits) / temperature, dim=-1)
+
+
+def _inside(tokens, is_kept):
+    """-1 for an id that is not of its set."""
+    tokens = tokens.long()
+    index = tokens.clamp(0, is_kept.shape[-1] - 1)
+    return tokens.where(is_kept.gather(-1, index[..., None]).squeeze(-1), -1)
 
 
 def _at_token(logp, tokens):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .inputs import RESULTS
+from .inputs import RESULTS, compute_dtype
 
 
 class TokenStats(NamedTuple):
@@ -58,3 +58,24 @@ class PolicyLoss(NamedTuple):
     kl: Tensor | None
     clip_fraction: Tensor  # 0-dim: share of live tokens where the clip took the gradient away
     ref_kl: Tensor | None = None
+
+
+def new_results(x: Tensor, tokens_N: Tensor, stats_rows: int) -> tuple[Tensor, ...]:
+    """What an op of statistics returns for tensors without memory."""
+    dtype, N = compute_dtype(x), tokens_N.shape[0]  # len() would make a number of a symbolic size
+    found = [x.new_empty(N if i < RESULTS[stats_rows] else 0, dtype=dtype) for i in range(5)]
+    return *found, x.new_empty(stats_rows, N, dtype=dtype)
+
+
+def results_of(stats: Tensor) -> tuple[Tensor, ...]:
+    """(logprob, entropy, ref_logprob, kl, ref_kl), with memory of their own, of which callers get the first two, four
+    or five and the others are empty; and the statistics.
+    """
+    found = [stats[row].clone() for row in (0, 1, 4, 5, 8)[: RESULTS[stats.shape[0]]]]
+    return *found, *[stats.new_empty(0) for _ in range(5 - len(found))], stats
+
+
+def constants_of(found: Sequence[Tensor]) -> list[Tensor]:
+    """What has no gradient of the results that are there, and those that are not."""
+    *results, stats = found
+    return [results[2], stats, *results[max(3, RESULTS[stats.shape[0]]) :]]

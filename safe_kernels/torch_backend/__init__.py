@@ -1,6 +1,6 @@
 """The operations in memory-lean PyTorch: any device, rows in tiles. `dispatch.Backend` says what each is."""
 
-from .linear import kept_rows, linear_gradients, linear_loss, linear_statistics
+from .linear import kept_rows, linear_gradients, linear_loss, linear_statistics, matrix_product
 from .logits import logits_gradient, logits_statistics
 from .values import soft_min_gae, value_terms
 
@@ -11,6 +11,7 @@ __all__ = [
     "linear_statistics",
     "logits_gradient",
     "logits_statistics",
+    "matrix_product",
     "soft_min_gae",
     "value_terms",
 ]

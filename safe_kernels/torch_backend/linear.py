@@ -111,10 +111,7 @@ class Head(NamedTuple):
 
     def logits(self, hidden_RH: Tensor, out_RV: Tensor) -> None:
         for columns, weight_CH in self._weight_tiles(out_RV.dtype):
-            if len(hidden_RH) > 1:
-                torch.mm(hidden_RH, weight_CH.T, out=out_RV[:, columns])
-            else:
-                out_RV[:, columns] = _product(hidden_RH, weight_CH.T)
+            matrix_product(hidden_RH, weight_CH.T, out_RV[:, columns])
         if self.bias_V is not None:
             out_RV.add_(self.bias_V)
         if self.logit_scale != 1:
@@ -232,6 +229,14 @@ class GradientSums:
     def among_masked(self, live: Tensor | None, count: int) -> list[Tensor | None]:
         grad_hidden_NH, *rest = self.sums
         return [None if grad_hidden_NH is None else among_masked(grad_hidden_NH, 0, live, count), *rest]
+
+
+def matrix_product(x: Tensor, y: Tensor, out: Tensor) -> None:
+    x, y = x.to(out.dtype), y.to(out.dtype)
+    if len(x) > 1:
+        torch.mm(x, y, out=out)
+    else:
+        out.copy_(_product(x, y))
 
 
 def _product(rows_RK: Tensor, matrix: Tensor) -> Tensor:

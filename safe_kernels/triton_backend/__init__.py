@@ -3,7 +3,7 @@
 `dispatch.Backend` says what each is.
 """
 
-from .linear import kept_rows, linear_gradients, linear_loss, linear_statistics
+from .linear import kept_rows, linear_gradients, linear_loss, linear_statistics, matrix_product
 from .logits import logits_gradient, logits_statistics
 from .values import soft_min_gae, value_terms
 
@@ -14,6 +14,7 @@ __all__ = [
     "linear_statistics",
     "logits_gradient",
     "logits_statistics",
+    "matrix_product",
     "soft_min_gae",
     "value_terms",
 ]

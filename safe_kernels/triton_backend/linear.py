@@ -167,6 +167,17 @@ class Sweep(NamedTuple):
                 yield Tile(rows, columns, per_row_R, logits[0], ref_logits_RW, hidden[0], weights[0])
 
 
+def matrix_product(x: Tensor, y: Tensor, out: Tensor) -> None:
+    """`blas_product`; beside a y of 16 bits a gradient x in float32 is rounded, its rows scaled to be in the range."""
+    if x.dtype == y.dtype:
+        return blas_product(x, y, out)
+    largest = x.abs().amax(1, keepdim=True)
+    power = 6 - torch.floor(torch.log2(largest.where((largest > 0) & largest.isfinite(), 1)))
+    scale = torch.exp2(power.clamp(-MOST, MOST))
+    blas_product((x * scale).to(y.dtype), y, out)
+    out /= scale
+
+
 def blas_product(x: Tensor, y: Tensor, out: Tensor) -> None:
     """out = x @ y with float32 sums; 16-bit factors by PyTorch on NVIDIA's GPUs, by our own product elsewhere."""
     if x.dtype == torch.float32:
