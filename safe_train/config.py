@@ -177,8 +177,9 @@ class SafeConfig:
     temperature: float = option(
         1.0, "divides the logits of policy and reference, sampled and scored: log-probs, entropy and KL are of those"
     )
-    top_k: int = option(0, "must be 0: log-probs within the kept tokens are not there yet; as published: 50")
-    top_p: float = option(1.0, "must be 1, for the same reason")
+    top_k: int = option(0, "draw from the k likeliest tokens, and score within them (0: all); published: scored whole")
+    top_p: float = option(1.0, "draw from the likeliest tokens that have this probability together, scored likewise")
+    min_p: float = option(0.0, "draw from tokens at least this part as likely as the likeliest, scored likewise")
     stop_tokens: list[str] | None = option(
         None, "tokens that end a completion (default: those of model, tokenizer and chat template)"
     )

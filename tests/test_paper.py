@@ -272,7 +272,7 @@ def test_what_the_published_algorithms_do_not_have_is_refused(tmp_path):
         ({"algorithm": "safe_paper", "beta": 0.1}, "beta"),
         ({"algorithm": "asymmetric_paper", "critic": "single"}, "critic"),
         ({"algorithm": "ppo_paper"}, "normalize_rewards"),
-        ({"algorithm": "safe", "top_k": 50}, "top_k"),
+        ({"algorithm": "safe_paper", "top_p": 0.9}, "top_p"),
         ({"algorithm": "ppo", "controller": "safe_paper"}, "controller"),
     ):
         with pytest.raises(ConfigError, match=name):

@@ -26,8 +26,8 @@ from safe_train.sampling.vllm import merged_weights
 @dataclasses.dataclass(kw_only=True)
 class SamplingParams:
     temperature: float
-    top_p: float
-    top_k: int
+    top_p: float = 1.0
+    top_k: int = 0
     max_tokens: int
     stop_token_ids: list
     logprobs: int
@@ -91,7 +91,7 @@ class LLM:
     def complete(self, prompt, params):
         assert (params.top_p, params.logprobs) == (1.0, 0)
         generator = torch.Generator().manual_seed(params.seed)
-        tokens, logprobs, reason = [], [], "length"
+        tokens, logprobs, sets, reason = [], [], [], "length"
         while len(tokens) < params.max_tokens and reason == "length":
             ids = torch.tensor([prompt["prompt_token_ids"] + tokens])
             raw = self.model.model(ids, use_cache=False).logits[0, -1].float()
@@ -102,13 +102,19 @@ class LLM:
                 torch.multinomial(drawn.softmax(-1), 1, generator=generator) if params.temperature else raw.argmax()
             )
             tokens.append(choice.item())
+            sets.append((drawn > -torch.inf).nonzero()[:, 0].tolist())
             is_raw = self.settings.get("logprobs_mode", "raw_logprobs") == "raw_logprobs"
             logprob = (raw if is_raw else drawn).log_softmax(-1)
             logprobs.append({tokens[-1]: SimpleNamespace(logprob=logprob[tokens[-1]].item())})
             reason = "stop" if tokens[-1] in params.stop_token_ids else "length"
         kept = len(tokens) - (self.last_tokens_left_out if reason == "stop" else 0)
         output = SimpleNamespace(token_ids=tokens[:kept], logprobs=logprobs[:kept], finish_reason=reason)
+        if self.settings.get("return_sampling_mask"):
+            assert params.temperature > 0 and params.top_k > 0
+            output.sampling_mask = self.as_mask(sets[:kept])
         return SimpleNamespace(outputs=[output])
+
+    as_mask = staticmethod(lambda sets: SimpleNamespace(token_ids=sets))
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ class Ours(Layout):
     def score(self) -> tuple[Any, ...]:
         batch = self.micro.batch
         ref_hidden_LH = self.policy.reference(batch)
-        found = scoring.statistics(self.policy(batch), self.policy.head(), batch.targets_L, ref_hidden_LH)
+        found = scoring.statistics(self.policy(batch), self.policy.head(), batch, ref_hidden_LH)
         return found.logprob, found.entropy, found.ref_logprob, found.kl
 
     def hidden(self) -> Tensor:

@@ -55,7 +55,7 @@ def policy_loss(
 
     The controller's `kl_coef` multiplies the live KL, so what it decides has a gradient. Only `loss` carries one.
     """
-    if not is_built_in(args):
+    if micro.batch.kept is not None or not is_built_in(args):
         return composed_loss(hidden_LH, head, micro, weight_L, control, args, max_kept_bytes)
     return linear_policy_loss(
         hidden_LH,
@@ -90,8 +90,8 @@ def composed_loss(
     max_kept_bytes: int | None,
 ) -> PolicyLoss:
     """The same of any algorithm: its loss is a function of log-probs, which `linear_token_stats` differentiates."""
-    tokens, ref_hidden = micro.batch.targets_L, micro.ref_hidden_LH
-    stats = linear_token_stats(hidden_LH, tokens=tokens, ref_hidden=ref_hidden, max_kept_bytes=max_kept_bytes, **head)
+    inputs: dict[str, Any] = {"tokens": micro.batch.targets_L, "ref_hidden": micro.ref_hidden_LH, **head}
+    stats = linear_token_stats(hidden_LH, kept=micro.batch.kept, max_kept_bytes=max_kept_bytes, **inputs)
     assert stats.kl is not None
     loss_L, is_clipped_L = token_losses(stats.logprob, micro, control.kl_coef, args)
     loss_L = loss_L - args.entropy_coef * stats.entropy

@@ -38,7 +38,7 @@ from safe_train.models.pretrained import (
 from safe_train.models.reference import check_fingerprint
 from safe_train.run.checkpoint import identity_of
 from safe_train.run.checkpoints import Checkpoints
-from safe_train.sampling.rollout import end_tokens
+from safe_train.sampling.rollout import end_tokens, filters_of
 from safe_train.sampling.samplers import changing
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -73,7 +73,7 @@ def export(subject: Subject, target: Path, *, merge: bool, dtype: str | None, kl
                 gap = write(args, Path(folder), target, merge=merge, dtype=dtype, is_adapter=is_adapter)
         except OSError as error:
             raise ConfigError(f"cannot write {target}: {error}") from error
-    return described(target, origin, gap, args.temperature)
+    return described(target, origin, gap, args)
 
 
 def write(
@@ -109,18 +109,20 @@ def write(
     return gap
 
 
-def described(target: Path, origin: str, gap: float, temperature: float) -> str:
+def described(target: Path, origin: str, gap: float, args: SafeConfig) -> str:
     config = target / "adapter_config.json"
     size = sum(path.stat().st_size for path in target.iterdir())
     what, serve = "a whole model", str(target)
     if config.is_file():
         base = json.loads(config.read_text())["base_model_name_or_path"]
         what, serve = f"the adapter, for {base}", f"{base} --enable-lora --lora-modules mine={target}"
-    others = [each for each in changing(GenerationConfig.from_pretrained(target)) if "temperature" not in each]
+    own = {"temperature": args.temperature} | filters_of(args)
+    others = [each for each in changing(GenerationConfig.from_pretrained(target)) if each.split()[0] not in own]
+    how = ", ".join(f"{name} {value:g}" for name, value in own.items())
     beside = f", beside the model's own {', '.join(others)}, without which it was trained" if others else ""
     return (
         f"{target}: {what}, {size / 1e6:,.1f} MB, of {origin}; loaded again, its log-probs differ by {gap:.2g} "
-        f"nats on average from the policy's\nsample at temperature {temperature:g}, at which it was trained, as "
+        f"nats on average from the policy's\nsample at {how}, at which it was trained, as "
         f"generation_config.json says{beside}\ntransformers: AutoModelForCausalLM.from_pretrained({str(target)!r})\n"
         f"vLLM: vllm serve {serve}"
     )
@@ -195,7 +197,8 @@ def generation_config(args: SafeConfig, model: Any, tokenizer: Any) -> Any:
         except (OSError, ValueError):  # there is none, or one that could not be written
             found = model.generation_config
     own = SimpleNamespace(model=SimpleNamespace(generation_config=found))
-    found.temperature, found.do_sample = args.temperature, bool(found.do_sample) or args.temperature != 1
+    trained = {"temperature": args.temperature} | filters_of(args)
+    found.update(**trained, do_sample=bool(found.do_sample) or trained != {"temperature": 1.0})
     found.eos_token_id = end_tokens(own, tokenizer, args) or None  # type: ignore[arg-type]
     found.pad_token_id = found.pad_token_id if found.pad_token_id is not None else tokenizer.pad_token_id
     return found

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safe_kernels import KeptIds
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -24,9 +26,15 @@ class TokenBatch:
     targets_L: Tensor  # int64, the response tokens
     response_cu_seqlens: Tensor  # int32 [B + 1], boundaries of the sequences in L
     max_seqlen: int  # tokens of the longest sequence, on the host: reading it from the device would wait for it
+    kept: KeptIds | None = None  # the ids that each response token was drawn from; None: from all
 
     @classmethod
-    def pack(cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> TokenBatch:
+    def pack(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        kept: Sequence[KeptIds] | None = None,
+    ) -> TokenBatch:
         """Packs sequences; a completion may be empty, a prompt may not: its last token predicts the first response."""
         input_ids: list[int] = []
         position_ids: list[int] = []
@@ -50,6 +58,7 @@ class TokenBatch:
             targets_L=ids_N[predict_L + 1],
             response_cu_seqlens=torch.tensor(response_starts, dtype=torch.int32),
             max_seqlen=max(position_ids, default=-1) + 1,
+            kept=None if kept is None else joined_sets(kept),
         )
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,8 +74,19 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: x.to(device, non_blocking=True) for name, x in values.items() if isinstance(x, Tensor)}
-        return TokenBatch(**values | tensors)
+        moved: dict[str, Any] = {
+            name: x.to(device, non_blocking=True) for name, x in values.items() if isinstance(x, Tensor)
+        }
+        if self.kept is not None:
+            moved["kept"] = KeptIds(*(x.to(device, non_blocking=True) for x in self.kept))
+        return TokenBatch(**values | moved)
+
+
+def joined_sets(parts: Sequence[KeptIds]) -> KeptIds:
+    """The sets of the tokens of all parts, in their order."""
+    counts = [part.offsets.diff() for part in parts]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), *counts]).cumsum(0)
+    return KeptIds(torch.cat([torch.zeros(0, dtype=torch.long), *(part.ids for part in parts)]), offsets)
 
 
 def through_first_eos(completion: Sequence[int], eos_ids: Iterable[int]) -> tuple[list[int], bool]:

@@ -119,7 +119,8 @@ def mean_kl(policy: Policy, batches: Iterable[MicroBatch]) -> float:
     total, tokens = 0.0, 0
     for micro in batches:
         hidden_LH, targets_L, ref_LH = policy(micro.batch), micro.batch.targets_L, micro.ref_hidden_LH
-        kl_L = linear_token_stats(hidden_LH, tokens=targets_L, ref_hidden=ref_LH, **policy.head()).kl
+        head, kept = policy.head(), micro.batch.kept
+        kl_L = linear_token_stats(hidden_LH, tokens=targets_L, ref_hidden=ref_LH, kept=kept, **head).kl
         assert kl_L is not None
         total, tokens = total + kl_L.double().sum().item(), tokens + len(kl_L)
     sharding.reshard(policy)

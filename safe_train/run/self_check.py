@@ -109,7 +109,7 @@ def batch_of(sequences: Sequence[list[int]]) -> TokenBatch:
 def log_probs(policy: Policy, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
     """[L] log-probs of policy and reference, and the KL between them, as a rollout is scored."""
     ref_hidden_LH, hidden_LH = policy.reference(batch), policy(batch)  # whose head stays gathered
-    stats = scoring.statistics(hidden_LH, policy.head(), batch.targets_L, ref_hidden_LH)
+    stats = scoring.statistics(hidden_LH, policy.head(), batch, ref_hidden_LH)
     assert stats.ref_logprob is not None and stats.kl is not None
     return stats.logprob, stats.ref_logprob, stats.kl
 

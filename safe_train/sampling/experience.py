@@ -89,9 +89,10 @@ def score(
     For an empty group the models run over one token without a response.
     """
     prompts, completions = [rollout.prompts[i].ids for i in group], [rollout.completions[i] for i in group]
-    batch = TokenBatch.pack(prompts or [[0]], completions or [[]]).to(device)
+    kept = [rollout.kept[i] for i in group] if rollout.kept else None
+    batch = TokenBatch.pack(prompts or [[0]], completions or [[]], kept).to(device)
     ref_hidden_LH, hidden_LH = policy.reference(batch), policy(batch)  # whose head stays gathered
-    stats = scoring.statistics(hidden_LH, policy.head(), batch.targets_L, ref_hidden_LH)
+    stats = scoring.statistics(hidden_LH, policy.head(), batch, ref_hidden_LH)
     states_LH = value_states(hidden_LH, batch, args)
     assert stats.ref_logprob is not None and stats.kl is not None
     absent = stats.logprob.new_zeros(0, len(batch.targets_L))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,14 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     StaticCache,
     StoppingCriteriaList,
     TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
+from safe_kernels import KeptIds
 from safe_kernels.integrations.transformers import text_config
 from safe_train import parallel
 from safe_train.config import ConfigError, SafeConfig
@@ -30,6 +33,7 @@ from safe_train.models.layout import largest_gap
 from safe_train.models.policy import Policy
 from safe_train.randomness import seeded
 from safe_train.sampling.stopping import StopStrings, stop_tokens
+from safe_train.settings.limits import PAPER
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,11 @@ class Rollout:
     texts: list[str]
     ended: list[bool]  # False: cut off at max_new_tokens
     sampler_logprobs: list[list[float]]  # as the sampler saw them
+    kept: list[KeptIds] = field(default_factory=list)  # the ids that each token was drawn from; empty: from all
 
     def take(self, order: Sequence[int]) -> Rollout:
-        return Rollout(*([getattr(self, f.name)[i] for i in order] for f in fields(Rollout)))
+        columns = (getattr(self, f.name) for f in fields(Rollout))
+        return Rollout(*([column[i] for i in order] if column else [] for column in columns))
 
     @classmethod
     def build(
@@ -53,8 +59,9 @@ class Rollout:
         eos_ids: list[int],
         stops: StopStrings | None = None,
         skip_special_tokens: bool = True,
+        kept: Sequence[KeptIds] = (),
     ) -> Rollout:
-        """A rollout from sampled tokens and their log-probs, both of which may go on after an end.
+        """A rollout from sampled tokens, their log-probs and sets, all of which may go on after an end.
 
         The texts are without special tokens, or with all but the end token that a completion ends with.
         """
@@ -71,7 +78,8 @@ class Rollout:
             completions=completions,
             texts=tokenizer.batch_decode(shown, skip_special_tokens=skip_special_tokens),
             ended=[ended for _, ended in trimmed],
-            sampler_logprobs=[list(row[: len(kept)]) for row, kept in zip(logprobs, completions, strict=True)],
+            sampler_logprobs=[list(row[: len(tokens)]) for row, tokens in zip(logprobs, completions, strict=True)],
+            kept=[first_sets(sets, len(row)) for sets, row in zip(kept, completions, strict=True)] if kept else [],
         )
 
     def for_rewards(self) -> tuple[list[str | Messages], list[str | Messages], dict[str, list[Any]], list[list[int]]]:
@@ -86,6 +94,10 @@ class Rollout:
         names = dict.fromkeys(name for prompt in self.prompts for name in prompt.columns)
         columns = {name: [prompt.columns.get(name) for prompt in self.prompts] for name in names}
         return [prompt.text for prompt in self.prompts], completions, columns, self.completions
+
+
+def first_sets(kept: KeptIds, count: int) -> KeptIds:
+    return KeptIds(kept.ids[: int(kept.offsets[count])].clone(), kept.offsets[: count + 1].clone())
 
 
 def joined(rollouts: Sequence[Rollout]) -> Rollout:
@@ -139,6 +151,9 @@ def choose_mode(policy: Policy, args: SafeConfig, prompts: Sequence[list[int]]) 
     )
 
 
+UNFILTERED: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
 @torch.no_grad()
 def sampler_gap(policy: Policy, args: SafeConfig, mode: Mode, prompts: Sequence[list[int]]) -> float:
     """How far the sampler's log-probs of a few tokens are from the policy's: the mean of |difference|, in nats.
@@ -146,10 +161,10 @@ def sampler_gap(policy: Policy, args: SafeConfig, mode: Mode, prompts: Sequence[
     The random numbers of the run are left alone.
     """
     changes: dict[str, Any] = {"max_new_tokens": 3, "generation_batch_size": None, "cache_implementation": "dynamic"}
-    args = dataclasses.replace(args, **changes)
+    args = dataclasses.replace(args, **changes | UNFILTERED)
     device = policy.causal_lm.device
     with seeded(0):
-        tokens, logprobs = draw(policy, prompts, settings(args, [], 0, mode), args, {}, mode)
+        tokens, logprobs, _ = draw(policy, prompts, settings(args, [], 0, mode), args, {}, mode)
         batch = TokenBatch.pack(prompts, tokens).to(device)
         own_L = scoring.logprobs(policy(batch), policy.head(), batch.targets_L)
     return (own_L - torch.tensor(sum(logprobs, []), device=device)).abs().mean().item()
@@ -165,7 +180,7 @@ def sample(
     mode: Mode = MODES[0],
     greedy: bool = False,
 ) -> Rollout:
-    """One completion for each prompt, sampled from the policy at its temperature, with nothing cut off.
+    """One completion for each prompt, sampled from the policy at its temperature, within `top_k`, `top_p` and `min_p`.
 
     With `greedy` the likeliest token each time. `caches` keeps KV caches from call to call, by their number of rows.
     """
@@ -173,8 +188,8 @@ def sample(
     stops = None if args.stop_strings is None else StopStrings(tokenizer, args.stop_strings)
     given = settings(args, eos_ids, tokenizer.pad_token_id or 0, mode)
     ids, caches = [prompt.ids for prompt in prompts], {} if caches is None else caches
-    tokens, logprobs = draw(policy, ids, given, args, caches, mode, stops, greedy)
-    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids, stops, args.reward_skip_special_tokens)
+    tokens, logprobs, kept = draw(policy, ids, given, args, caches, mode, stops, greedy)
+    return Rollout.build(tokenizer, prompts, tokens, logprobs, eos_ids, stops, args.reward_skip_special_tokens, kept)
 
 
 def settings(args: SafeConfig, eos_ids: list[int], pad_id: int, mode: Mode) -> GenerationConfig:
@@ -196,10 +211,9 @@ def draw(
     mode: Mode,
     stops: StopStrings | None = None,
     greedy: bool = False,
-) -> tuple[list[list[int]], list[list[float]]]:
-    """Sampled tokens and their log-probs, one row a prompt."""
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
+) -> tuple[list[list[int]], list[list[float]], list[KeptIds]]:
+    """Sampled tokens and their log-probs, one row a prompt, and the ids that they were drawn from, if not from all."""
+    drawn: list[Any] = [None] * len(prompts)
     size = args.generation_batch_size or len(prompts)
     lengths = [len(ids) for ids in prompts]
     with policy.sampling() as model:
@@ -209,12 +223,25 @@ def draw(
             cache = caches[len(chunk)]
             if cache is not None:
                 cache.reset()
-            drawing = Draw(policy.temperature, args.top_k, greedy)
-            drawn = generate(model, [prompts[i] for i in chunk], given, drawing, cache, stops)
+            drawing = Draw(policy.temperature, filters(args), args.algorithm not in PAPER, greedy)
+            rows = generate(model, [prompts[i] for i in chunk], given, drawing, cache, stops)
             # The last chunk repeats a prompt to be as wide as the others; the first draw counts.
-            for i, row, row_logprobs in reversed(list(zip(chunk, *drawn, strict=True))):
-                tokens[i], logprobs[i] = row, row_logprobs
-    return tokens, logprobs
+            for i, row in reversed(list(zip(chunk, rows, strict=True))):
+                drawn[i] = row
+    tokens, logprobs, kept = ([list(column) for column in zip(*drawn, strict=True)]) if drawn else ([], [], [])
+    return tokens, logprobs, kept if any(sets is not None for sets in kept) else []
+
+
+def filters_of(args: SafeConfig) -> dict[str, Any]:
+    """Those that are on, by their names in transformers and vLLM."""
+    return {name: getattr(args, name) for name, off in UNFILTERED.items() if getattr(args, name) != off}
+
+
+def filters(args: SafeConfig) -> LogitsProcessorList:
+    """In the order of transformers' `generate`."""
+    found = [TopKLogitsWarper(args.top_k)] if args.top_k else []
+    found += [TopPLogitsWarper(args.top_p)] if args.top_p < 1 else []
+    return LogitsProcessorList(found + ([MinPLogitsWarper(args.min_p)] if args.min_p else []))
 
 
 def chunks(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -254,20 +281,34 @@ class Draw(LogitsProcessor):
 
     With `greedy` the likeliest. It comes last, and `generate` is left one token to take. So what is recorded is what
     was drawn from, with all that the model or its settings did to the scores: the gap to the policy's own log-probs
-    shows it. The top k of the published algorithms are drawn from, but the log-probs are those of the whole policy.
+    shows it. What `filters` leave is recorded, too, unless not `renormalise`: the published algorithms draw from the
+    top k, and their log-probs are those of the whole policy.
     """
 
-    def __init__(self, temperature: float, top_k: int = 0, greedy: bool = False):
-        self.temperature, self.greedy = temperature, greedy
-        self.filter = TopKLogitsWarper(top_k) if top_k else None
+    def __init__(self, temperature: float, filters: LogitsProcessorList, renormalise: bool, greedy: bool = False):
+        self.temperature, self.filters, self.greedy = temperature, filters, greedy
+        self.renormalise = renormalise and len(filters) > 0
         self.logprobs: list[Tensor] = []  # of each step, one a row
+        self.kept: list[tuple[Tensor, Tensor]] = []  # of each step, the ids of all rows, and how many each has
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores_BV: Any = scores / self.temperature
-        kept_BV = scores_BV if self.filter is None else self.filter(input_ids, scores_BV)
+        kept_BV = self.filters(input_ids, scores_BV)
         token_B1 = kept_BV.argmax(-1, keepdim=True) if self.greedy else torch.multinomial(kept_BV.softmax(-1), 1)
+        if self.renormalise:
+            is_kept_BV, scores_BV = kept_BV > -torch.inf, kept_BV
+            self.kept.append((is_kept_BV.nonzero()[:, 1].cpu(), is_kept_BV.sum(-1).cpu()))
         self.logprobs.append(scores_BV.gather(-1, token_B1)[:, 0] - scores_BV.logsumexp(-1))
         return torch.full_like(scores_BV, -torch.inf).scatter_(-1, token_B1, 0.0)  # type: ignore[return-value]
+
+    def sets(self, rows: int) -> list[KeptIds | None]:
+        """Of each row, the ids that its tokens were drawn from."""
+        if not self.renormalise:
+            return [None] * rows
+        counts_TB = torch.stack([counts for _, counts in self.kept])
+        parts_TB = [ids.split(counts.tolist()) for ids, counts in self.kept]
+        offsets_BT = torch.nn.functional.pad(counts_TB.T.cumsum(1), (1, 0))
+        return [KeptIds(torch.cat([parts[row] for parts in parts_TB]), offsets_BT[row]) for row in range(rows)]
 
 
 def generate(
@@ -277,8 +318,8 @@ def generate(
     drawing: Draw,
     cache: StaticCache | None,
     stops: StopStrings | None = None,
-) -> tuple[list[list[int]], list[list[float]]]:
-    """Sampled tokens and their log-probs, one row a prompt."""
+) -> list[tuple[list[int], list[float], KeptIds | None]]:
+    """Sampled tokens, their log-probs and what they were drawn from, one row a prompt."""
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), settings.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
@@ -295,7 +336,8 @@ def generate(
     )
     tokens_BT = output[:, width:]
     # On GPUs `generate` may notice an end one step late, and takes that step back.
-    return tokens_BT.tolist(), torch.stack(drawing.logprobs, dim=1)[:, : tokens_BT.shape[1]].tolist()
+    logprobs_BT = torch.stack(drawing.logprobs, dim=1)[:, : tokens_BT.shape[1]]
+    return list(zip(tokens_BT.tolist(), logprobs_BT.tolist(), drawing.sets(len(prompts)), strict=True))
 
 
 def end_tokens(policy: Policy, tokenizer: Any, args: SafeConfig | None = None) -> list[int]:

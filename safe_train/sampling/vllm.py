@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safe_kernels import KeptIds
 from safe_train import parallel
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import TokenBatch
@@ -33,7 +35,8 @@ from safe_train.data.prompts import Prompt
 from safe_train.models.adapters import is_cut_up, is_wrapper
 from safe_train.models.policy import Policy
 from safe_train.models.scoring import logprobs
-from safe_train.sampling.rollout import Rollout, end_tokens
+from safe_train.sampling.rollout import Rollout, end_tokens, filters_of
+from safe_train.settings.limits import PAPER
 
 # Nats on average between two ways to compute the same log-probs. Rounding makes 0.04 of it in bfloat16 and 1e-5 in
 # float32; one matrix or norm of two layers that is left out makes 0.6 to 2.2.
@@ -48,6 +51,8 @@ class VLLMSampler:
         self.policy, self.tokenizer, self.args = policy, tokenizer, args
         self.weights_are_checked = False
         self.vllm = import_vllm()
+        if returns_sets(args):
+            check_sets(self.vllm)
         self.engine = start_engine(self.vllm, policy, args)
         self.sleep()
 
@@ -66,7 +71,9 @@ class VLLMSampler:
         tokens = [list(output.token_ids) for output in outputs]
         logprobs = [token_logprobs(output) for output in outputs]
         rollout = Rollout.build(
-            self.tokenizer, prompts, tokens, logprobs, eos_ids, skip_special_tokens=self.args.reward_skip_special_tokens
+            *(self.tokenizer, prompts, tokens, logprobs, eos_ids),
+            skip_special_tokens=self.args.reward_skip_special_tokens,
+            kept=[sampled_from(output) for output in outputs] if returns_sets(self.args) and not greedy else (),
         )
         for output, completion, ended in zip(outputs, rollout.completions, rollout.ended, strict=True):
             if not ended and len(completion) < self.args.max_new_tokens:
@@ -82,15 +89,19 @@ class VLLMSampler:
     def sampling_params(self, eos_ids: list[int], seed: int, greedy: bool) -> Any:
         args = self.args
         return self.vllm.SamplingParams(
-            temperature=0.0 if greedy else self.policy.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
+            **self.drawn_from(greedy),
             max_tokens=args.max_new_tokens,
             stop_token_ids=eos_ids,
             logprobs=0,  # of the sampled token alone
             detokenize=False,
             seed=seed,
         )
+
+    def drawn_from(self, greedy: bool) -> dict[str, Any]:
+        """With `greedy` temperature 0; an engine that returns sets does not take that, and draws from the best one."""
+        if greedy and returns_sets(self.args):
+            return {"temperature": self.policy.temperature, "top_k": 1}
+        return {"temperature": 0.0 if greedy else self.policy.temperature} | filters_of(self.args)
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -128,6 +139,7 @@ def start_engine(vllm: Any, policy: Policy, args: SafeConfig) -> Any:
     backend = {"distributed_executor_backend": "external_launcher"} if parallel.size() > 1 else {}
     device = policy.causal_lm.device
     devices = [device] if device.type == "cuda" else []
+    sets = {"return_sampling_mask": True} if returns_sets(args) else {}
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices):  # vLLM seeds the process it runs in
         config.save_pretrained(folder)
         return vllm.LLM(
@@ -137,7 +149,7 @@ def start_engine(vllm: Any, policy: Policy, args: SafeConfig) -> Any:
             generation_config="vllm",
             # Of what is drawn from: with the temperature, and with all that the engine might add. The published
             # algorithms draw from the top k, and score the whole policy.
-            logprobs_mode="raw_logprobs" if args.top_k else "processed_logprobs",
+            logprobs_mode="raw_logprobs" if args.top_k and not sets else "processed_logprobs",
             dtype=str(policy.compute_dtype).removeprefix("torch."),
             seed=args.seed,
             max_model_len=args.max_prompt_tokens + args.max_new_tokens,
@@ -145,7 +157,30 @@ def start_engine(vllm: Any, policy: Policy, args: SafeConfig) -> Any:
             enable_sleep_mode=True,
             trust_remote_code=args.trust_remote_code,
             **backend,
+            **sets,
         )
+
+
+def returns_sets(args: SafeConfig) -> bool:
+    """Whether the engine has to say which ids a token was drawn from."""
+    return args.top_k > 0 and args.algorithm not in PAPER
+
+
+def check_sets(vllm: Any) -> None:
+    if "return_sampling_mask" not in inspect.signature(vllm.EngineArgs).parameters:
+        raise ConfigError(
+            f"vLLM {vllm.__version__} does not say which tokens top_k and top_p left, which log-probs within them need "
+            "(0.28 does): set top_k 0, or generation hf"
+        )
+
+
+def sampled_from(output: Any) -> KeptIds:
+    """Its engine returns them by token, or in one list with offsets."""
+    mask = output.sampling_mask
+    if (offsets := getattr(mask, "offsets", None)) is not None:
+        return KeptIds(torch.as_tensor(mask.token_ids).long(), torch.as_tensor(offsets).long())
+    counts = torch.tensor([0, *map(len, mask.token_ids)])
+    return KeptIds(torch.tensor([token for ids in mask.token_ids for token in ids]).long(), counts.cumsum(0))
 
 
 def token_logprobs(output: Any) -> list[float]:
@@ -231,10 +266,12 @@ def check_merging(policy: Policy) -> None:
 def check_weights(policy: Policy, rollout: Rollout) -> None:
     """Compares the log-probs of the first completions as the engine saw them with the policy's own."""
     rows = sorted(range(len(rollout.completions)), key=lambda i: len(rollout.prompts[i].ids))[:3]
-    batch = TokenBatch.pack([rollout.prompts[i].ids for i in rows], [rollout.completions[i] for i in rows])
+    kept = [rollout.kept[i] for i in rows] if rollout.kept else None
+    batch = TokenBatch.pack([rollout.prompts[i].ids for i in rows], [rollout.completions[i] for i in rows], kept)
     batch = batch.to(policy.causal_lm.device)
     hidden_LH = policy(batch)
-    own, limit = logprobs(hidden_LH, policy.head(), batch.targets_L).float().cpu(), MAX_GAP[hidden_LH.dtype]
+    own = logprobs(hidden_LH, policy.head(), batch.targets_L, kept=batch.kept).float().cpu()
+    limit = MAX_GAP[hidden_LH.dtype]
     seen = torch.tensor([x for i in rows for x in rollout.sampler_logprobs[i]])
     gap = max(parallel.gather_objects((own - seen).abs().mean().item() if len(seen) else 0.0))
     if not gap <= limit:

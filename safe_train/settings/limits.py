@@ -41,16 +41,11 @@ CHOICES = {
     "liger_kernel": ("auto", "true", "false"),
 }
 
-NO_FILTERS = (
-    "of tokens drawn from a part of the vocabulary, log-probs within that part are needed, which the kernels do not "
-    "compute yet: ratios and KL would be another policy's. For likelier tokens lower temperature, which is exact"
-)
-
 # What the published algorithms fix, or do not have.
 NOT_IN_PAPER = """
 beta kl_estimator kl_gradient kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef entropy_gate gate_min
 gate_max phases window value_level gamma gae_lambda minibatch_size importance_cap warmup_steps lr_scheduler_type
-loss_aggregation importance_sampling_level
+loss_aggregation importance_sampling_level top_p min_p
 """.split()
 
 
@@ -91,9 +86,9 @@ BOUNDS = (
         "entropy_coef value_coef weight_decay alpha pid_kp pid_ki pid_kd missing_eos_penalty reward_timeout "
         "ddp_timeout async_reward_timeout reward_variance_coef pass_reward kl_budget",
     ),
-    ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization"),
+    ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization top_p"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
-    ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short adam_beta1 adam_beta2"),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short adam_beta1 adam_beta2 min_p"),
     ("a finite number of at least 0.01", lambda x: 0.01 <= x < math.inf, "temperature"),
 )
 
@@ -158,11 +153,14 @@ def check(c: SafeConfig) -> None:
     if c.algorithm in PAPER:
         check_paper(c, require)
     else:
-        require_unfiltered(c, "top_k", 0)
         require(c.controller not in PAPER, "controller", f"safe or fixed for {c.algorithm}")
     if c.generation == "vllm" and c.top_k:
-        require(c.temperature == 1, "temperature", "1 with generation vllm and top_k, whose log-probs vLLM lacks")
-    require_unfiltered(c, "top_p", 1.0)
+        if c.algorithm in PAPER:
+            require(c.temperature == 1, "temperature", "1 with generation vllm and top_k, whose log-probs vLLM lacks")
+    elif c.generation == "vllm":
+        reason = "with generation vllm, which returns what it drew from only with top_k"
+        require(c.top_p == 1, "top_k", f"above 0 with top_p {c.top_p:g} {reason}")
+        require(c.min_p == 0, "top_k", f"above 0 with min_p {c.min_p:g} {reason}")
     exact = c.kl_estimator == "exact"
     require(exact or c.kl_penalty_coef == 0, "kl_estimator", "exact when kl_penalty_coef is set")
     of_tokens = c.importance_sampling_level == "token"
@@ -180,11 +178,6 @@ def check_adapter(c: SafeConfig, require: Require) -> None:
         "false with generation vllm, which takes whole weights",
     )
     require(c.lora_target_modules != [], "lora_target_modules", "null for all linear layers, or some of their names")
-
-
-def require_unfiltered(c: SafeConfig, name: str, off: float) -> None:
-    if getattr(c, name) != off:
-        raise ConfigError(f"{name} must be {off:g}, got {getattr(c, name)!r}: {NO_FILTERS}")
 
 
 def check_paper(c: SafeConfig, require: Require) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from safe_train.settings.limits import NO_FILTERS
-
 ROLLOUTS = "total_steps, in rollouts: an epoch has rows / prompts_per_step of them"
 LAUNCH = "by `accelerate launch`: docs/scaling.md"
 QUANTISED = "load_in_4bit=true is QLoRA; 8 bits are not offered"
@@ -53,7 +51,7 @@ TABLE = (
     Row("vllm_mode=colocate", note="generation=vllm runs beside the trainer, on its device"),
     Row("gpu_memory_utilization=0.3", "vllm_gpu_memory_utilization={}"),
     Row("vllm_importance_sampling_cap=2 vllm_importance_sampling_clip_max", "importance_cap={}"),
-    Row("min_p=0.1 typical_p epsilon_cutoff eta_cutoff top_h", note=f"not offered: {NO_FILTERS}"),
+    Row("typical_p=0.9 epsilon_cutoff eta_cutoff top_h", note="not offered: top_k, top_p and min_p are"),
     Row("repetition_penalty=1.1 no_repeat_ngram_size presence_penalty frequency_penalty generation_kwargs", note=ALONE),
     Row("mask_truncated_completions=true", note="missing_eos_penalty charges them; they stay in the loss"),
     # Optimisation
