@@ -30,7 +30,7 @@ def case(seed=0, tokens=7, width=8, vocabulary=19):
     ref_hidden = hidden + 0.3 * torch.randn(tokens, width, generator=g)
     logprob = stats(hidden, head, targets).logprob
     micro = SimpleNamespace(
-        batch=SimpleNamespace(targets_L=targets),
+        batch=SimpleNamespace(targets_L=targets, kept=None),
         ref_hidden_LH=ref_hidden,
         logprob_L=logprob,
         sampler_logprob_L=logprob,
@@ -123,7 +123,7 @@ def test_importance_weights_make_the_policys_mean_of_what_is_sampled():
         names = ("ref_hidden_LH", "logprob_L", "sampler_logprob_L", "ref_logprob_L", "advantage_L", "targets_L")
         fields = dict(zip(names, rows, strict=True))
         fields["ref_hidden_LH"] = ref_hidden.expand(tokens, -1)
-        return SimpleNamespace(batch=SimpleNamespace(targets_L=fields.pop("targets_L")), **fields)
+        return SimpleNamespace(batch=SimpleNamespace(targets_L=fields.pop("targets_L"), kept=None), **fields)
 
     for settings in ({"kl_estimator": "k2"}, {"kl_estimator": "k3"}, {"entropy_coef": 0.1}):
         leaf, args = hidden.clone().requires_grad_(), SafeConfig(**NO_TERMS | settings, importance_cap=1e6)
