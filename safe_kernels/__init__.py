@@ -20,20 +20,25 @@ float32; never logits, except in the reference backend, which gathers them. A DT
 group stands for its slice, and its gradient is such a DTensor.
 """
 
+from .distillation import distillation_loss
 from .inputs import KeptIds
 from .linear import linear_token_stats
+from .linear_distillation import linear_distillation_loss
 from .logits import token_stats
 from .policy_loss import linear_policy_loss
-from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
+from .results import DistillationLoss, PolicyLoss, SafeTerms, TokenStats, ValueTargets
 from .safe_terms import linear_safe_terms, safe_terms
 from .values import soft_min, soft_min_gae
 
 __all__ = [
+    "DistillationLoss",
     "KeptIds",
     "PolicyLoss",
     "SafeTerms",
     "TokenStats",
     "ValueTargets",
+    "distillation_loss",
+    "linear_distillation_loss",
     "linear_policy_loss",
     "linear_safe_terms",
     "linear_token_stats",

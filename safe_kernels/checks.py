@@ -90,16 +90,31 @@ def no_wider(x: Tensor, like: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float64 and like.dtype != torch.float64 else x
 
 
-def require_temperatures(temperature: Tensor, tokens: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
+def require_temperatures(
+    temperature: Tensor, tokens: Tensor, mask: Tensor | None, like: Tensor, name: str = "temperature"
+) -> Tensor:
     """One entry a token, without gradient."""
     if temperature.dim() == 0:
         temperature = temperature.to(torch.promote_types(like.dtype, torch.float32)).expand(tokens.shape)
-    temperature = require_per_token("temperature", temperature, like, tokens)
+    temperature = require_per_token(name, temperature, like, tokens)
     if debugging():
         live = temperature if mask is None else temperature[mask]
         if not bool((live > 0).all()):
-            raise ValueError(f"temperature has a minimum of {live.min().item()}; it must be > 0 for every live token")
+            raise ValueError(f"{name} has a minimum of {live.min().item()}; it must be > 0 for every live token")
     return temperature.detach()
+
+
+def require_temperature(
+    name: str, temperature: float | Tensor, tokens: Tensor, mask: Tensor | None, like: Tensor
+) -> float | Tensor:
+    if isinstance(temperature, Tensor):
+        return require_temperatures(temperature, tokens, mask, like, name)
+    return require_number(name, temperature, above=0)
+
+
+def require_one_of(name: str, x: object, allowed: Sequence[str]) -> None:
+    if x not in allowed:
+        raise ValueError(f"{name} is {x!r}; it must be one of {', '.join(map(repr, allowed))}")
 
 
 def require_number(

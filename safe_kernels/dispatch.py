@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import torch_backend
-from .formulas import Objective
-from .inputs import LinearInputs, LogitsInputs, ScanInputs, StatsGrad, TermsInputs
+from .formulas import DistillationObjective, Objective
+from .inputs import Divergence, DivergenceGrad, LinearInputs, LogitsInputs, ScanInputs, StatsGrad, TermsInputs
 
 BACKENDS = ("reference", "torch", "triton")
 GPUS = ("cuda", "xpu")  # where Triton is the best, if it is installed
@@ -61,6 +61,30 @@ class Backend(Protocol):
 
     def matrix_product(self, x: Tensor, y: Tensor, out: Tensor) -> None:
         """out = x @ y, summed in the dtype of `out`, which may also be that of x alone."""
+
+    def logits_divergence(self, student: LogitsInputs, teacher: LogitsInputs, divergence: Divergence) -> Tensor:
+        """The rows of `DivergenceStats`. The teacher has a temperature of its own; the rest is the student's."""
+
+    def logits_divergence_gradient(
+        self,
+        student: LogitsInputs,
+        teacher: LogitsInputs,
+        divergence: Divergence,
+        stats: Tensor,
+        grads: DivergenceGrad,
+        out: Tensor,
+    ) -> None:
+        """d loss / d logits, written to `out`."""
+
+    def linear_divergence(
+        self,
+        student: LinearInputs,
+        teacher: LinearInputs,
+        divergence: Divergence,
+        objective: DistillationObjective,
+        needed: Sequence[bool],
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The rows of `DivergenceStats`, and gradients of the loss, while the logits of a row are there."""
 
     def value_terms(self, kl_N: Tensor, inputs: TermsInputs) -> Tensor:
         """(kl_penalty, value, value_target) [3, N]."""

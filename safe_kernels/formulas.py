@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import RowStats, StatsGrad, compute_dtype
+from .inputs import DivergenceGrad, RowStats, StatsGrad, compute_dtype
 
 
 class Objective(NamedTuple):
@@ -57,6 +57,23 @@ class Objective(NamedTuple):
             loss = loss + self.ref_kl_coef * ref_kl_N
             grad_ref_kl = self.ref_kl_coef * self.weight_N
         return self.weight_N * loss, is_clipped, StatsGrad(grad_logprob, grad_entropy, grad_kl, grad_ref_kl)
+
+
+class DistillationObjective(NamedTuple):
+    """The distillation loss of tokens and its slopes: weight (divergence - cross_entropy_coef logprob)."""
+
+    weight_N: Tensor  # 0 where masked
+    cross_entropy_coef: float
+
+    def evaluate(self, divergence_N: Tensor, logprob_N: Tensor) -> Tensor:
+        """Weighted token losses."""
+        if is_zero(self.cross_entropy_coef):
+            return self.weight_N * divergence_N
+        return self.weight_N * (divergence_N - self.cross_entropy_coef * logprob_N)
+
+    def slopes(self) -> DivergenceGrad:
+        is_plain = is_zero(self.cross_entropy_coef)
+        return DivergenceGrad(self.weight_N, None if is_plain else -self.cross_entropy_coef * self.weight_N)
 
 
 def is_zero(coefficient: float | Tensor) -> bool:

@@ -135,6 +135,38 @@ ALL_ROWS = len(RowStats._fields)
 RESULTS = {4: 2, 8: 4, ALL_ROWS: 5}  # how many of them callers get, by the number of rows
 
 
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "tv")
+
+
+class Divergence(NamedTuple):
+    """Which one, of a student p from a teacher q. With 0 < beta < 1 where it is "jsd"; otherwise beta is not read."""
+
+    name: str
+    beta: float
+
+
+class DivergenceStats(NamedTuple):
+    """The rows of `stats` [8, N] of a divergence. Its gradient in the logits over T is p (f - slope), where f is an
+    entry's own; of the forward KL it is p - q.
+    """
+
+    divergence: Tensor
+    entropy: Tensor  # of the student
+    logprob: Tensor  # as that of RowStats
+    slope: Tensor  # sum of p f
+    peak: Tensor
+    log_total: Tensor
+    ref_peak: Tensor  # of the teacher
+    ref_log_total: Tensor
+
+
+class DivergenceGrad(NamedTuple):
+    """d loss / d (divergence, logprob), each [N]; None is no gradient."""
+
+    divergence: Tensor | None
+    logprob: Tensor | None
+
+
 class StatsGrad(NamedTuple):
     """d loss / d (logprob, entropy, kl, ref_kl), each [N]; None is no gradient."""
 

@@ -24,9 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .inputs import ALL_ROWS
+from .inputs import ALL_ROWS, DIVERGENCES
 from .machine_code import GPUS, counts, cuobjdump, hot_loop, instructions, least_seconds, spills_in_loops
 from .triton_backend import launch
+from .triton_backend.divergences import divergence_gradient_kernel, divergence_kernel
 from .triton_backend.fused import fused_kernel, merge_kernel
 from .triton_backend.gemm import product_kernel
 from .triton_backend.launch import GemmChoice, RowChoice
@@ -44,12 +45,14 @@ POINTERS = {
     **dict.fromkeys(("temperatures", "carry", "stats", "out"), "*fp32"),
     **dict.fromkeys(("grad_logprob", "grad_entropy", "grad_kl", "grad_ref_kl"), "*fp32"),
     **dict.fromkeys(("v1", "v2", "rewards", "bootstrap", "value", "advantage", "returns"), "*fp32"),
+    **dict.fromkeys(("ref_temperatures", "grad_divergence"), "*fp32"),
     **dict.fromkeys(("kl", "target_v1", "target_v2", "threshold_tensor", "terms"), "*fp32"),
     "cu_seqlens": "*i32",
     "tokens": "*i64",
     "mask": "*u8",
 }
-FLOATS = ("temperature", "logit_scale", "softcap", "gamma", "decay", "alpha", "threshold")
+FLOATS: tuple[str, ...] = ("temperature", "logit_scale", "softcap", "gamma", "decay", "alpha", "threshold")
+FLOATS += ("ref_temperature", "ref_logit_scale", "ref_softcap", "beta")
 COUNTED = {  # kernel, and which of its optional arguments are there; `ref_kl` is REF_KL
     "statistics": (statistics_kernel, ()),
     "statistics with a reference": (statistics_kernel, ("ref_logits",)),
@@ -162,6 +165,7 @@ def measured(target: str, case: Case, optional: bool) -> dict[str, Any]:
 def cases_of(target: str) -> Iterator[Case]:
     yield from (
         *row_cases(launch.ROWS_BY_WARP[TARGETS[target].warp_size]),
+        *divergence_cases(launch.ROWS_BY_WARP[TARGETS[target].warp_size]),
         *scan_cases(),
         *merge_cases(),
         *fused_cases(target),
@@ -174,6 +178,15 @@ def row_cases(choice: RowChoice) -> Iterator[Case]:
         constants = {"ALIGNED": True, "R": choice.rows, "C": choice.columns}
         options = {"num_warps": choice.num_warps}
         yield Case(kernel, {"columns": choice.columns}, constants, options, required=("grad_logprob",))
+
+
+def divergence_cases(choice: RowChoice) -> Iterator[Case]:
+    """Logits in 16 bits, and the float32 tiles of hidden states with all arguments."""
+    for kernel, name in itertools.product((divergence_kernel, divergence_gradient_kernel), DIVERGENCES):
+        constants = {"DIVERGENCE": name, "ALIGNED": True, "R": choice.rows, "C": choice.columns}
+        for reads, optional in (("bf16", False), ("fp32", True)):
+            label, types = {"divergence": name, "reads": reads}, dict.fromkeys(("logits", "ref_logits"), f"*{reads}")
+            yield Case(kernel, label, constants, {"num_warps": choice.num_warps}, types, optional=(optional,))
 
 
 def combinations(target: str) -> Iterator[Case]:

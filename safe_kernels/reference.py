@@ -14,7 +14,7 @@ from . import vocab_parallel
 from .formulas import is_zero, soft_min
 from .inputs import without_masked
 from .kept_sets import kept_mask
-from .results import PolicyLoss, SafeTerms, TokenStats, ValueTargets
+from .results import DistillationLoss, PolicyLoss, SafeTerms, TokenStats, ValueTargets
 
 
 def token_stats(
@@ -45,14 +45,7 @@ def token_stats(
     if ref_logits is None:
         return TokenStats(without_masked(logprob, mask), without_masked(entropy, mask), None, None)
     logq = _log_softmax(ref_logits.detach(), temperature, mask)
-    kl = (p * (logp - logq).masked_fill(p == 0, 0)).sum(-1)
-    outside = ((logq == -math.inf) & (logp > -math.inf)).any(-1)  # even where p is too small for its dtype
-    found = [logprob, entropy, _at_token(logq, tokens), torch.where(outside & (kl < math.inf), math.inf, kl)]
-    if with_ref_kl:
-        q = logq.exp()
-        ref_kl = (q * (logq - logp).masked_fill(q == 0, 0)).sum(-1)
-        outside = ((logp == -math.inf) & (logq > -math.inf)).any(-1)
-        found.append(ref_kl + torch.where(outside & (ref_kl < math.inf), math.inf, 0))  # the gradient stays p - q
+    found = [logprob, entropy, _at_token(logq, tokens), _kl(logp, logq), *([_kl(logq, logp)] if with_ref_kl else [])]
     return TokenStats(*(without_masked(x, mask) for x in found))
 
 
@@ -82,9 +75,8 @@ def linear_token_stats(
 
     def logits(hidden, weight, bias):
         hidden = hidden if mask is None else hidden.where(mask[..., None], 0)
-        u = _product(hidden if process_group is None else _Shared.apply(_compute(hidden), process_group), weight)
-        u = (u if bias is None else u + bias.to(u.dtype)) * logit_scale
-        return u if softcap is None else softcap * torch.tanh(u / softcap)
+        hidden = hidden if process_group is None else _Shared.apply(_compute(hidden), process_group)
+        return _logits(hidden, weight, bias, softcap, logit_scale)
 
     ref_logits = None
     if ref_hidden is not None:
@@ -192,6 +184,90 @@ def linear_policy_loss(
     clip_fraction = (share * (clipped < ratio * advantage)).sum()
     found = (*stats[:4], clip_fraction, stats.ref_kl)
     return PolicyLoss._make([loss, *(None if x is None else x.detach() for x in found)])
+
+
+def distillation_loss(
+    logits,
+    teacher_logits,
+    *,
+    divergence="reverse_kl",
+    beta=0.5,
+    temperature=1.0,
+    teacher_temperature=None,
+    weights=None,
+    mask=None,
+    reduction="mean",
+    tokens=None,
+    cross_entropy_coef=0.0,
+    shared_vocabulary=None,
+    process_group=None,
+) -> DistillationLoss:
+    logits, teacher_logits = (x[..., :shared_vocabulary] for x in (logits, teacher_logits.detach()))
+    logp = _log_softmax(logits, temperature, mask)
+    logq = _log_softmax(teacher_logits, temperature if teacher_temperature is None else teacher_temperature, mask)
+    logq = logq.to(logp.dtype)
+    p = logp.exp()
+    entropy = -(p * logp.masked_fill(p == 0, 0)).sum(-1)
+    found = _divergence(logp, logq, divergence, beta)
+    loss, logprob = found, None
+    if tokens is not None:
+        logprob = _at_token(logp, tokens)
+        loss = found if is_zero(cross_entropy_coef) else found - cross_entropy_coef * logprob
+    loss = without_masked(loss if weights is None else loss * _compute(weights.detach()), mask)
+    if reduction != "none":
+        live = loss.numel() if mask is None else mask.sum()
+        loss = loss.sum() if reduction == "sum" else loss.sum() / max(live, 1)
+    results = [None if x is None else without_masked(x.detach(), mask) for x in (found, entropy, logprob)]
+    return DistillationLoss._make([loss, *results])
+
+
+def linear_distillation_loss(
+    hidden,
+    weight,
+    teacher_hidden,
+    teacher_weight,
+    *,
+    bias=None,
+    softcap=None,
+    logit_scale=1.0,
+    teacher_bias=None,
+    teacher_softcap=None,
+    teacher_logit_scale=1.0,
+    mask=None,
+    **options,
+) -> DistillationLoss:
+    if mask is not None:
+        hidden, teacher_hidden = (x.where(mask[..., None], 0) for x in (hidden, teacher_hidden))
+    with torch.no_grad():
+        teacher = _logits(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    return distillation_loss(_logits(hidden, weight, bias, softcap, logit_scale), teacher, mask=mask, **options)
+
+
+def _divergence(logp, logq, name, beta):
+    """Of the student p from the teacher q. "jsd" with beta 0 and 1 is the forward and the reverse KL."""
+    if name == "tv":
+        return (logp.exp() - logq.exp()).abs().sum(-1) / 2
+    if name == "forward_kl" or (name == "jsd" and beta == 0):
+        return _kl(logq, logp)
+    if name == "reverse_kl" or (name == "jsd" and beta == 1):
+        return _kl(logp, logq)
+    logp, logq = (x.clamp(min=torch.finfo(x.dtype).min / 4) for x in (logp, logq))  # -inf has no derivative
+    logm = torch.logaddexp(logp + math.log(1 - beta), logq + math.log(beta))
+    return beta * (logq.exp() * (logq - logm)).sum(-1) + (1 - beta) * (logp.exp() * (logp - logm)).sum(-1)
+
+
+def _kl(logp, logq):
+    """KL(p || q); inf where q is 0 and p is not, even if p is too small for its dtype. The gradient in q is finite."""
+    p = logp.exp()
+    kl = (p * (logp - logq).masked_fill(p == 0, 0)).sum(-1)
+    outside = ((logq == -math.inf) & (logp > -math.inf)).any(-1)
+    return kl + torch.where(outside & (kl < math.inf), math.inf, 0)
+
+
+def _logits(hidden, weight, bias, softcap, logit_scale):
+    u = _product(hidden, weight)
+    u = (u if bias is None else u + bias.to(u.dtype)) * logit_scale
+    return u if softcap is None else softcap * torch.tanh(u / softcap)
 
 
 def _compute(x: Tensor) -> Tensor:

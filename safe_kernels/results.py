@@ -60,6 +60,15 @@ class PolicyLoss(NamedTuple):
     ref_kl: Tensor | None = None
 
 
+class DistillationLoss(NamedTuple):
+    """A distillation loss and what it was made from; only `loss` carries a gradient, to the student."""
+
+    loss: Tensor  # 0-dim, or with reduction="none" one entry a token
+    divergence: Tensor  # between student and teacher, in nats (tv: between 0 and 1), without weights
+    entropy: Tensor  # of the student
+    logprob: Tensor | None  # of `tokens` under the student; None without them
+
+
 def new_results(x: Tensor, tokens_N: Tensor, stats_rows: int) -> tuple[Tensor, ...]:
     """What an op of statistics returns for tensors without memory."""
     dtype, N = compute_dtype(x), tokens_N.shape[0]  # len() would make a number of a symbolic size

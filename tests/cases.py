@@ -59,6 +59,22 @@ def policy_case(shape=(3, 7), *, seed=0, **options):
     return case
 
 
+def distillation_case(shape=(3, 7), vocabulary=37, width=16, *, dtype=torch.float32, bias=False, seed=0, **options):
+    """Arguments of `linear_distillation_loss`: a teacher of another width, with a head of its own."""
+    student = linear_case(shape, vocabulary, width, dtype=dtype, reference=None, bias=bias, seed=seed)
+    teacher = linear_case(shape, vocabulary, width + 8, dtype=dtype, reference=None, bias=bias, seed=seed + 1)
+    tokens = student.pop("tokens")
+    case = {**student, **{f"teacher_{name}": x for name, x in teacher.items() if name != "tokens"}}
+    return {**case, **({"tokens": tokens} if "cross_entropy_coef" in options else {}), **options}
+
+
+def distillation_logits_case(shape=(3, 7), vocabulary=37, *, dtype=torch.float32, seed=0, **options):
+    """Arguments of `distillation_loss`."""
+    case = logits_case(shape, vocabulary, dtype=dtype, scale=2.0, seed=seed)
+    tokens = {"tokens": case["tokens"]} if "cross_entropy_coef" in options else {}
+    return {"logits": case["logits"], "teacher_logits": case["ref_logits"], **tokens, **options}
+
+
 POLICY_ONLY = {"loss_weight", "clip_low", "clip_high", "kl_threshold"}
 POLICY_ONLY |= {"entropy_coef", "kl_coef", "kl_penalty_coef", "ref_kl_coef"}
 

@@ -112,7 +112,16 @@ def coarse(kernels, monkeypatch):
 @pytest.fixture
 def ops_seen(monkeypatch):
     """(op, copies of its arguments) of every op that the public functions and their gradients call."""
-    from safe_kernels import linear, logits, policy_loss, safe_terms, values, vocab_parallel
+    from safe_kernels import (
+        distillation,
+        linear,
+        linear_distillation,
+        logits,
+        policy_loss,
+        safe_terms,
+        values,
+        vocab_parallel,
+    )
 
     seen = []
 
@@ -128,7 +137,8 @@ def ops_seen(monkeypatch):
 
         return call
 
-    for module in (linear, logits, policy_loss, safe_terms, values, vocab_parallel):
+    modules = (distillation, linear, linear_distillation, logits, policy_loss, safe_terms, values, vocab_parallel)
+    for module in modules:
         for name in [name for name in vars(module) if name.endswith("_op")]:
             monkeypatch.setattr(module, name, watched(getattr(module, name)))
     return seen

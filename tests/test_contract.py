@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 from cases import (
+    distillation_case,
+    distillation_logits_case,
     evaluate,
     hold_to_registration,
     linear_case,
@@ -20,6 +22,8 @@ from torch._dynamo.testing import CompileCounter
 
 import safe_kernels
 from safe_kernels import (
+    distillation_loss,
+    linear_distillation_loss,
     linear_policy_loss,
     linear_safe_terms,
     linear_token_stats,
@@ -39,7 +43,11 @@ OPERATIONS = [
     soft_min,
     soft_min_gae,
     linear_policy_loss,
+    distillation_loss,
+    linear_distillation_loss,
 ]
+
+DISTILLATIONS = {distillation_loss: distillation_logits_case, linear_distillation_loss: distillation_case}
 
 ones, zeros = torch.ones(3, 7), torch.zeros(3, 7)
 WRONG_LOGITS = [
@@ -113,7 +121,59 @@ WRONG_POLICY = [
     ({"ref_hidden": None, "ref_kl_coef": torch.tensor(0.1)}, ValueError, "ref_kl_coef is 0.1.* without ref_hidden"),
     ({"ref_kl_coef": "0.1"}, TypeError, "ref_kl_coef is str; it must be a number"),
 ]
+WRONG_DISTILLATION = [
+    ({"divergence": "kl"}, ValueError, "divergence is 'kl'; it must be one of 'reverse_kl', 'forward_kl', 'jsd', 'tv'"),
+    ({"reduction": "batchmean"}, ValueError, "reduction is 'batchmean'; it must be one of 'mean', 'sum', 'none'"),
+    ({"beta": 1.5}, ValueError, r"beta is 1.5; it must be in \[0.*, 1.*\]"),
+    ({"beta": float("nan")}, ValueError, "beta is nan; it must be in"),
+    (
+        {"cross_entropy_coef": 0.1},
+        ValueError,
+        "cross_entropy_coef is 0.1 without tokens; it must be 0, or tokens given",
+    ),
+    ({"cross_entropy_coef": ones}, TypeError, "cross_entropy_coef is Tensor; it must be a number"),
+    ({"weights": ones[0]}, ValueError, r"weights has shape \(7,\); it must be \(3, 7\)"),
+    ({"weights": ones.long()}, TypeError, "weights has dtype torch.int64"),
+    ({"temperature": 0.0}, ValueError, "temperature is 0.0; it must be > 0"),
+    ({"teacher_temperature": 0.0}, ValueError, "teacher_temperature is 0.0; it must be > 0"),
+    ({"teacher_temperature": ones[0]}, ValueError, r"teacher_temperature has shape \(7,\)"),
+    ({"tokens": zeros}, TypeError, "tokens has dtype torch.float32"),
+    ({"tokens": zeros[:2].long()}, ValueError, r"tokens has shape \(2, 7\); it must be \(3, 7\)"),
+    ({"mask": ones}, TypeError, "mask is torch.float32"),
+    ({"shared_vocabulary": 38}, ValueError, r"shared_vocabulary is 38; it must be an integer in \[1, 37\]"),
+    ({"shared_vocabulary": 0}, ValueError, r"shared_vocabulary is 0; it must be an integer in \[1, 37\]"),
+    ({"process_group": 2}, TypeError, "process_group is int; it must be a torch.distributed.ProcessGroup"),
+    ({"backend": "cuda"}, ValueError, "backend is 'cuda'"),
+]
+WRONG_TEACHER = [
+    ({"teacher_hidden": None}, TypeError, "teacher_hidden is NoneType; it must be a tensor"),
+    (
+        {"teacher_hidden": torch.ones(2, 7, 24)},
+        ValueError,
+        r"teacher_hidden has shape \(2, 7, 24\); it must be \(3, 7, 24\)",
+    ),
+    ({"teacher_weight": torch.ones(37, 16)}, ValueError, r"teacher_weight has shape \(37, 16\); it must be \(V, 24\)"),
+    ({"teacher_weight": torch.ones(38, 24)}, ValueError, "teacher_weight has a vocabulary of 38 and weight one of 37"),
+    ({"teacher_weight": torch.empty(0)}, ValueError, "teacher_weight is empty.*FSDP.*gather it first"),
+    ({"teacher_bias": torch.ones(36)}, ValueError, r"teacher_bias has shape \(36,\); it must be \(37,\)"),
+    ({"bias": torch.ones(36)}, ValueError, r"bias has shape \(36,\); it must be \(37,\)"),
+    ({"teacher_softcap": 0.0}, ValueError, "teacher_softcap is 0.0; it must be > 0"),
+    ({"teacher_logit_scale": float("inf")}, ValueError, "teacher_logit_scale is inf; it must be finite"),
+    ({"hidden": torch.ones(())}, ValueError, "hidden has no axes"),
+]
+WRONG_TEACHER_LOGITS = [
+    ({"teacher_logits": None}, TypeError, "teacher_logits is NoneType; it must be a tensor"),
+    ({"teacher_logits": torch.ones(37)}, ValueError, r"teacher_logits has shape \(37,\); it must be \(3, 7, 37\)"),
+    (
+        {"teacher_logits": torch.ones(3, 7, 38)},
+        ValueError,
+        "teacher_logits has a vocabulary of 38 and logits one of 37",
+    ),
+    ({"logits": torch.ones(3, 7, 0)}, ValueError, r"logits has shape \(3, 7, 0\)"),
+]
 WRONG = [
+    *((distillation_loss, distillation_logits_case(), *x) for x in (*WRONG_DISTILLATION, *WRONG_TEACHER_LOGITS)),
+    *((linear_distillation_loss, distillation_case(), *x) for x in (*WRONG_DISTILLATION, *WRONG_TEACHER)),
     *((token_stats, logits_case(), *wrong) for wrong in WRONG_LOGITS),
     *((linear_token_stats, linear_case(), *wrong) for wrong in WRONG_HEAD),
     *((soft_min_gae, values_case(mask=None), *wrong) for wrong in WRONG_VALUES),
@@ -192,6 +252,23 @@ class TestDebug:
         with pytest.raises(ValueError, match="temperature has a minimum of 0"):
             token_stats(**logits_case(temperature=zeros))
 
+    def test_distillation(self):
+        for op, case in (
+            (distillation_loss, distillation_logits_case()),
+            (linear_distillation_loss, distillation_case()),
+        ):
+            with pytest.raises(ValueError, match="weights has a minimum of -1"):
+                op(**case, weights=-ones)
+            op(**case, weights=-ones, mask=zeros > 0)
+            with pytest.raises(ValueError, match="teacher_temperature has a minimum of 0"):
+                op(**case, teacher_temperature=zeros)
+            with pytest.raises(ValueError, match="tokens has the id 37"):
+                op(**case, tokens=zeros.long() + 37)
+            teacher = next(name for name in ("teacher_logits", "teacher_hidden") if name in case)
+            case[teacher][0, 0] = float("nan")
+            with pytest.raises(ValueError, match=f"{teacher} has NaN in the row of a live token"):
+                op(**case)
+
     def test_sequences(self):
         with pytest.raises(ValueError, match="cu_seqlens is .*; it must rise from 0 to 9"):
             soft_min_gae(**values_case((9,)), mask=None, cu_seqlens=torch.tensor([0, 8], dtype=torch.int32))
@@ -256,6 +333,26 @@ COMPILED = {
     ),
     "policy loss": (linear_policy_loss, policy_case(kl_coef=torch.tensor(0.1)), ["hidden", "weight"]),
     "scan": (soft_min_gae, values_case(mask=some_mask()), []),
+    "distillation": (
+        linear_distillation_loss,
+        distillation_case(bias=True, divergence="jsd", cross_entropy_coef=0.1, mask=some_mask(), weights=ones),
+        ["hidden", "weight", "bias"],
+    ),
+    "distillation of tokens": (
+        linear_distillation_loss,
+        distillation_case(teacher_temperature=temperatures(), reduction="none"),
+        ["hidden", "weight"],
+    ),
+    "distillation of tokens, frozen head": (
+        linear_distillation_loss,
+        distillation_case(reduction="none", divergence="tv"),
+        ["hidden"],
+    ),
+    "distillation of logits": (
+        distillation_loss,
+        distillation_logits_case(divergence="forward_kl", cross_entropy_coef=0.1, reduction="none"),
+        ["logits"],
+    ),
 }
 
 
@@ -267,7 +364,8 @@ def test_in_one_compiled_graph(name, backend):
     def loss(*leaves):
         leaves = {leaf: x * 1 for leaf, x in zip(wrt, leaves, strict=True)}  # what is overwritten must not be a leaf
         result = op(**case | leaves, backend=backend)
-        return result.loss * 2 if op is linear_policy_loss else sum((x * x).sum() for x in result if x is not None)
+        found = [result.loss] if hasattr(result, "loss") else result
+        return sum((x * x).sum() for x in found if x is not None)
 
     found = []
     for run in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
@@ -311,15 +409,15 @@ def test_no_grad_keeps_nothing(any_backend):
         assert torch.equal(token_stats(**case, backend=any_backend).kl, stats.kl)
 
 
-@pytest.mark.parametrize("op", [token_stats, linear_token_stats, linear_policy_loss])
+@pytest.mark.parametrize("op", [token_stats, linear_token_stats, linear_policy_loss, *DISTILLATIONS])
 @pytest.mark.parametrize("constant", [True, False])
 def test_double_backward_is_refused(op, constant):
     """Even where no slope leads back to the inputs, and the gradient would pass for a constant."""
-    make = {token_stats: logits_case, linear_token_stats: linear_case, linear_policy_loss: policy_case}[op]
-    case = make()
-    leaf = case.pop("logits" if op is token_stats else "hidden").requires_grad_()
+    make = {token_stats: logits_case, linear_token_stats: linear_case, linear_policy_loss: policy_case} | DISTILLATIONS
+    case = make[op]()
+    leaf = case.pop("logits" if "logits" in case else "hidden").requires_grad_()
     result = op(leaf, **case)
-    result = result.loss if op is linear_policy_loss else result.entropy
+    result = result.loss if hasattr(result, "loss") else result.entropy
     value = result.sum() if constant else result.pow(2).sum()
     with pytest.raises(RuntimeError, match="no autograd formula was registered|no second derivative"):
         gradient = torch.autograd.grad(value, leaf, create_graph=True)[0]
@@ -343,10 +441,11 @@ def graphs(function, *calls):
     return counter.frame_count
 
 
-@pytest.mark.parametrize("op", [token_stats, linear_token_stats, linear_policy_loss, safe_terms])
+@pytest.mark.parametrize("op", [token_stats, linear_token_stats, linear_policy_loss, safe_terms, *DISTILLATIONS])
 def test_another_number_of_tokens_is_compiled_once(op, backend):
     """The first is taken as fixed, the second makes it a symbol."""
-    make = {token_stats: logits_case, safe_terms: logits_case, linear_policy_loss: policy_case}.get(op, linear_case)
+    makes = {token_stats: logits_case, safe_terms: logits_case, linear_policy_loss: policy_case} | DISTILLATIONS
+    make = makes.get(op, linear_case)
 
     def case(tokens):
         extra = values_case((tokens,)) | {"kl_threshold": 0.1, "alpha": 0.3} if op is safe_terms else {}

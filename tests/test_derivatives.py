@@ -4,12 +4,22 @@ import functools
 
 import pytest
 import torch
-from cases import linear_case, logits_case, policy_case, some_mask, values_case
+from cases import (
+    distillation_case,
+    distillation_logits_case,
+    linear_case,
+    logits_case,
+    policy_case,
+    some_mask,
+    values_case,
+)
 from torch import distributed
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 from safe_kernels import (
+    distillation_loss,
+    linear_distillation_loss,
     linear_policy_loss,
     linear_safe_terms,
     linear_token_stats,
@@ -42,6 +52,9 @@ OPERATIONS = {
     "value beside hidden states": (linear_safe_terms, linear_case(**SAFE), "v2", "value"),
     "policy loss": (linear_policy_loss, policy_case(**SPLIT), "hidden", "loss"),
     "policy loss of a head": (linear_policy_loss, policy_case(**SPLIT), "weight", "loss"),
+    "distillation": (linear_distillation_loss, distillation_case(divergence="jsd"), "hidden", "loss"),
+    "distillation of tokens": (linear_distillation_loss, distillation_case(reduction="none"), "weight", "loss"),
+    "distillation of logits": (distillation_loss, distillation_logits_case(divergence="forward_kl"), "logits", "loss"),
 }
 ESTIMATES = values_case(mask=some_mask(), bootstrap=torch.tensor([0.5, -1.0, 2.0]))
 GAE = {name: (soft_min_gae, ESTIMATES, name, "advantage") for name in ("v1", "rewards", "bootstrap")}

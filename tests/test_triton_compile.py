@@ -31,7 +31,8 @@ def compiled():
 
 @pytest.fixture
 def row_kernels(compiled):
-    return [x for x in compiled if x["kernel"] in ("statistics_kernel", "gradient_kernel")]
+    names = ("statistics_kernel", "gradient_kernel", "divergence_kernel", "divergence_gradient_kernel")
+    return [x for x in compiled if x["kernel"] in names]
 
 
 @pytest.fixture
@@ -43,6 +44,7 @@ def products(compiled):
 def test_every_target_kernel_and_choice_is_there(compiled, row_kernels, products):
     assert {x["target"] for x in compiled} == set(SHARED)
     counts = {"statistics_kernel": 2, "gradient_kernel": 2, "gae_kernel": 2, "terms_kernel": 2, "merge_kernel": 4}
+    counts |= {"divergence_kernel": 8, "divergence_gradient_kernel": 8}
     counts |= {"fused_kernel": 6 + 3, "product_kernel": 2 + 2}
     for target in SHARED:
         found = [x["kernel"] for x in compiled if x["target"] == target and not x.get("plain")]

@@ -121,14 +121,20 @@ class Head(NamedTuple):
 
     def write_gradient(self, tile: Tile, per_row: RowInputs, stats: RowStats, slopes: Slopes) -> None:
         """Write d loss / d (hidden @ weight.T + bias) over the logits of a centred tile."""
-        logit_gradient(tile, per_row, slopes, tile.x if self.softcap is None else tile.e)
+        gradient_RV = logit_gradient(tile, per_row, slopes, tile.x if self.softcap is None else tile.e)
+        self.through(gradient_RV, tile.x, per_row, stats.peak)
+
+    def through(self, gradient_RV: Tensor, x_RV: Tensor, per_row: RowInputs, peak_R: Tensor) -> None:
+        """From d loss / d a to d loss / d (hidden @ weight.T + bias), over centred logits `x_RV`."""
         if self.softcap is not None:
-            share = tile.x.mul_(per_row.temperature_N1).add_(stats.peak[:, None]).div_(self.softcap)
-            share.square_().neg_().add_(1).mul_(tile.e)
+            share = x_RV.mul_(per_row.temperature_N1).add_(peak_R[:, None]).div_(self.softcap)
+            share.square_().neg_().add_(1).mul_(gradient_RV)
+        elif gradient_RV is not x_RV:
+            x_RV.copy_(gradient_RV)
         if self.logit_scale != 1:
-            tile.x.mul_(self.logit_scale)
+            x_RV.mul_(self.logit_scale)
         if per_row.mask_N is not None:  # 0 times the log ratio where only the reference's bias is -inf
-            tile.x.masked_fill_(~per_row.mask_N[:, None], 0)
+            x_RV.masked_fill_(~per_row.mask_N[:, None], 0)
 
     def hidden_gradient(self, du_RV: Tensor) -> Tensor:
         grad_RH = du_RV.new_zeros(len(du_RV), self.weight_VH.shape[1])
@@ -194,12 +200,12 @@ def products(
     for start in reversed(starts) if kept and not are_known else starts:
         rows, first = slice(start, min(start + height, count)), start if start < kept else 0
         per_row_R, logits_SRV = take(per_row, rows), buffer[:, first : first + rows.stop - start]
-        hidden_RH = _float_rows(inputs.hidden_NH, rows, per_row_R)
+        hidden_RH = float_rows(inputs.hidden_NH, rows, per_row_R)
         is_centred = are_known and start < kept
         if not is_centred:
             head_of(inputs).logits(hidden_RH, logits_SRV[0])
             if with_reference and inputs.ref_hidden_NH is not None:
-                ref_head_of(inputs).logits(_float_rows(inputs.ref_hidden_NH, rows, per_row_R), logits_SRV[1])
+                ref_head_of(inputs).logits(float_rows(inputs.ref_hidden_NH, rows, per_row_R), logits_SRV[1])
         yield Product(rows, per_row_R, logits_SRV, hidden_RH, is_centred, keep_y)
 
 
@@ -244,7 +250,7 @@ def _product(rows_RK: Tensor, matrix: Tensor) -> Tensor:
     return rows_RK @ matrix if len(rows_RK) > 1 else (rows_RK.expand(2, -1) @ matrix)[:1]
 
 
-def _float_rows(x_NH: Tensor, rows: slice, per_row: RowInputs) -> Tensor:
+def float_rows(x_NH: Tensor, rows: slice, per_row: RowInputs) -> Tensor:
     """A copy in the compute dtype: its alignment, hence the bits of its products, does not depend on the row."""
     x_RH = x_NH[rows].to(per_row.known_N.dtype, copy=True)
     return x_RH if per_row.mask_N is None else x_RH.where(per_row.mask_N[:, None], 0)

@@ -16,7 +16,7 @@ def logits_statistics(inputs: LogitsInputs) -> Tensor:
     vocabulary = inputs.logits.shape[-1]
     per_row = RowInputs.of(inputs, vocabulary, compute_dtype(inputs.logits))
     stats = per_row.new_stats(inputs.stats_rows)
-    load, keep_y = _loader(inputs, per_row, inputs.ref_logits), inputs.stats_rows == ALL_ROWS
+    load, keep_y = loader(inputs, per_row, inputs.ref_logits), inputs.stats_rows == ALL_ROWS
     for rows, per_row_R, tile in tiles(per_row, vocabulary, load, keep_y):
         write(row_statistics(tile, per_row_R), stats, rows)
     return stats
@@ -26,13 +26,13 @@ def logits_gradient(inputs: LogitsInputs, stats: Tensor, grads: StatsGrad, out: 
     vocabulary, row_stats = inputs.logits.shape[-1], RowStats(*stats.unbind())
     per_row = RowInputs.of(inputs, vocabulary, compute_dtype(inputs.logits))
     slopes = slopes_of(per_row, row_stats, grads)
-    load = _loader(inputs, per_row, inputs.ref_logits if grads.reads_reference else None)
+    load = loader(inputs, per_row, inputs.ref_logits if grads.reads_reference else None)
     for rows, per_row_R, tile in tiles(per_row, vocabulary, load, keep_y=grads.ref_kl is not None):
         restore(tile, per_row_R, take(row_stats, rows))
-        _store_rows(out, rows, logit_gradient(tile, per_row_R, take(slopes, rows), tile.e))
+        store_rows(out, rows, logit_gradient(tile, per_row_R, take(slopes, rows), tile.e))
 
 
-def _loader(
+def loader(
     inputs: LogitsInputs, per_row: RowInputs, ref_logits: Tensor | None
 ) -> Callable[[slice], tuple[Tensor, Tensor | None]]:
     """Copies rows of the logits into buffers of the compute dtype; a masked row becomes zeros."""
@@ -59,7 +59,7 @@ def _rows(x: Tensor, rows: slice) -> Tensor:
         return x[_leading_index(x, rows)]
 
 
-def _store_rows(x: Tensor, rows: slice, values_RV: Tensor) -> None:
+def store_rows(x: Tensor, rows: slice, values_RV: Tensor) -> None:
     try:
         x.view(-1, x.shape[-1])[rows] = values_RV
     except RuntimeError:

@@ -111,20 +111,20 @@ def row_statistics(tile: Tile, per_row: RowInputs) -> RowStats:
     """
     index_R1, temperature = per_row.index_N[:, None], per_row.temperature_N1
     a_token_R1, peak_R1 = tile.x.gather(1, index_R1), tile.x.amax(1, keepdim=True)
-    _centre(tile.x, peak_R1, temperature)
+    centre(tile.x, peak_R1, temperature)
     if tile.y is not None:
         a_ref_token_R1, ref_peak_R1 = tile.y.gather(1, index_R1), tile.y.amax(1, keepdim=True)
-        _centre(tile.y, ref_peak_R1, temperature)
+        centre(tile.y, ref_peak_R1, temperature)
         policy_lacks_R = _lacks(tile.x, tile.y) if tile.keeps_y else None
     torch.exp(tile.x.clamp_(min=FLOOR), out=tile.e)
-    total = _row_sum(tile.e)
+    total = row_sum(tile.e)
     log_total = total.log()
     logprob = per_row.known(((a_token_R1 - peak_R1) / temperature).squeeze(1) - log_total)
-    entropy = per_row.live(log_total - _row_sum(torch.mul(tile.e, tile.x, out=tile.scratch)) / total)
+    entropy = per_row.live(log_total - row_sum(torch.mul(tile.e, tile.x, out=tile.scratch)) / total)
     if tile.y is None or tile.ratio is None:
         return RowStats(logprob, entropy, *_saved(peak_R1, log_total))
 
-    ref_total = _row_sum(torch.exp(tile.y, out=tile.scratch))
+    ref_total = row_sum(torch.exp(tile.y, out=tile.scratch))
     ref_log_total = ref_total.log()
     ref_logprob = per_row.known(((a_ref_token_R1 - ref_peak_R1) / temperature).squeeze(1) - ref_log_total)
     may_be_infinite, is_number, ref_kl = _log_ratio(tile), ~(total + ref_total).isnan(), None
@@ -132,9 +132,9 @@ def row_statistics(tile: Tile, per_row: RowInputs) -> RowStats:
         tile.scratch.mul_(tile.ratio)
         if may_be_infinite:
             tile.scratch.masked_fill_(tile.ratio == math.inf, 0)
-        ref_kl = log_total - ref_log_total - _row_sum(tile.scratch) / ref_total
+        ref_kl = log_total - ref_log_total - row_sum(tile.scratch) / ref_total
         ref_kl = per_row.live(ref_kl.masked_fill(policy_lacks_R & is_number, math.inf))
-    kl = _row_sum(torch.mul(tile.e, tile.ratio, out=tile.scratch)) / total - log_total + ref_log_total
+    kl = row_sum(torch.mul(tile.e, tile.ratio, out=tile.scratch)) / total - log_total + ref_log_total
     # With finite inputs, only a probability that underflowed times an infinite ratio is NaN.
     kl = kl.masked_fill(kl.isnan() & is_number, math.inf)
     policy = (logprob, entropy, *_saved(peak_R1, log_total))
@@ -144,9 +144,9 @@ def row_statistics(tile: Tile, per_row: RowInputs) -> RowStats:
 def restore(tile: Tile, per_row: RowInputs, stats: RowStats, is_centred: bool = False) -> None:
     """Centre a loaded tile as `row_statistics` did, from the statistics that it returned, or one that it left."""
     if not is_centred:
-        _centre(tile.x, stats.peak[:, None], per_row.temperature_N1).clamp_(min=FLOOR)
+        centre(tile.x, stats.peak[:, None], per_row.temperature_N1).clamp_(min=FLOOR)
         if tile.y is not None and stats.ref_peak is not None:
-            _centre(tile.y, stats.ref_peak[:, None], per_row.temperature_N1)
+            centre(tile.y, stats.ref_peak[:, None], per_row.temperature_N1)
     torch.exp(tile.x, out=tile.e)
     if tile.keeps_y or not is_centred:
         _log_ratio(tile)
@@ -208,7 +208,7 @@ def _saved(peak_R1: Tensor, log_total_R: Tensor) -> tuple[Tensor, Tensor]:
     return peak_R, log_total_R.masked_fill(peak_R == -math.inf, -math.inf)
 
 
-def _centre(a_RV: Tensor, peak_R1: Tensor, temperature: float | Tensor) -> Tensor:
+def centre(a_RV: Tensor, peak_R1: Tensor, temperature: float | Tensor) -> Tensor:
     a_RV.sub_(peak_R1)
     return a_RV if isinstance(temperature, float) and temperature == 1.0 else a_RV.div_(temperature)
 
@@ -231,6 +231,6 @@ def _log_ratio(tile: Tile) -> bool:
     return True
 
 
-def _row_sum(x_RV: Tensor) -> Tensor:
+def row_sum(x_RV: Tensor) -> Tensor:
     """Row sums in an order that does not depend on R: PyTorch splits a single row over its threads, but not two."""
     return x_RV.sum(1) if len(x_RV) > 1 else x_RV.expand(2, -1).sum(1)[:1]

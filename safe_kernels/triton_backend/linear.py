@@ -9,7 +9,7 @@ Shapes: N tokens, R rows and W columns of a tile, V vocabulary, H hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .logits import RowInputs, gradient, statistics
 from .rows import CARRIED
 
 ADDS_IN_FLOAT32 = torch.__version__ >= "2.10"  # torch.addmm of 16-bit factors to a float32 sum
+Grads = TypeVar("Grads", bound=tuple[Any, ...])  # slopes of each row
 MOST = 100  # a float16 row is scaled by at most 2^100
 
 
@@ -95,21 +96,27 @@ class Tile(NamedTuple):
     weight_WH: Tensor
 
     def gradient(self, inputs: LinearInputs, stats: Tensor, grads: StatsGrad) -> tuple[Tensor, Tensor | None]:
-        """d loss / d (hidden @ weight.T) of the tile in the dtype of the products, and the scale of each row.
-
-        In float32 it overwrites the tile, unscaled. float16 would lose small entries, so each row is scaled up.
-        """
-        dtype, scale_R = self.weight_WH.dtype, None
-        out = self.logits_RW if dtype == torch.float32 else torch.empty_like(self.logits_RW, dtype=dtype)
-        if dtype == torch.float16:
-            scale_R = row_scales(inputs, grads, self.rows)
-            grads = StatsGrad(*(None if x is None else x * scale_R for x in grads))
+        """d loss / d (hidden @ weight.T) of the tile, and the scale of each row."""
+        out, grads, scale_R = self.prepared(inputs, grads)
         logits = (self.logits_RW, self.ref_logits_RW, self.per_row)
         gradient(*logits, stats[:, self.rows], grads, out, first_column=self.columns.start)
         return out, scale_R
 
+    def prepared(self, inputs: LinearInputs, grads: Grads) -> tuple[Tensor, Grads, Tensor | None]:
+        """Where the gradient goes, in the dtype of the products; the slopes that make it, and the scale of each row.
 
-def row_scales(inputs: LinearInputs, grads: StatsGrad, rows: slice) -> Tensor:
+        In float32 it overwrites the tile, unscaled. float16 would lose small entries, so each row is scaled up.
+        """
+        dtype = self.weight_WH.dtype
+        out = self.logits_RW if dtype == torch.float32 else torch.empty_like(self.logits_RW, dtype=dtype)
+        if dtype != torch.float16:
+            return out, grads, None
+        scale_R = row_scales(inputs, grads, self.rows)
+        scaled: list[Any] = [None if x is None else x * scale_R for x in grads]
+        return out, type(grads)(*scaled), scale_R
+
+
+def row_scales(inputs: LinearInputs, grads: tuple[Tensor | None, ...], rows: slice) -> Tensor:
     """Powers of two that bring the largest slope of each row to between 64 and 128 before the product."""
     temperature = inputs.temperature if inputs.temperatures_N is None else inputs.temperatures_N[rows]
     largest = torch.stack([x.abs() for x in grads if x is not None]).amax(0) * abs(inputs.logit_scale) / temperature
