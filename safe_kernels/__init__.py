@@ -17,7 +17,7 @@ bits, and must compute the same loss from them, as incoming gradients are taken 
 leave out a call or a backward. The gradient of a slice stays with its rank, that of the hidden states is complete on
 each. The ranks exchange the sizes of the slices, 4 numbers a token, 8 with a reference, and the hidden gradient in
 float32; never logits, except in the reference backend, which gathers them. A DTensor that is sharded along V over the
-group stands for its slice, and its gradient is such a DTensor.
+group stands for its slice, and its gradient is such a DTensor. Distillation losses refuse a group of several ranks.
 """
 
 from .distillation import distillation_loss

@@ -100,8 +100,9 @@ def distillation_loss(
     require_vocabulary("logits", logits.shape[-1], teacher_logits.shape[-1:].numel(), shared_vocabulary)
     shape, why = (*logits.shape[:-1], *teacher_logits.shape[-1:]), "with the leading shape of logits"
     checks.require_place("teacher_logits", teacher_logits, shape, why, logits.device)
-    logits, teacher_logits = logits[..., :shared_vocabulary], teacher_logits.detach()[..., :shared_vocabulary]
-    teacher_logits = checks.no_wider(teacher_logits, logits)
+    if shared_vocabulary is not None:
+        logits, teacher_logits = logits[..., :shared_vocabulary], teacher_logits[..., :shared_vocabulary]
+    teacher_logits = teacher_logits.detach()
     goal = goal_of(
         logits, divergence, beta, temperature, teacher_temperature, weights, mask, reduction, tokens, cross_entropy_coef
     )
@@ -201,7 +202,7 @@ def require_one_rank(group: ProcessGroup | None) -> None:
     if group is not None:
         raise ValueError(
             f"process_group has {group.size()} ranks; a distillation loss needs the whole vocabulary on each: gather "
-            "the heads or logits and leave process_group out. The reverse KL of a sharded vocabulary is `kl` of "
+            "the heads or logits and leave process_group out. The KLs of a sharded vocabulary are `kl` and `ref_kl` of "
             "linear_token_stats, or of token_stats, with process_group"
         )
 

@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 from .inputs import ALL_ROWS, DIVERGENCES
 from .machine_code import GPUS, counts, cuobjdump, hot_loop, instructions, least_seconds, spills_in_loops
 from .triton_backend import launch
-from .triton_backend.divergences import divergence_gradient_kernel, divergence_kernel
+from .triton_backend.divergence_rows import divergence_gradient_kernel, divergence_kernel
 from .triton_backend.fused import fused_kernel, merge_kernel
 from .triton_backend.gemm import product_kernel
 from .triton_backend.launch import GemmChoice, RowChoice
@@ -51,8 +51,8 @@ POINTERS = {
     "tokens": "*i64",
     "mask": "*u8",
 }
-FLOATS: tuple[str, ...] = ("temperature", "logit_scale", "softcap", "gamma", "decay", "alpha", "threshold")
-FLOATS += ("ref_temperature", "ref_logit_scale", "ref_softcap", "beta")
+FLOATS = {"temperature", "logit_scale", "softcap", "gamma", "decay", "alpha", "threshold", "beta"}
+FLOATS |= {"ref_temperature", "ref_logit_scale", "ref_softcap"}
 COUNTED = {  # kernel, and which of its optional arguments are there; `ref_kl` is REF_KL
     "statistics": (statistics_kernel, ()),
     "statistics with a reference": (statistics_kernel, ("ref_logits",)),
@@ -191,7 +191,10 @@ def divergence_cases(choice: RowChoice) -> Iterator[Case]:
 
 def combinations(target: str) -> Iterator[Case]:
     """The row kernels with every combination that changes their loops; a mask and temperatures are read before them."""
-    by_kernel = {case.kernel: case for case in row_cases(launch.ROWS_BY_WARP[TARGETS[target].warp_size])}
+    choice = launch.ROWS_BY_WARP[TARGETS[target].warp_size]
+    for case in divergence_cases(choice):
+        yield case._replace(label=case.label | {"aligned": False}, constants=case.constants | {"ALIGNED": False})
+    by_kernel = {case.kernel: case for case in row_cases(choice)}
     for kernel, reads, writes, options in COMBINED:
         case, types = by_kernel[kernel], {"logits": f"*{reads}", "ref_logits": f"*{reads}", "grad_logits": f"*{writes}"}
         for present, aligned in itertools.product(subsets("ref_logits", *options), (True, False)):
@@ -246,8 +249,8 @@ def fused_cases(target: str) -> Iterator[Case]:
         label = {"reference": reference, "rows": rows, "bits": bits}
         yield fused_case(launch.GEMMS[target, work, bits], label, absent, optional)
         if (target, work, bits) in launch.PLAIN:
-            label |= {"plain": True}
-            yield fused_case(launch.PLAIN[target, work, bits], label, (*absent, *NOT_PLAIN), optional)
+            plain = (*absent, *NOT_PLAIN)
+            yield fused_case(launch.PLAIN[target, work, bits], label | {"plain": True}, plain, optional)
 
 
 def fused_case(choice: GemmChoice, label: dict[str, Any], absent: Sequence[str], optional: tuple[bool, ...]) -> Case:

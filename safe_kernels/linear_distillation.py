@@ -74,7 +74,7 @@ def linear_distillation_loss(
         softcap, logit_scale, teacher_softcap, teacher_logit_scale: as in `linear_token_stats`; each is its model's own.
         reduction: with "none", an incoming gradient of its own for each token scales its row of hidden's gradient. The
             head's gradient is a sum over tokens, which no factor turns into another: for a head or bias that requires a
-            gradient, "none" computes everything again in the backward (three products more).
+            gradient, "none" computes the logits again in the backward (one product more of each model).
         shared_vocabulary: both heads are cut to their first so many rows.
 
     The other arguments and the results are those of `distillation_loss`.

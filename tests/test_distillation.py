@@ -289,6 +289,24 @@ def test_the_reverse_kl_is_that_of_linear_token_stats(any_backend):
     torch.testing.assert_close(torch.autograd.grad(found.loss, leaves), expected)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_beta_is_that_of_trl(any_backend, beta):
+    """Value, entropy, and the gradient of every token, for the head as well."""
+    trl = pytest.importorskip("trl.kernels.chunked_divergence")
+    case = {name: x.flatten(0, -2) if "hidden" in name else x for name, x in distillation_case(bias=True).items()}
+    leaves = [case[name].requires_grad_() for name in ("hidden", "weight", "bias")]
+    teacher = [case[f"teacher_{name}"] for name in ("hidden", "weight", "bias")]
+    divergence, entropy = trl.ChunkedDivergenceFunction.apply(*leaves, *teacher, beta, 0.8, 0.7, 5.0, 1.3, 3.0)
+    options = {"temperature": 0.8, "logit_scale": 0.7, "softcap": 5.0}
+    options |= {"teacher_logit_scale": 1.3, "teacher_softcap": 3.0, "reduction": "none"}
+    found = linear_distillation_loss(**case, **options, divergence="jsd", beta=beta, backend=any_backend)
+    torch.testing.assert_close(found.loss, divergence)
+    torch.testing.assert_close(found.entropy, entropy)
+    upstream = torch.randn(21, generator=torch.Generator().manual_seed(2))
+    expected = torch.autograd.grad(divergence, leaves, upstream)
+    torch.testing.assert_close(torch.autograd.grad(found.loss, leaves, upstream), expected)
+
+
 # What is infinite, NaN or missing.
 
 
@@ -462,6 +480,20 @@ def test_activation_checkpointing(backend, reduction, use_reentrant):
     plain = torch.autograd.grad(loss(*leaves), leaves)
     torch.utils.checkpoint.checkpoint(loss, *leaves, use_reentrant=use_reentrant).backward()
     assert all(torch.equal(x.grad, y) for x, y in zip(leaves, plain, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("wrt", [["hidden"], ["hidden", "weight"]], ids=" ".join)
+def test_the_jacobian_of_tokens(backend, wrt):
+    """Several incoming gradients at once: every token's own."""
+    case = distillation_case((3,), 11, 4, reduction="none", divergence="jsd")
+    leaves = [case[name].requires_grad_() for name in wrt]
+    loss = linear_distillation_loss(**case, backend=backend).loss
+    together = torch.autograd.grad(loss, leaves, torch.eye(3), is_grads_batched=True, retain_graph=True)
+    for i, row in enumerate(torch.eye(3)):
+        alone = torch.autograd.grad(loss, leaves, row, retain_graph=True)
+        for x, y in zip(together, alone, strict=True):
+            torch.testing.assert_close(x[i], y)
 
 
 def test_two_runs_have_the_same_bits(backend):

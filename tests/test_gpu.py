@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from safe_kernels import (
+    distillation_loss,
+    linear_distillation_loss,
     linear_policy_loss,
     linear_safe_terms,
     linear_token_stats,
@@ -50,6 +52,16 @@ def policy_case(tokens, vocabulary, dtype):
     noise = torch.randn(2, tokens, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
     terms = {"entropy_coef": 0.01, "kl_coef": 0.1, "kl_penalty_coef": 0.1, "kl_threshold": 0.05}
     return case | terms | {"old_logprob": logprob + 0.3 * noise[0], "advantage": noise[1]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd", "tv"])
+def test_distillation_holds_to_the_reference(divergence, dtype):
+    vocabulary, options = 151_936, {"divergence": divergence, "cross_entropy_coef": 0.1, "teacher_temperature": 1.3}
+    case = on_device(cases.distillation_case((64,), vocabulary, 256, dtype=dtype, softcap=8.0, **options))
+    cases.hold_to_reference(linear_distillation_loss, case, "triton", ["hidden", "weight"], vocabulary)
+    case = on_device(cases.distillation_logits_case((64,), vocabulary, dtype=dtype, **options))
+    cases.hold_to_reference(distillation_loss, case, "triton", ["logits"], vocabulary)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -43,15 +43,16 @@ def products(compiled):
 
 def test_every_target_kernel_and_choice_is_there(compiled, row_kernels, products):
     assert {x["target"] for x in compiled} == set(SHARED)
-    counts = {"statistics_kernel": 2, "gradient_kernel": 2, "gae_kernel": 2, "terms_kernel": 2, "merge_kernel": 4}
+    counts = {"statistics_kernel": 2, "gradient_kernel": 2, "gae_kernel": 2, "terms_kernel": 2, "merge_kernel": 6}
     counts |= {"divergence_kernel": 8, "divergence_gradient_kernel": 8}
-    counts |= {"fused_kernel": 6 + 3, "product_kernel": 2 + 2}
+    counts |= {"fused_kernel": 10 + 5, "product_kernel": 2 + 2}
     for target in SHARED:
         found = [x["kernel"] for x in compiled if x["target"] == target and not x.get("plain")]
         assert {name: found.count(name) for name in found} == counts
-    plain = [(x["target"], x["reference"]) for x in compiled if x.get("plain")]
-    assert sorted(plain) == sorted(2 * [("sm_90", reference) for reference in ("none", "shared", "own")])
-    assert len(products) == 4 * (6 + 2) + len(plain)
+    plain = [(x["target"], x["reference"], x["rows"]) for x in compiled if x.get("plain")]
+    asked = (("none", 4), ("shared", 8), ("shared", 9), ("own", 8), ("own", 9))
+    assert sorted(plain) == sorted(2 * [("sm_90", *x) for x in asked])
+    assert len(products) == 4 * (10 + 2) + len(plain)
 
 
 def test_nothing_spills(compiled):
@@ -59,12 +60,20 @@ def test_nothing_spills(compiled):
 
 
 def test_rows_that_are_not_aligned_spill_in_no_loop_with_any_option_of_a_head():
-    """The combinations that need most registers; `--every-combination` alone compiles 484 for each target."""
+    """The combinations that need most registers; `--every-combination` alone compiles 1096 for each target."""
     head = "bias ref_bias logit_scale softcap"
-    statistics = f"statistics_kernel .*aligned False  with ref_logits {head} carry"
-    gradient = f"gradient_kernel .*aligned False  with ref_logits grad_logprob grad_entropy {head}"
+    statistics = f"statistics_kernel .*aligned False  with ref_logits (ref_kl )?{head} carry"
+    gradient = (
+        f"gradient_kernel .*aligned False  with ref_logits grad_logprob grad_entropy grad_kl (grad_ref_kl )?{head}"
+    )
     found = inspected("--every-combination", "--only", f"{statistics}|{gradient}")
-    assert len(found) == 3 * len(SHARED) and {x["with"].count(head) for x in found} == {1}
+    assert len(found) == 6 * len(SHARED) and {x["with"].count(head) for x in found} == {1}
+    assert [x for x in found if x.get("spills_in_loops", x["spilled"])] == []
+
+
+def test_divergences_of_rows_that_are_not_aligned_spill_in_no_loop():
+    found = inspected("--every-combination", "--only", "divergence.* (reverse_kl|jsd)  reads fp32")
+    assert len(found) == 4 * len(SHARED) and all(x["arguments"] == "all" and not x["aligned"] for x in found)
     assert [x for x in found if x.get("spills_in_loops", x["spilled"])] == []
 
 
@@ -85,12 +94,16 @@ def test_an_element_costs_few_instructions():
     most = {
         "statistics": 11.5,
         "statistics with a reference": 24.5,
+        "statistics with both KLs": 27.5,
         "gradient": 12.5,
         "gradient with KL": 19.5,
+        "gradient with both KLs": 21.5,
         "statistics with a reference and softcap": 65,
     }
     found = {x["counted"]: x for x in inspected("--counts")}
     assert found.keys() == most.keys()
+    cost = {name: found[name]["instructions"] for name in most}
+    assert cost["statistics with both KLs"] <= cost["statistics with a reference"] + 3.5, cost
     for name, x in found.items():
         assert x["instructions"] <= most[name], x
         assert {"spill", "exchange"}.isdisjoint(x["kinds"]), x
