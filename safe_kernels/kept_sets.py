@@ -16,6 +16,7 @@ from .inputs import KeptIds
 
 TILE_BYTES = 32 << 20  # of the logits of a chunk; a reference doubles it
 ROWS_OF_A_CHUNK = 2048
+IDS_OF_A_CHUNK = 2 << 20  # with repeated ones and padding; 24 bytes each
 EVEN = 16  # a tile's width is a multiple of it, so that the kernels load 16 bytes at a time
 
 
@@ -77,11 +78,14 @@ def require_values(kept: KeptIds, vocabulary: int, mask: Tensor | None) -> None:
     """Ids of the vocabulary, or -1 for none; and no live token without any."""
     count, ids = len(kept.offsets) - 1, kept.ids
     bounds_of(kept)
-    outside = (ids < -1) | (ids >= vocabulary)
-    if outside.any():
-        raise ValueError(f"kept has the id {ids[outside][0].item()}; it must be in [0, {vocabulary}), or -1 for none")
-    found = torch.cat([ids.new_zeros(1, dtype=torch.int64), (ids >= 0).cumsum(0)])[kept.offsets.long()]
-    is_bare = found.diff() == 0
+    low, high = (0, 0) if len(ids) == 0 else (int(x) for x in ids.aminmax())
+    if low < -1 or high >= vocabulary:
+        wrong = low if low < -1 else high
+        raise ValueError(f"kept has the id {wrong}; it must be in [0, {vocabulary}), or -1 for none")
+    ends = kept.offsets.long()
+    if low < 0:
+        ends = torch.nn.functional.pad((ids >= 0).cumsum(0, dtype=torch.int32), (1, 0))[ends]
+    is_bare = ends.diff() == 0
     if mask is not None:
         is_bare &= mask.reshape(-1)
     if is_bare.any():
@@ -134,7 +138,7 @@ def chunks(kept: KeptIds, tokens_N: Tensor, vocabulary: int, itemsize: int) -> I
     while todo:
         rows = todo.pop()
         height, ids_E = rows.stop - rows.start, kept.ids[bounds[rows.start] : bounds[rows.stop]]
-        if 16 * len(ids_E) <= TILE_BYTES or height == 1:
+        if len(ids_E) <= IDS_OF_A_CHUNK or height == 1:
             ids_E = known_or_last(ids_E, vocabulary)
             is_there = torch.zeros(vocabulary + 1, dtype=torch.bool, device=ids_E.device).index_fill_(0, ids_E, True)
             ids_U = is_there[:vocabulary].nonzero()[:, 0]

@@ -69,6 +69,8 @@ def linear_token_stats(
         ref_hidden: [..., H'] of the reference; None is no reference.
         ref_weight: [V, H']; None shares `weight`, and `bias` unless `ref_bias` is given.
         softcap: > 0, or None for none.
+        kept: as in `token_stats`; only rows of the head that someone kept are read, those of some tokens at a time, and
+            no logits are kept for the backward. Not with `batch_invariant` or `process_group`.
         batch_invariant: a row's results and hidden gradient have the same bits whatever the other rows are. On the
             torch backend that is one row at a time, and slow; the reference refuses it.
         max_kept_bytes: of logits, a reference's included, that may stay in memory for the backward, which makes the

@@ -56,6 +56,12 @@ def token_stats(
             has ref_kl = inf; its gradient (p - q) / temperature stays finite, unlike that of an infinite kl.
         temperature: > 0, a number or [...]; divides the logits of both.
         mask: [...] bool.
+        kept: the ids that a sampler kept for each token, as KeptIds, as a tensor [..., K] with -1 for none, or as lists
+            nested like the tokens: log-probs, entropy and KL of both distributions restricted to them, and divided by
+            their sum there. A token outside of its set has NaN log-probs; a set without any id makes NaN of its row, on
+            a CPU it raises, as ids outside of the vocabulary do. They are not read elsewhere, except with
+            SAFE_KERNELS_DEBUG=1, and then count as -1. The host waits for the device. Not with `inplace_backward` or
+            `process_group`.
         inplace_backward: write the gradient over `logits`, which must not be a leaf. A second backward, or another
             operation that needs the logits afterwards, raises. The KL's backward copies a reference that overlaps them.
         process_group: the ranks that share the vocabulary; None is this one alone. See `safe_kernels`.

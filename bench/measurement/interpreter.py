@@ -1,10 +1,11 @@
-"""Triton's interpreter, twice as fast."""
+"""Triton's interpreter, twice as fast, and with the maximum of GPUs."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -12,13 +13,16 @@ from triton.runtime import interpreter
 def patch_language_once_a_launch() -> None:
     """Triton patches its language again for every device function that a kernel calls, which takes half of the time.
 
-    Here a launch patches all of it, and the functions that it calls find it patched.
+    Here a launch patches all of it, and the functions that it calls find it patched. And a maximum or minimum ignores
+    NaN, as that of a GPU does unless told otherwise.
     """
     if interpreter.InterpretedFunction.__call__ is not call:
         patch = interpreter._patch_lang
         language = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
         interpreter._patch_lang = lambda fn: patch(language)
         interpreter.InterpretedFunction.__call__ = call
+        interpreter.InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
+        interpreter.InterpreterBuilder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
 
 
 def call(self: interpreter.InterpretedFunction, *arguments: Any, **options: Any) -> Any:
