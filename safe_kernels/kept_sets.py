@@ -16,14 +16,36 @@ from .inputs import KeptIds
 
 TILE_BYTES = 32 << 20  # of the logits of a chunk; a reference doubles it
 ROWS_OF_A_CHUNK = 2048
+WHOLE_BYTES, WHOLE_BYTES_ON_A_GPU = 64 << 20, 384 << 20  # of a tile that has the whole vocabulary
 IDS_OF_A_CHUNK = 2 << 20  # with repeated ones and padding; 24 bytes each
 EVEN = 16  # a tile's width is a multiple of it, so that the kernels load 16 bytes at a time
 
 
-def require_kept(kept: Any, tokens: Tensor, vocabulary: int, mask: Tensor | None, group: Any) -> KeptIds:
+def one_of(tokens: Any, rows: Any) -> Any:
+    """The tokens [...] of rows [..., V or H], or of [..., K] one of each row."""
+    if not isinstance(tokens, Tensor) or not isinstance(rows, Tensor) or tokens.dim() != rows.dim() or rows.dim() == 0:
+        return tokens
+    if tokens.shape[-1] == 0:
+        raise ValueError(f"tokens has shape {tuple(tokens.shape)}; the last axis must be K >= 1 ids of a token")
+    return tokens[..., 0].clamp(min=0)
+
+
+def flat_ids(tokens: Tensor, one: Tensor) -> Tensor:
+    """[N], or [N, K], int64."""
+    return (tokens.reshape(-1) if one is tokens else tokens.reshape(-1, tokens.shape[-1])).long()
+
+
+def require_offered(kept: Any, **options: Any) -> None:
+    what = "tokens of shape (..., K)" if kept is None else "kept"
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"{name} is given with {what}, for which it is not offered")
+
+
+def require_kept(kept: Any, tokens: Tensor, vocabulary: int, mask: Tensor | None) -> KeptIds | None:
     """As tensors beside the tokens. Values are checked on a CPU, elsewhere only with SAFE_KERNELS_DEBUG=1."""
-    if group is not None:
-        raise ValueError("process_group is given with kept, for which it is not offered; it must be None")
+    if kept is None:
+        return None
     if isinstance(kept, Tensor):
         sets = from_dense(kept, tokens)
     elif isinstance(kept, tuple) and len(kept) == 2 and all(isinstance(x, Tensor) for x in kept):
@@ -44,11 +66,6 @@ def require_kept(kept: Any, tokens: Tensor, vocabulary: int, mask: Tensor | None
     if not torch.compiler.is_compiling() and (tokens.device.type == "cpu" or checks.debugging()):
         require_values(sets, vocabulary, mask)
     return sets
-
-
-def require_offered(option: str, is_on: bool) -> None:
-    if is_on:
-        raise ValueError(f"{option}=True is given with kept, for which it is not offered; it must be False")
 
 
 def from_dense(ids: Tensor, tokens: Tensor) -> KeptIds:
@@ -119,19 +136,38 @@ def known_or_last(ids: Tensor, vocabulary: int) -> Tensor:
 
 
 class Chunk(NamedTuple):
-    """Rows whose kept ids are together few enough for a tile, in which each of these ids has a column."""
+    """Rows whose kept ids are together few enough for a tile, in which each of them has a column."""
 
     rows: slice
-    ids_U: Tensor  # int64, rising
-    is_kept_RW: Tensor  # W > U: the last columns are nobody's
-    tokens_R: Tensor  # the column of the token; -1 where it is outside of its set
+    columns: slice  # from 0 to U
+    width: int  # of the tile
+    ids: Tensor | slice  # of the columns, int64 and rising; or all
+    is_kept_RW: Tensor | None  # W > U: the last columns are nobody's; None: all are everybody's
+    tokens_R: Tensor  # [R] or [R, K], the column of a token; -1 where it is outside of its set
 
-    @property
-    def columns(self) -> slice:
-        return slice(0, len(self.ids_U))
+    def ids_of(self, columns: slice) -> Tensor | slice:
+        return columns if isinstance(self.ids, slice) else self.ids[columns]
+
+    def fill_others(self, x_RW: Tensor, value: float) -> Tensor:
+        """Fill what a row did not keep."""
+        return x_RW if self.is_kept_RW is None else x_RW.masked_fill_(~self.is_kept_RW, value)
 
 
-def chunks(kept: KeptIds, tokens_N: Tensor, vocabulary: int, itemsize: int) -> Iterator[Chunk]:
+def chunks(kept: KeptIds | None, tokens_N: Tensor, vocabulary: int, dtype: torch.dtype) -> Iterator[Chunk]:
+    """Of tiles in `dtype`; without sets they have the whole vocabulary."""
+    if kept is not None:
+        yield from chunks_of_sets(kept, tokens_N, vocabulary, dtype)
+        return
+    size = WHOLE_BYTES if tokens_N.device.type == "cpu" else WHOLE_BYTES_ON_A_GPU
+    height, count, everything = max(1, size // (vocabulary * dtype.itemsize)), len(tokens_N), slice(0, vocabulary)
+    height = height // EVEN * EVEN or height
+    for start in range(0, count, height):
+        rows = slice(start, min(start + height, count))
+        tokens_R = known_or_last(tokens_N[rows], vocabulary)
+        yield Chunk(rows, everything, vocabulary, everything, None, tokens_R.masked_fill(tokens_R == vocabulary, -1))
+
+
+def chunks_of_sets(kept: KeptIds, tokens_N: Tensor, vocabulary: int, dtype: torch.dtype) -> Iterator[Chunk]:
     """Halves of rows, until their tile fits. The host waits for the device at each, to know how many ids there are."""
     bounds, count = bounds_of(kept), len(tokens_N)
     todo = [slice(start, min(start + ROWS_OF_A_CHUNK, count)) for start in range(0, count, ROWS_OF_A_CHUNK)][::-1]
@@ -142,7 +178,7 @@ def chunks(kept: KeptIds, tokens_N: Tensor, vocabulary: int, itemsize: int) -> I
             ids_E = known_or_last(ids_E, vocabulary)
             is_there = torch.zeros(vocabulary + 1, dtype=torch.bool, device=ids_E.device).index_fill_(0, ids_E, True)
             ids_U = is_there[:vocabulary].nonzero()[:, 0]
-            if height * width_of(ids_U) * itemsize <= TILE_BYTES or height == 1:
+            if height * width_of(ids_U) * dtype.itemsize <= TILE_BYTES or height == 1:
                 yield chunk_of(rows, kept.offsets[rows.start : rows.stop + 1], ids_E, ids_U, tokens_N[rows], vocabulary)
                 continue
         middle = rows.start + height // 2
@@ -161,6 +197,6 @@ def chunk_of(rows: slice, offsets: Tensor, ids_E: Tensor, ids_U: Tensor, tokens_
     is_kept_RW = torch.zeros(height, width_of(ids_U), dtype=torch.bool, device=device)
     is_kept_RW.view(-1).index_fill_(0, rows_E * is_kept_RW.shape[1] + column_V[ids_E], True)
     is_kept_RW[:, used:] = False
-    token_R = column_V[known_or_last(tokens_R, vocabulary)]
-    is_inside_R = is_kept_RW.gather(1, token_R[:, None]).squeeze(1)
-    return Chunk(rows, ids_U, is_kept_RW, token_R.where(is_inside_R, -1))
+    tokens_R = column_V[known_or_last(tokens_R, vocabulary)]
+    is_inside = is_kept_RW.gather(1, tokens_R.view(height, -1)).view_as(tokens_R)
+    return Chunk(rows, slice(0, used), is_kept_RW.shape[1], ids_U, is_kept_RW, tokens_R.where(is_inside, -1))

@@ -24,8 +24,8 @@ from .dispatch import (
     without_second_derivative,
 )
 from .inputs import ALL_ROWS, Head, KeptIds, LinearInputs, StatsGrad, compute_dtype
-from .kept import linear_kept_token_stats_op
 from .results import TokenStats, constants_of, new_results, results_of
+from .tiled import linear_tiled_token_stats_op
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -85,25 +85,29 @@ def linear_token_stats(
 
     Only one tile of logits is ever in memory: at most 64 MiB on a CPU, 96 MiB on a GPU; with a reference twice that.
     """
+    one = kept_sets.one_of(tokens, hidden)
     head = checks.require_head(
         Head(
-            hidden, weight, tokens, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
+            hidden, weight, one, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask
         )._replace(batch_invariant=batch_invariant, process_group=process_group)
     )
     if with_ref_kl:
         checks.require_reference_for("with_ref_kl", with_ref_kl, "ref_hidden", ref_hidden)
-    if kept is not None:
-        kept = kept_sets.require_kept(kept, tokens, len(head.weight), mask, head.process_group)
-        kept_sets.require_offered("batch_invariant", batch_invariant)
+    if is_tiled := kept is not None or one is not tokens:
+        kept_sets.require_offered(kept, batch_invariant=batch_invariant, process_group=head.process_group)
+        kept = kept_sets.require_kept(kept, one, len(head.weight), mask)
     if max_kept_bytes is not None:
         max_kept_bytes = min(int(checks.require_number("max_kept_bytes", max_kept_bytes, 0)), sys.maxsize)
     backend = choose_backend(backend, *head[:8], group=head.process_group)
     if backend == "reference":
         with exact(hidden):
-            return reference.linear_token_stats(**head._asdict(), with_ref_kl=with_ref_kl, kept=kept)
+            given = head._replace(tokens=tokens)._asdict()
+            return reference.linear_token_stats(**given, with_ref_kl=with_ref_kl, kept=kept)
     inputs, name, bounds = flat_inputs(head, with_ref_kl), None, None
-    if kept is not None:
-        return TokenStats.of(linear_kept_token_stats_op(*inputs, *kept, backend), tokens, inputs.stats_rows)
+    if is_tiled:
+        inputs = inputs._replace(tokens_N=kept_sets.flat_ids(tokens, one))
+        found = linear_tiled_token_stats_op(*inputs, *(kept or (None, None)), backend)
+        return TokenStats.of(found, one, inputs.stats_rows, tokens)
     if head.process_group is not None:
         inputs, name, bounds = vocab_parallel.sharded(inputs, len(head.weight), head.process_group)
     wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:3])

@@ -21,8 +21,8 @@ from .dispatch import (
     without_second_derivative,
 )
 from .inputs import ALL_ROWS, KeptIds, LogitsInputs, StatsGrad
-from .kept import kept_token_stats_op
 from .results import TokenStats, constants_of, new_results, results_of
+from .tiled import tiled_token_stats_op
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,16 +70,17 @@ def token_stats(
         TokenStats; `ref_logprob` and `kl` are None without `ref_logits`, `ref_kl` without `with_ref_kl`.
     """
     logits, ref_logits, group = checks.local_parts(process_group, -1, logits=logits, ref_logits=ref_logits)
-    checks.require_logits(logits, tokens, ref_logits, mask, group)
+    one = kept_sets.one_of(tokens, logits)
+    checks.require_logits(logits, one, ref_logits, mask, group)
     if with_ref_kl:
         checks.require_reference_for("with_ref_kl", with_ref_kl, "ref_logits", ref_logits)
-    if kept is not None:
-        kept = kept_sets.require_kept(kept, tokens, logits.shape[-1], mask, group)
-        kept_sets.require_offered("inplace_backward", inplace_backward)
+    if is_tiled := kept is not None or one is not tokens:
+        kept_sets.require_offered(kept, inplace_backward=inplace_backward, process_group=group)
+        kept = kept_sets.require_kept(kept, one, logits.shape[-1], mask)
     if inplace_backward:
         checks.require_overwritable("logits", logits)
     if isinstance(temperature, Tensor):
-        temperature = checks.require_temperatures(temperature, tokens, mask, logits)
+        temperature = checks.require_temperatures(temperature, one, mask, logits)
     else:
         temperature = checks.require_number("temperature", temperature, above=0)
     backend = choose_backend(backend, logits, ref_logits, temperature, group=group)
@@ -88,9 +89,11 @@ def token_stats(
             options: dict[str, Any] = {"with_ref_kl": with_ref_kl, "temperature": temperature, "mask": mask}
             options |= {"kept": kept, "process_group": group}
             return reference.token_stats(logits, tokens, ref_logits=ref_logits, **options)
-    inputs, name, bounds = flat_inputs(logits, tokens, ref_logits, temperature, mask, with_ref_kl), None, None
-    if kept is not None:
-        return TokenStats.of(kept_token_stats_op(*inputs, *kept, backend), tokens, inputs.stats_rows)
+    inputs, name, bounds = flat_inputs(logits, one, ref_logits, temperature, mask, with_ref_kl), None, None
+    if is_tiled:
+        inputs = inputs._replace(tokens_N=kept_sets.flat_ids(tokens, one))
+        found = tiled_token_stats_op(*inputs, *(kept or (None, None)), backend)
+        return TokenStats.of(found, one, inputs.stats_rows, tokens)
     if group is not None:
         inputs, name, bounds = vocab_parallel.sharded(inputs, logits.shape[-1], group)
     found = token_stats_op(*inputs, name, bounds, inplace_backward, backend)

@@ -43,10 +43,10 @@ def token_stats(
     entropy = -(p * logp.masked_fill(p == 0, 0)).sum(-1)
     logprob = _at_token(logp, tokens)
     if ref_logits is None:
-        return TokenStats(without_masked(logprob, mask), without_masked(entropy, mask), None, None)
+        return TokenStats(_live(logprob, mask), _live(entropy, mask), None, None)
     logq = _log_softmax(ref_logits.detach(), temperature, mask)
     found = [logprob, entropy, _at_token(logq, tokens), _kl(logp, logq), *([_kl(logq, logp)] if with_ref_kl else [])]
-    return TokenStats(*(without_masked(x, mask) for x in found))
+    return TokenStats(*(_live(x, mask) for x in found))
 
 
 def linear_token_stats(
@@ -290,19 +290,30 @@ def _log_softmax(logits, temperature, mask):
     return torch.log_softmax(_compute(logits) / temperature, dim=-1)
 
 
+def _live(x, mask):
+    """0 where masked; x may have several numbers a token."""
+    return without_masked(x, mask if mask is None or x.dim() == mask.dim() else mask[..., None])
+
+
 def _inside(tokens, is_kept):
-    """-1 for an id that is not of its set."""
-    tokens = tokens.long()
-    index = tokens.clamp(0, is_kept.shape[-1] - 1)
-    return tokens.where(is_kept.gather(-1, index[..., None]).squeeze(-1), -1)
+    """Of those that are in the vocabulary, but not of their set, V: it is in neither."""
+    tokens, vocabulary = tokens.long(), is_kept.shape[-1]
+    index = tokens.clamp(0, vocabulary - 1)
+    index = index if tokens.dim() == is_kept.dim() else index[..., None]
+    is_inside = is_kept.gather(-1, index).view_as(tokens)
+    return tokens.where(is_inside | (tokens < 0), vocabulary)
 
 
 def _at_token(logp, tokens):
-    """log p of the token; NaN, and a NaN gradient, for an id outside the vocabulary."""
+    """log p of the token, or of K of them; NaN, and a NaN gradient, for an id outside the vocabulary. Of K ids -1 is
+    none: -inf, without gradient.
+    """
     tokens = tokens.long()
     index = tokens.clamp(0, logp.shape[-1] - 1)
     known = torch.where(index == tokens, 1.0, math.nan).to(logp)
-    return logp.gather(-1, index[..., None]).squeeze(-1) * known
+    if tokens.dim() < logp.dim():
+        return logp.gather(-1, index[..., None]).squeeze(-1) * known
+    return torch.where(tokens == -1, -math.inf, logp.gather(-1, index) * known.masked_fill(tokens == -1, 1))
 
 
 def with_values(stats, v1, v2, rewards, kl_threshold, alpha, gamma, target_v1, target_v2, cu_seqlens, mask):

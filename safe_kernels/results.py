@@ -13,18 +13,21 @@ from .inputs import RESULTS, compute_dtype
 class TokenStats(NamedTuple):
     """Per-token statistics of a policy, in nats; float32, or float64 for float64 inputs."""
 
-    logprob: Tensor  # log pi(token), differentiable
+    logprob: Tensor  # log pi(token), differentiable; of K ids a token [..., K]
     entropy: Tensor  # H(pi), differentiable
-    ref_logprob: Tensor | None  # log pi_ref(token), no gradient; None without a reference
+    ref_logprob: Tensor | None  # log pi_ref(token), likewise, no gradient; None without a reference
     kl: Tensor | None  # KL(pi || pi_ref) over the whole vocabulary, differentiable in the policy
     ref_kl: Tensor | None = None  # KL(pi_ref || pi), likewise; None unless asked for
 
     @classmethod
-    def of(cls, found: Sequence[Tensor], like: Tensor, stats_rows: int) -> TokenStats:
-        """From flat (logprob, entropy, ref_logprob, kl, ref_kl), those that are there, in the shape of `like`."""
+    def of(cls, found: Sequence[Tensor], like: Tensor, stats_rows: int, tokens: Tensor | None = None) -> TokenStats:
+        """From flat (logprob, entropy, ref_logprob, kl, ref_kl), those that are there, in the shape of `like`;
+        log-probs in that of `tokens`, if given.
+        """
         found = found[: RESULTS[stats_rows]]
         if like.dim() != 1:  # each view is a node of the graph
-            found = [x.view_as(like) for x in found]
+            ids = like if tokens is None else tokens
+            found = [x.view_as(shape) for x, shape in zip(found, (ids, like, ids, like, like), strict=False)]
         return cls(*found, *[None] * (5 - len(found)))
 
 

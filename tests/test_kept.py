@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from memory import Allocations
 
-from safe_kernels import KeptIds, kept, kept_sets, linear_token_stats, token_stats
+from safe_kernels import KeptIds, kept_sets, linear_token_stats, tiled, tiles, token_stats
 from safe_kernels.inputs import compute_dtype
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -22,7 +22,7 @@ def small_chunks(monkeypatch):
     """21 tokens are several chunks, and a weight is gathered in several parts."""
     monkeypatch.setattr(kept_sets, "TILE_BYTES", 6 * 48 * 4)
     monkeypatch.setattr(kept_sets, "ROWS_OF_A_CHUNK", 16)
-    monkeypatch.setattr(kept, "WEIGHT_BYTES", 5 * 16 * 4)
+    monkeypatch.setattr(tiles, "WEIGHT_BYTES", 5 * 16 * 4)
 
 
 def case_of(entrance, shape=(3, 7), vocabulary=37, *, share=0.3, seed=0, **options):
@@ -292,7 +292,7 @@ def test_bad_sets(op, value, error, words, any_backend):
 @pytest.mark.parametrize(("entrance", "option"), [("logits", "inplace_backward"), ("hidden", "batch_invariant")])
 def test_what_is_not_offered(entrance, option, backend):
     op, case = case_of(entrance)
-    with pytest.raises(ValueError, match=f"{option}=True is given with kept, for which it is not offered"):
+    with pytest.raises(ValueError, match=f"{option} is given with kept, for which it is not offered"):
         op(**case | {option: True}, backend=backend)
 
 
@@ -302,8 +302,8 @@ def test_registered(entrance, backend, monkeypatch):
     op, case = case_of(entrance, bias=True) if entrance == "hidden" else case_of(entrance)
     seen, module = [], __import__("safe_kernels.linear" if entrance == "hidden" else "safe_kernels.logits")
     module = getattr(module, "linear" if entrance == "hidden" else "logits")
-    name = f"{'linear_' if entrance == 'hidden' else ''}kept_token_stats"
-    forward, backward = getattr(kept, f"{name}_op"), getattr(kept, f"{name}_backward_op")
+    name = f"{'linear_' if entrance == 'hidden' else ''}tiled_token_stats"
+    forward, backward = getattr(tiled, f"{name}_op"), getattr(tiled, f"{name}_backward_op")
     monkeypatch.setattr(module, f"{name}_op", lambda *arguments: seen.append(arguments) or forward(*arguments))
     op(**case, backend=backend)
     arguments = [x.clone() if isinstance(x, torch.Tensor) else x for x in seen[0]]
@@ -391,16 +391,16 @@ def test_chunks(seed, count, vocabulary, share, budget, rows):
         patch.setattr(kept_sets, "TILE_BYTES", budget * 16 * 4)
         patch.setattr(kept_sets, "ROWS_OF_A_CHUNK", rows)
         patch.setattr(kept_sets, "IDS_OF_A_CHUNK", 8 * budget)
-        found = list(kept_sets.chunks(case["kept"], case["tokens"], vocabulary, 4))
+        found = list(kept_sets.chunks(case["kept"], case["tokens"], vocabulary, torch.float32))
     assert [i for chunk in found for i in range(count)[chunk.rows]] == list(range(count))
     sets = sets_of(case["kept"])
     for chunk in found:
         height, width = chunk.is_kept_RW.shape
         assert height == 1 or 4 * height * width <= budget * 16 * 4
-        assert width % 16 == 0 and width > len(chunk.ids_U) and height <= rows
+        assert width % 16 == 0 and width > len(chunk.ids) and height <= rows
         for i, row in enumerate(range(count)[chunk.rows]):
-            assert chunk.ids_U[chunk.is_kept_RW[i, : len(chunk.ids_U)]].tolist() == sorted(sets[row])
-            assert chunk.ids_U[chunk.tokens_R[i]] == case["tokens"][row]
+            assert chunk.ids[chunk.is_kept_RW[i, : len(chunk.ids)]].tolist() == sorted(sets[row])
+            assert chunk.ids[chunk.tokens_R[i]] == case["tokens"][row]
 
 
 @given(seed=st.integers(0, 2**31), budget=st.integers(1, 60), share=st.sampled_from([0.05, 0.5]))
@@ -423,7 +423,7 @@ def test_memory(entrance, share, monkeypatch):
     count, vocabulary, width = 512, 4096, 64
     monkeypatch.setattr(kept_sets, "TILE_BYTES", 32 * vocabulary * 4)
     monkeypatch.setattr(kept_sets, "IDS_OF_A_CHUNK", 8 * vocabulary)
-    monkeypatch.setattr(kept, "WEIGHT_BYTES", 128 * width * 4)
+    monkeypatch.setattr(tiles, "WEIGHT_BYTES", 128 * width * 4)
     monkeypatch.setattr("safe_kernels.torch_backend.rows.TILE_BYTES", 8 * vocabulary * 4)
     op, case = case_of(entrance, (count,), vocabulary, share=share)
     leaf = case.pop(WRT[entrance][0]).requires_grad_()
