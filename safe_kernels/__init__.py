@@ -28,6 +28,7 @@ from .logits import token_stats
 from .policy_loss import linear_policy_loss
 from .results import DistillationLoss, PolicyLoss, SafeTerms, TokenStats, ValueTargets
 from .safe_terms import linear_safe_terms, safe_terms
+from .truncated import truncated_divergence
 from .values import soft_min, soft_min_gae
 
 __all__ = [
@@ -46,4 +47,5 @@ __all__ = [
     "soft_min",
     "soft_min_gae",
     "token_stats",
+    "truncated_divergence",
 ]
