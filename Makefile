@@ -44,7 +44,7 @@ kernels: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) $(KERNEL_TESTS) $(ARGS)
 
 test-integrations: $(INTEGRATIONS)/.installed
-	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n 0 tests/test_verl.py tests/test_openrlhf.py tests/test_deepspeed.py $(ARGS)
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -n 0 tests/test_verl.py tests/test_openrlhf.py tests/test_deepspeed.py tests/test_trl_distributed.py $(ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check

@@ -39,7 +39,8 @@ def as_it_was():
 
 def policy_and_settings(policy, folder):
     base = tiny.model(tie_word_embeddings=policy == "LoRA")
-    base.save_pretrained(folder)
+    if not (folder / "config.json").exists():  # another process may be reading it
+        base.save_pretrained(folder)
     base.config._name_or_path = str(folder)  # where TRL loads a reference from
     if policy == "full":
         return base, {}
