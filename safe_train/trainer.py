@@ -18,7 +18,6 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl
 
 from safe_train import parallel
@@ -37,9 +36,10 @@ from safe_train.engines.projection import make_budget, make_preview
 from safe_train.models.determinism import check_torch_state
 from safe_train.models.policy import Policy
 from safe_train.models.reference import identity
+from safe_train.models.teacher import load_teacher
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards.calls import RewardFunction
-from safe_train.rewards.groups import learned_from, refilled, without_spread
+from safe_train.rewards.groups import learned_from, refilled, warn_if_unscored, without_spread
 from safe_train.rewards.rewards import Scores
 from safe_train.run import events, start
 from safe_train.run.evaluation import Evaluation, evaluate
@@ -59,7 +59,7 @@ REWARDS = 0  # whose random numbers, beside those of the callbacks
 
 
 class SafeTrainer:
-    """Trains a causal language model with SAFE, PPO, GRPO or CISPO.
+    """Trains a causal language model with SAFE, PPO, GRPO, CISPO or a teacher.
 
     Args:
         model: a causal language model of transformers, a `PeftModel` around one, or the name of one. What is handed
@@ -139,6 +139,7 @@ class SafeTrainer:
             self.eval_prompts = load_prompts(eval_rows, "eval_dataset", self.tokenizer, args)
         self.rewards = start.make_rewards(rewards, args, self.device, self.prompts.at(0, 2), self.state)
         self.policy: Policy = start.load_policy(model, self.tokenizer, args, self.device, peft_config)
+        self.teacher = load_teacher(args, self.policy, self.tokenizer, self.device)
         self.identity = identity(self.policy, self.tokenizer, args.reference)  # while the weights are whole
 
     def build(self) -> None:
@@ -192,11 +193,10 @@ class SafeTrainer:
             with session.keeping():
                 rollout, rewards = self.collect(step)
                 with self.timed("score"):
-                    experience = Experience(self.policy, self.critic, rollout, args, self.device)
+                    experience = Experience(self.policy, self.critic, rollout, args, self.device, self.teacher)
                 check_sampler_gap(experience, self.policy.compute_dtype, args)
             control = self.update_controller(experience, rewards["reward"])
-            learned_B = self.training_rewards(learned_from(rewards, args), rollout)
-            self.compute_advantages(experience, learned_B, control)
+            self.compute_advantages(experience, self.training_rewards(learned_from(rewards, args), rollout), control)
             with self.timed("update"):
                 update = self.update(experience, control)
             if self.budget is not None:
@@ -233,8 +233,7 @@ class SafeTrainer:
             rollout, scores = refilled(rollout, scores, *more, size)
             self.drawn += count
         self.times |= {f"reward/{name}": seconds for name, seconds in scores.seconds.items()}
-        if scores["reward"].isnan().all() and parallel.is_main():
-            tqdm.write(f"step {step + 1}: every reward is None, so this step learns from KL and entropy alone")
+        warn_if_unscored(scores, step, args)
         return rollout, scores
 
     def draw(self, sample: Callable[[], Rollout], step: int, *again: int) -> tuple[Rollout, Scores]:

@@ -246,6 +246,8 @@ def test_every_setting_is_read_by_a_run(tmp_path, monkeypatch):
     names_of_files |= {name: str(tmp_path / "prompts.jsonl") for name in ("dataset", "eval_dataset")}
     args = tiny.settings(tmp_path / "files", total_steps=1, eval_every=1, **names_of_files)
     SafeTrainer(args=args, reward_funcs=tiny.good_words).train()
+    taught = {"algorithm": "distill", "teacher": str(tmp_path / "model")}
+    tiny.trainer(tmp_path / "taught", total_steps=1, **taught).train()
     assert names - read == set()
 
 

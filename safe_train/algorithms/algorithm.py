@@ -24,7 +24,7 @@ class TokenLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class Algorithm:
-    """An algorithm, with what it sets unless the user does: `critic`, `controller` and `beta`.
+    """An algorithm, with what it sets unless the user does: `critic`, `controller`, `beta`, `entropy_coef`.
 
     Args:
         loss: `(ratio_L, logprob_L, advantage_L, args) -> TokenLoss`, differentiable in the first two. `ratio_L` is
@@ -39,7 +39,9 @@ class Algorithm:
     critic: str
     controller: str
     beta: float
+    entropy_coef: float = 0.01
 
     @property
     def preset(self) -> dict[str, Any]:
-        return {"critic": self.critic, "controller": self.controller, "beta": self.beta}
+        names = ("critic", "controller", "beta", "entropy_coef")
+        return {name: getattr(self, name) for name in names}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
-from safe_kernels import PolicyLoss, linear_policy_loss, linear_token_stats
+from safe_kernels import PolicyLoss, linear_distillation_loss, linear_policy_loss, linear_token_stats
 from safe_train.algorithms.advantages import per_token
 from safe_train.algorithms.algorithm import TokenLoss
 from safe_train.algorithms.critic import reward_heads
@@ -55,6 +55,8 @@ def policy_loss(
 
     The controller's `kl_coef` multiplies the live KL, so what it decides has a gradient. Only `loss` carries one.
     """
+    if args.algorithm == "distill":
+        return distillation_loss(hidden_LH, head, micro, weight_L, control, args)
     if micro.batch.kept is not None or not is_built_in(args):
         return composed_loss(hidden_LH, head, micro, weight_L, control, args, max_kept_bytes)
     return linear_policy_loss(
@@ -101,6 +103,35 @@ def composed_loss(
     assert stats.ref_logprob is not None
     seen = [x.detach() for x in (stats.logprob, stats.entropy, stats.ref_logprob, stats.kl, clip_fraction)]
     return PolicyLoss((weight_L * loss_L).sum(), *seen)
+
+
+def distillation_loss(
+    hidden_LH: Tensor, head: dict[str, Any], micro: MicroBatch, weight_L: Tensor, control: Control, args: SafeConfig
+) -> PolicyLoss:
+    """The divergence of the policy and its teacher, with entropy bonus and KL to the reference where they count.
+
+    Entropy and log-prob are those of now, and so is the KL if it is charged; otherwise it is the rollout's.
+    """
+    own = {name: x for name, x in head.items() if not name.startswith("ref_")}
+    divergence: dict[str, Any] = {"divergence": args.divergence, "beta": args.jsd_beta}
+    found = linear_distillation_loss(
+        hidden_LH,
+        tokens=micro.batch.targets_L,
+        weights=weight_L,
+        reduction="sum",
+        **own,
+        **micro.teacher,
+        **divergence,
+    )
+    loss, kl_L = found.loss, micro.kl_L
+    if control.kl_coef != 0 or args.kl_penalty_coef != 0 or args.entropy_coef != 0:
+        stats = linear_token_stats(hidden_LH, tokens=micro.batch.targets_L, ref_hidden=micro.ref_hidden_LH, **head)
+        assert stats.kl is not None
+        kl_L = stats.kl.detach()
+        cost_L = kl_cost(stats.kl, control, args) - args.entropy_coef * stats.entropy
+        loss = loss + (weight_L * cost_L).sum()
+    assert found.logprob is not None
+    return PolicyLoss(loss, found.logprob, found.entropy, micro.ref_logprob_L, kl_L, loss.new_zeros(()))
 
 
 def token_losses(logprob_L: Tensor, micro: MicroBatch, kl_coef: float, args: SafeConfig) -> TokenLoss:

@@ -6,6 +6,7 @@ from typing import Any
 
 from safe_train.algorithms.algorithm import Algorithm
 from safe_train.algorithms.cispo import CISPO
+from safe_train.algorithms.distill import DISTILL
 from safe_train.algorithms.grpo import GRPO
 from safe_train.algorithms.ppo import PPO, PPO_TWO_HEADS
 from safe_train.algorithms.safe import ASYMMETRIC_PAPER, PPO_PAPER, SAFE, SAFE_PAPER
@@ -18,6 +19,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ppo_two_heads": PPO_TWO_HEADS,
     "grpo": GRPO,
     "cispo": CISPO,
+    "distill": DISTILL,
     **PUBLISHED,
 }
 

@@ -120,6 +120,7 @@ class MicroBatch:
     later_cost_L: Tensor  # of the KL of later states, with kl_gradient return
     unusual_cost_L: Tensor  # the part of it that a critic has to predict
     kl_charge_L: Tensor  # the part of it that the advantage is charged with
+    teacher: dict[str, Any]  # what `linear_distillation_loss` takes of a teacher; empty without one
 
     @property
     def place_L(self) -> Tensor:

@@ -117,8 +117,6 @@ def check_head(policy: Policy) -> None:
     Raises:
         ConfigError: the model is not causal, or its log-probs are not what the kernels make of its head.
     """
-    if not any(p.requires_grad for p in policy.parameters()):
-        raise ConfigError("the policy has no trainable parameter")
     model = policy.causal_lm
     with as_published(model):
         try:

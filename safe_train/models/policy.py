@@ -175,6 +175,8 @@ def make_policy(
     switch_off_randomness(model)
     policy = Policy(model, args.reference, args.temperature)
     policy.compute_dtype = dtype or base.dtype
+    if not any(p.requires_grad for p in policy.parameters()):
+        raise ConfigError("the policy has no trainable parameter")
     with seeded(0):  # what a model draws in a check is none of the run's
         check_head(policy)
         policy.layout = choose_layout(args, policy.causal_lm)

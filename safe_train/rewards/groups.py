@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from safe_train import parallel
 from safe_train.algorithms.grpo import centred, group_advantages
 from safe_train.config import SafeConfig
 from safe_train.rewards.rewards import Scores, weighted
@@ -34,6 +36,11 @@ def refilled(
     order_P[places[:count]] = found[:count]
     order_B = (order_P[:, None] * group_size + torch.arange(group_size)).flatten().tolist()
     return joined([rollout, more]).take(order_B), scores.joined(more_scores).take(order_B)
+
+
+def warn_if_unscored(scores: Scores, step: int, args: SafeConfig) -> None:
+    if scores["reward"].isnan().all() and args.algorithm != "distill" and parallel.is_main():
+        tqdm.write(f"step {step + 1}: every reward is None, so this step learns from KL and entropy alone")
 
 
 def learned_from(scores: Scores, args: SafeConfig) -> Tensor:

@@ -195,14 +195,21 @@ def is_server(reward: Any) -> bool:
     return isinstance(reward, str) and reward.startswith(("http://", "https://"))
 
 
+NO_REWARD = "none"  # which algorithm distill does without
+
+
+def no_reward(prompts: list, completions: list, **columns: Any) -> list[None]:
+    return [None] * len(completions)
+
+
 def is_classifier(reward: Any) -> bool:
-    return isinstance(reward, str) and ":" not in reward and reward != "vader"
+    return isinstance(reward, str) and ":" not in reward and reward not in ("vader", NO_REWARD)
 
 
 def load_reward(
     reward: str | RewardFunction, device: torch.device | str = "cpu", args: SafeConfig | None = None
 ) -> RewardFunction:
-    """The reward named in a config: `vader`, `file.py:function`, `package.module:function`, URL or classifier model."""
+    """The reward named in a config: vader, none, `file.py:function`, `package.module:function`, URL or classifier."""
     if isinstance(reward, nn.Module):
         raise ConfigError(
             f"a reward must be a function or a name, got the model {type(reward).__name__}: pass its name or folder, "
@@ -213,8 +220,8 @@ def load_reward(
             raise ConfigError(f"a reward must be a function or a name, got {reward!r:.200}")
         return reward
     require_name("reward", reward)
-    if reward == "vader":
-        return vader()
+    if reward in ("vader", NO_REWARD):
+        return vader() if reward == "vader" else no_reward
     if is_server(reward):
         return RewardServer(reward, args or SafeConfig())
     source, separator, attribute = reward.partition(":")

@@ -25,7 +25,7 @@ from safe_train.models.policy import Policy, make_policy, use_tensor_cores
 from safe_train.models.pretrained import config_of, load_model, load_tokenizer, loading, model_class
 from safe_train.randomness import guest, seeded
 from safe_train.rewards.calls import Batch, NotANumber, RewardFunction, ask, check_columns, check_signature
-from safe_train.rewards.rewards import Rewards, is_classifier, is_server, load_reward, reward_name
+from safe_train.rewards.rewards import NO_REWARD, Rewards, is_classifier, is_server, load_reward, reward_name
 from safe_train.run.events import new_state
 from safe_train.run.versions import check_versions
 from safe_train.sampling.rollout import Rollout
@@ -42,6 +42,8 @@ def asked_for(
     """The settings with the names of what was given in Python, and the rewards: checked as far as nothing is loaded."""
     check_versions()
     chosen = args.reward if rewards is None else rewards
+    if args.algorithm == "distill" and not chosen:
+        chosen = [NO_REWARD]
     functions = list(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else [chosen]
     folder = os.path.abspath(args.output_dir)  # wherever the user's code goes later
     args = recorded(args, functions, output_dir=folder, **given)

@@ -17,6 +17,7 @@ from safe_train.data.batches import MicroBatch, TokenBatch, balanced, balanced_r
 from safe_train.models import scoring
 from safe_train.models.layout import ROWS
 from safe_train.models.policy import Policy
+from safe_train.models.teacher import Teacher
 from safe_train.sampling.rollout import Rollout, joined
 
 
@@ -26,14 +27,22 @@ class Experience:
     All processes have the whole rollout and cut the same minibatches; each scores and trains on its share of every one.
     """
 
-    def __init__(self, policy: Policy, critic: Critic | None, rollout: Rollout, args: SafeConfig, device: torch.device):
+    def __init__(
+        self,
+        policy: Policy,
+        critic: Critic | None,
+        rollout: Rollout,
+        args: SafeConfig,
+        device: torch.device,
+        teacher: Teacher | None = None,
+    ):
         self.args, self.critic, self.device = args, critic, device
         count = self.count = len(rollout.completions)
         size = args.minibatch_size or count
         order = torch.randperm(count).tolist()
         self.minibatches = [
             [
-                score(policy, critic, rollout, group, args, device)
+                score(policy, critic, rollout, group, args, device, teacher)
                 for group in cut(rollout, minibatch, args, policy.layout)
             ]
             for minibatch in (order[i : i + size] for i in range(0, count, size))
@@ -82,7 +91,13 @@ def cut(rollout: Rollout, indices: list[int], args: SafeConfig, layout: str) -> 
 
 @torch.no_grad()
 def score(
-    policy: Policy, critic: Critic | None, rollout: Rollout, group: list[int], args: SafeConfig, device: torch.device
+    policy: Policy,
+    critic: Critic | None,
+    rollout: Rollout,
+    group: list[int],
+    args: SafeConfig,
+    device: torch.device,
+    teacher: Teacher | None = None,
 ) -> MicroBatch:
     """Statistics under policy and reference, and values under online and target heads, of some completions.
 
@@ -114,4 +129,5 @@ def score(
         later_cost_L=torch.zeros_like(stats.logprob),
         unusual_cost_L=torch.zeros_like(stats.logprob),
         kl_charge_L=torch.zeros_like(stats.logprob),
+        teacher={} if teacher is None else teacher.teach(batch),
     )

@@ -38,6 +38,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "attn_implementation": ("auto", *ATTENTION),
     "layout": ("auto", "packed", "rows"),
+    "divergence": ("reverse_kl", "forward_kl", "jsd", "tv"),
     "liger_kernel": ("auto", "true", "false"),
 }
 
@@ -87,7 +88,7 @@ BOUNDS = (
         "ddp_timeout async_reward_timeout reward_variance_coef pass_reward kl_budget",
     ),
     ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization top_p"),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda"),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda jsd_beta"),
     ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short adam_beta1 adam_beta2 min_p"),
     ("a finite number of at least 0.01", lambda x: 0.01 <= x < math.inf, "temperature"),
 )
@@ -125,7 +126,8 @@ def check(c: SafeConfig) -> None:
         "eval_pass_at",
         f"numbers from 1 to eval_completions_per_prompt {per_prompt}",
     )
-    compares = ALGORITHMS[c.algorithm].advantages is not None  # the completions of a prompt
+    distils = c.algorithm == "distill"
+    compares = ALGORITHMS[c.algorithm].advantages is not None and not distils  # the completions of a prompt
     require(
         c.multi_objective_aggregation != "normalize_then_sum" or compares,
         "multi_objective_aggregation",
@@ -148,8 +150,15 @@ def check(c: SafeConfig) -> None:
     if compares:
         require(c.critic == "none", "critic", f"none for {c.algorithm}, which has no critic")
         require(c.completions_per_prompt >= 2, "completions_per_prompt", f"at least 2 for {c.algorithm}")
+    elif distils:
+        require(c.critic == "none", "critic", "none for distill, which has no critic")
+        require(c.kl_estimator == "exact", "kl_estimator", "exact for distill")
+        require(c.kl_gradient == "token", "kl_gradient", "token for distill, which has no advantages")
+        for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+            require(getattr(c, name) == off, name, f"{off} for distill, whose teacher has a say on every token")
     else:
         require(c.critic != "none", "critic", f"soft_min, mean or single for {c.algorithm}")
+    require(c.teacher is None or distils, "teacher", f"null for {c.algorithm}; algorithm distill has one")
     if c.algorithm in PAPER:
         check_paper(c, require)
     else:

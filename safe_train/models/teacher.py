@@ -1,0 +1,92 @@
+"""The teacher of `algorithm: distill`: a frozen model with the policy's tokenizer, of any width and family."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from safe_train import parallel
+from safe_train.config import ConfigError, SafeConfig
+from safe_train.data.batches import TokenBatch
+from safe_train.models.checks import check_head
+from safe_train.models.determinism import switch_off_randomness
+from safe_train.models.layout import choose_layout
+from safe_train.models.policy import Policy, prepare_backbone
+from safe_train.models.pretrained import load_model, load_tokenizer, loading
+from safe_train.randomness import seeded
+
+
+class Teacher(Policy):
+    """A model that is read as the policy is: its hidden states, and its head inside the kernels. It never trains."""
+
+    def __init__(self, model: Any, args: SafeConfig, device: torch.device):
+        nn.Module.__init__(self)
+        prepare_backbone(model, args, device, model.dtype)
+        switch_off_randomness(model)
+        self.model, self.temperature, self.compute_dtype = model, args.temperature, model.dtype
+        self.is_lora, self.frozen_copies, self.handed_over = False, [], None
+        self.logit_transform: dict[str, Any] = {}
+        with seeded(0):
+            check_head(self)
+        self.layout = choose_layout(args, model)
+        self.shared_vocabulary: int | None = None
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def teach(self, batch: TokenBatch) -> dict[str, Any]:
+        """What `linear_distillation_loss` takes of a teacher for the response tokens of a batch."""
+        own = {f"teacher_{name}": x for name, x in self.head().items()}
+        return {"teacher_hidden": self(batch), "shared_vocabulary": self.shared_vocabulary, **own}
+
+
+def load_teacher(args: SafeConfig, policy: Policy, tokenizer: Any, device: torch.device) -> Teacher | None:
+    """The model that `teacher` names, whole on each process; None without one.
+
+    Raises:
+        ConfigError: it cannot be loaded, or has another tokenizer than the policy.
+    """
+    if args.teacher is None:
+        return None
+    named = dataclasses.replace(args, model=args.teacher, revision=args.teacher_revision)
+    with loading(args.teacher, "teacher"):
+        model = with_adapter(named, device) if is_adapter(args.teacher) else load_model(named, device)
+    if (Path(args.teacher) / "tokenizer_config.json").is_file() or not is_adapter(args.teacher):
+        check_tokenizer(tokenizer, load_tokenizer(named), args.teacher)
+    teacher = Teacher(model.to(device), args, device)
+    sizes = [len(each.head()["weight"]) for each in (policy, teacher)]
+    if sizes[0] != sizes[1]:
+        teacher.shared_vocabulary = min(sizes)
+        parallel.say(
+            f"the heads of policy and teacher have {sizes[0]} and {sizes[1]} rows for one tokenizer: the divergence is "
+            f"over the first {min(sizes)}"
+        )
+    return teacher
+
+
+def is_adapter(name: str) -> bool:
+    return (Path(name) / "adapter_config.json").is_file()
+
+
+def with_adapter(args: SafeConfig, device: torch.device) -> Any:
+    """The model that an adapter is for, with the adapter merged into it."""
+    import peft
+
+    assert args.model is not None
+    base = peft.PeftConfig.from_pretrained(args.model).base_model_name_or_path
+    model = load_model(dataclasses.replace(args, model=base, revision=None), device)
+    return peft.PeftModel.from_pretrained(model, args.model).merge_and_unload()
+
+
+def check_tokenizer(own: Any, other: Any, name: str) -> None:
+    mine, theirs = own.get_vocab(), other.get_vocab()
+    different = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
+    if different:
+        raise ConfigError(
+            f"the teacher {name!r} has another tokenizer than the policy ({type(other).__name__} with {len(theirs)} "
+            f"tokens, {type(own).__name__} with {len(mine)}): {len(different)} tokens have other ids, such as "
+            f"{different[0]!r}. Take a teacher of the policy's family; text cannot stand in for ids here"
+        )

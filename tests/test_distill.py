@@ -1,0 +1,186 @@
+"""`algorithm: distill`: the policy takes on a teacher's distribution at the states that its own samples pass."""
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+
+from safe_train import SafeTrainer
+from safe_train.algorithms import losses
+from safe_train.config import ConfigError, SafeConfig
+
+
+def save(model, folder, tokenizer=None):
+    model.save_pretrained(folder)
+    (tokenizer or tiny.tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def wide(seed=5, **changes):
+    """A teacher of another width."""
+    return tiny.model(seed, hidden_size=48, num_attention_heads=6, **changes)
+
+
+def trainer(tmp_path, model=None, name="run", reward=None, **settings):
+    teacher = save(wide() if model is None else model, tmp_path / "teacher")
+    args = tiny.settings(tmp_path / name, algorithm="distill", teacher=teacher, **settings)
+    given = {"train_dataset": tiny.PROMPTS, "eval_dataset": tiny.PROMPTS, "processing_class": tiny.tokenizer()}
+    return SafeTrainer(tiny.model(), reward, args, **given)
+
+
+def logp(model, batch, temperature, size=None):
+    rows, mask, place = batch.rows()
+    logits = model(rows, attention_mask=mask).logits.flatten(0, 1)[place] / temperature
+    return logits[:, :size].log_softmax(-1)
+
+
+def divergence(name, p, q, beta):
+    def kl(a, b):
+        return (a.exp() * (a - b)).sum(-1)
+
+    if name == "tv":
+        return (p.exp() - q.exp()).abs().sum(-1) / 2
+    if name == "jsd":
+        m = (beta * q.exp() + (1 - beta) * p.exp()).log()
+        return beta * kl(q, m) + (1 - beta) * kl(p, m)
+    return kl(p, q) if name == "reverse_kl" else kl(q, p)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "tv"])
+def test_the_loss_is_the_divergence_of_the_models_and_so_is_its_gradient(name, tmp_path):
+    """Both from the models' own logits in float64, by autograd; with an entropy bonus and a KL to the reference."""
+    settings = {"temperature": 1.3, "lora_r": 0, "minibatch_size": None, "divergence": name, "jsd_beta": 0.3}
+    run = trainer(tmp_path, max_tokens_per_microbatch=10_000, beta=0.2, entropy_coef=0.1, **settings)
+    experience = collected(run)
+    (micro,), control = experience, run.update_controller(experience, torch.full((8,), math.nan))
+    weights = losses.token_weights(micro, losses.Totals(len(micro.logprob_L), len(micro.indices)), run.args)
+    with torch.no_grad():  # away from the reference, so that the KL is not 0
+        for parameter in run.trainable:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    hidden = run.engine.forward(micro.batch)
+    found = losses.policy_loss(hidden, run.policy.head(), micro, weights, control, run.args)
+    found.loss.backward()
+
+    models = tiny.model().double(), tiny.model().double(), wide().double()
+    models[0].load_state_dict(run.policy.causal_lm.state_dict())
+    p = logp(models[0], micro.batch, 1.3)
+    with torch.no_grad():
+        reference, teacher = (logp(model, micro.batch, 1.3) for model in models[1:])
+    kl, entropy = divergence("reverse_kl", p, reference, 0), -(p.exp() * p).sum(-1)
+    loss = (weights * (divergence(name, p, teacher, 0.3) + 0.2 * kl - 0.1 * entropy)).sum()
+    loss.backward()
+    assert found.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(found.kl.double(), kl.detach(), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found.entropy.double(), entropy.detach(), atol=1e-5, rtol=0)
+    for own, right in zip(run.policy.causal_lm.parameters(), models[0].parameters(), strict=True):
+        torch.testing.assert_close(own.grad.double(), right.grad, atol=2e-6, rtol=1e-4)
+
+
+def collected(run):
+    from safe_train.sampling.experience import Experience
+
+    return Experience(run.policy, None, run.sample(0), run.args, run.device, run.teacher)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd"])
+def test_a_run_without_a_reward_comes_nearer_to_its_teacher_and_resumes_exactly(name, tmp_path):
+    settings = {"divergence": name, "lora_r": 0, "learning_rate": 5e-3, "completions_per_prompt": 4, "save_every": 20}
+    whole = trainer(tmp_path, name="whole", total_steps=40, **settings).train()
+    assert whole[-1]["policy_loss"] < 0.5 * whole[0]["policy_loss"]
+    assert whole[-1]["kl"] > 0.05
+    trainer(tmp_path, name="parts", total_steps=20, **settings).train()
+    rest = trainer(tmp_path, name="parts", total_steps=40, **settings).train(resume_from_checkpoint=True)
+    names = ("policy_loss", "kl", "entropy")
+    assert [[row[x] for x in names] for row in rest] == [[row[x] for x in names] for row in whole[20:]]
+
+
+def test_a_reward_is_logged_and_teaches_nothing(tmp_path):
+    plain, judged = (
+        trainer(tmp_path, name=str(reward), reward=reward, total_steps=2).train() for reward in (None, tiny.good_words)
+    )
+    assert [row["policy_loss"] for row in plain] == [row["policy_loss"] for row in judged]
+    assert all(0 <= row["reward"] <= 1 for row in judged)
+    run = trainer(tmp_path, name="evaluated")
+    assert run.evaluate().kl == pytest.approx(0, abs=1e-6)
+
+
+def test_a_kl_budget_holds_while_the_teacher_pulls(tmp_path):
+    settings = {"learning_rate": 2e-2, "total_steps": 8, "completions_per_prompt": 4}
+    free = trainer(tmp_path, name="free", **settings).train()
+    held = trainer(tmp_path, name="held", kl_budget=0.05, **settings).train()
+    assert max(row["kl"] for row in free) > 0.1
+    assert all(row["budget/kl"] <= 0.05 for row in held if "budget/kl" in row)
+
+
+def test_a_head_with_more_rows_is_cut_to_the_ids_of_both(tmp_path, capsys):
+    run = trainer(tmp_path, wide(vocab_size=len(tiny.WORDS) + 5), lora_r=0, max_tokens_per_microbatch=10_000)
+    size = len(tiny.WORDS)
+    assert f"have {size} and {size + 5} rows for one tokenizer: the divergence is over the first {size}" in (
+        capsys.readouterr().out
+    )
+    (micro, *_), teacher = collected(run), wide(vocab_size=size + 5).double()
+    weights = torch.full((len(micro.logprob_L),), 1 / len(micro.logprob_L))
+    control = run.controller.update(0.0, 1.0, 0.0, 1.0)
+    with torch.no_grad():
+        found = losses.policy_loss(run.policy(micro.batch), run.policy.head(), micro, weights, control, run.args).loss
+        p, q = logp(tiny.model().double(), micro.batch, 1.0), logp(teacher, micro.batch, 1.0, size)
+    assert found.item() == pytest.approx((weights * divergence("reverse_kl", p, q, 0)).sum().item(), rel=1e-5)
+
+
+def test_an_adapter_teaches_as_what_it_was_trained_on(tmp_path):
+    base = save(tiny.model(), tmp_path / "base")
+    adapted = tiny.trained_adapter()
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(tmp_path / "adapter")
+    given = {"train_dataset": tiny.PROMPTS, "processing_class": tiny.tokenizer()}
+    args = tiny.settings(tmp_path / "run", algorithm="distill", teacher=str(tmp_path / "adapter"))
+    run = SafeTrainer(tiny.model(), None, args, **given)
+    (micro, *_) = collected(run)
+    with torch.no_grad():
+        expected = logp(tiny.trained_adapter(), micro.batch, 1.0)
+        hidden, head = micro.teacher["teacher_hidden"], micro.teacher["teacher_weight"]
+    torch.testing.assert_close((hidden @ head.T).log_softmax(-1), expected, **tiny.FORWARDS)
+
+
+def test_another_tokenizer_is_refused_by_name(tmp_path):
+    other = tiny.tokenizer()
+    other.add_tokens(["horse"])
+    folder = save(wide(vocab_size=len(tiny.WORDS) + 1), tmp_path / "other", other)
+    args = tiny.settings(tmp_path / "run", algorithm="distill", teacher=folder)
+    with pytest.raises(ConfigError, match=r"other' has another tokenizer .*: 1 tokens have other ids, such as 'horse'"):
+        SafeTrainer(tiny.model(), None, args, tiny.PROMPTS, processing_class=tiny.tokenizer())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"algorithm": "ppo"}, "teacher must be null for ppo"),
+        ({"divergence": "kl"}, "divergence must be one of reverse_kl, forward_kl, jsd, tv"),
+        ({"jsd_beta": 1.5}, "jsd_beta must be in"),
+        ({"critic": "single"}, "critic must be none for distill"),
+        ({"top_p": 0.9}, "top_p must be 1 for distill"),
+        ({"kl_gradient": "return"}, "kl_gradient must be token for distill"),
+        ({"kl_estimator": "k3"}, "kl_estimator must be exact for distill"),
+    ],
+)
+def test_what_it_cannot_be_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        SafeConfig(**{"algorithm": "distill", "teacher": "org/model"} | changes)
+
+
+def test_what_is_missing_is_named(tmp_path):
+    assert SafeConfig(algorithm="distill").missing() == ["model", "dataset", "teacher"]
+    given = {"train_dataset": tiny.PROMPTS, "processing_class": tiny.tokenizer()}
+    with pytest.raises(ConfigError, match="a run needs teacher"):
+        SafeTrainer(tiny.model(), None, tiny.settings(tmp_path, algorithm="distill"), **given)
+    with pytest.raises(ConfigError, match="cannot load the model .*nothing"):
+        args = tiny.settings(tmp_path, algorithm="distill", teacher=str(tmp_path / "nothing"))
+        SafeTrainer(tiny.model(), None, args, **given)
+
+
+def test_the_records_of_a_run_have_no_reward(tmp_path):
+    trainer(tmp_path, total_steps=1).train()
+    (row,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert row["reward"] is None and row["policy_loss"] > 0
