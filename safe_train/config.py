@@ -204,6 +204,12 @@ class SafeConfig:
     importance_sampling_level: str = option("token", "ratio of the policies: token | sequence (GSPO)")
     clip_low: float = option(0.2, "clip: ratio >= 1 - clip_low")
     clip_high: float = option(0.2, "clip: ratio <= 1 + clip_high (DAPO: 0.28; GSPO: 4e-4, and clip_low 3e-4)")
+    trust_region_kl: float | None = option(
+        None,
+        "mask tokens whose exact KL to the policy that sampled is above this, in nats (DPPO; clip_* .inf: no clip)",
+    )
+    trust_region_tv: float | None = option(None, "the same by total variation, in (0, 1)")
+    trust_region_level: str = option("token", "token | sequence: a token beyond masks its completion (TRM)")
     entropy_coef: float = option(None, "entropy bonus (default: 0 for distill, else 0.01)")
     beta: float = option(None, "constant part of the KL coefficient (default: 0.01 for safe, 0 for distill, else 0.1)")
     kl_estimator: str = option("exact", "KL in the loss: exact (full vocabulary) | k2 | k3")

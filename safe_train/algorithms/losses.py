@@ -5,6 +5,7 @@ Shape legend: L response tokens of a micro-batch, B its sequences, K value heads
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 
 from safe_kernels import PolicyLoss, linear_distillation_loss, linear_policy_loss, linear_token_stats
+from safe_train.algorithms import trust_region
 from safe_train.algorithms.advantages import per_token
 from safe_train.algorithms.algorithm import TokenLoss
 from safe_train.algorithms.critic import reward_heads
@@ -79,7 +81,8 @@ def policy_loss(
 def is_built_in(args: SafeConfig) -> bool:
     """Whether `linear_policy_loss` has the whole loss, which it then takes in one sweep over the vocabulary."""
     is_of_tokens = args.kl_estimator == "exact" and args.importance_sampling_level == "token"
-    return ALGORITHMS[args.algorithm].loss is clipped and is_of_tokens
+    is_clipped = ALGORITHMS[args.algorithm].loss is clipped and math.isfinite(args.clip_low + args.clip_high)
+    return is_clipped and is_of_tokens and trust_region.kind_of(args) is None
 
 
 def composed_loss(
@@ -95,7 +98,8 @@ def composed_loss(
     inputs: dict[str, Any] = {"tokens": micro.batch.targets_L, "ref_hidden": micro.ref_hidden_LH, **head}
     stats = linear_token_stats(hidden_LH, kept=micro.batch.kept, max_kept_bytes=max_kept_bytes, **inputs)
     assert stats.kl is not None
-    loss_L, is_clipped_L = token_losses(stats.logprob, micro, control.kl_coef, args)
+    divergence_L = divergence_from_rollout(hidden_LH, head, micro, args)
+    loss_L, is_clipped_L = token_losses(stats.logprob, micro, control.kl_coef, args, divergence_L)
     loss_L = loss_L - args.entropy_coef * stats.entropy
     if args.kl_estimator == "exact":
         loss_L = loss_L + kl_cost(stats.kl, control, args)
@@ -134,10 +138,30 @@ def distillation_loss(
     return PolicyLoss(loss, found.logprob, found.entropy, micro.ref_logprob_L, kl_L, loss.new_zeros(()))
 
 
-def token_losses(logprob_L: Tensor, micro: MicroBatch, kl_coef: float, args: SafeConfig) -> TokenLoss:
-    """The part of the loss that depends on the sampled token's log-prob alone: the algorithm's, and k2 or k3."""
+@torch.no_grad()
+def divergence_from_rollout(
+    hidden_LH: Tensor, head: dict[str, Any], micro: MicroBatch, args: SafeConfig
+) -> Tensor | None:
+    """[L]: that of the trust region between the policy of now and the one that sampled; None without a bound."""
+    if (kind := trust_region.kind_of(args)) is None:
+        return None
+    own = {name: x for name, x in head.items() if not name.startswith("ref_")}
+    old = {f"teacher_{name}": x for name, x in own.items()} | micro.sampled_from
+    return linear_distillation_loss(hidden_LH, divergence=kind[0], **own, **old).divergence
+
+
+def token_losses(
+    logprob_L: Tensor, micro: MicroBatch, kl_coef: float, args: SafeConfig, divergence_L: Tensor | None = None
+) -> TokenLoss:
+    """The part of the loss that depends on the sampled token's log-prob alone: the algorithm's, and k2 or k3.
+
+    A token that left the trust region counts as clipped.
+    """
     ratio_L = importance_ratio(logprob_L, micro, args)
     loss_L, is_clipped_L = ALGORITHMS[args.algorithm].loss(ratio_L, logprob_L, micro.advantage_L, args)
+    if divergence_L is not None:
+        is_masked_L = trust_region.masked(divergence_L, ratio_L, micro, args)
+        loss_L, is_clipped_L = loss_L.masked_fill(is_masked_L, 0.0), is_clipped_L | is_masked_L
     if args.kl_estimator in SAMPLED_KL:
         loss_L = loss_L + kl_coef * SAMPLED_KL[args.kl_estimator](logprob_L, micro.ref_logprob_L)
     return TokenLoss(importance_corrected(loss_L, micro, args), is_clipped_L)

@@ -121,6 +121,7 @@ class MicroBatch:
     unusual_cost_L: Tensor  # the part of it that a critic has to predict
     kl_charge_L: Tensor  # the part of it that the advantage is charged with
     teacher: dict[str, Any]  # what `linear_distillation_loss` takes of a teacher; empty without one
+    sampled_from: dict[str, Any]  # and of the policy that sampled, with a trust region
 
     @property
     def place_L(self) -> Tensor:

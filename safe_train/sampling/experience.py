@@ -6,12 +6,14 @@ Shape legend: L response tokens of a micro-batch, K value heads, H hidden width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from safe_train import parallel
 from safe_train.algorithms.critic import Critic, value_states
+from safe_train.algorithms.trust_region import kind_of
 from safe_train.config import SafeConfig
 from safe_train.data.batches import MicroBatch, TokenBatch, balanced, balanced_rows, microbatches
 from safe_train.models import scoring
@@ -39,10 +41,10 @@ class Experience:
         self.args, self.critic, self.device = args, critic, device
         count = self.count = len(rollout.completions)
         size = args.minibatch_size or count
-        order = torch.randperm(count).tolist()
+        order, kept_head = torch.randperm(count).tolist(), trained_head(policy, args)
         self.minibatches = [
             [
-                score(policy, critic, rollout, group, args, device, teacher)
+                score(policy, critic, rollout, group, args, device, teacher, kept_head)
                 for group in cut(rollout, minibatch, args, policy.layout)
             ]
             for minibatch in (order[i : i + size] for i in range(0, count, size))
@@ -62,6 +64,14 @@ class Experience:
         found = torch.full((self.count, longest), torch.nan, dtype=torch.float64, device=position_L.device)
         found[completion_L, position_L] = self.tokens(name).double()
         return found
+
+
+def trained_head(policy: Policy, args: SafeConfig) -> dict[str, Any] | None:
+    """What a trust region has to keep of the head that samples: copies of what is trained. None without a bound."""
+    if kind_of(args) is None:
+        return None
+    tensors = {name: x for name, x in policy.head().items() if isinstance(x, Tensor) and not name.startswith("ref_")}
+    return {f"teacher_{name}": x.detach().clone() for name, x in tensors.items() if x.requires_grad}
 
 
 def gathered(rollout: Rollout) -> Rollout:
@@ -98,6 +108,7 @@ def score(
     args: SafeConfig,
     device: torch.device,
     teacher: Teacher | None = None,
+    kept_head: dict[str, Any] | None = None,
 ) -> MicroBatch:
     """Statistics under policy and reference, and values under online and target heads, of some completions.
 
@@ -130,4 +141,5 @@ def score(
         unusual_cost_L=torch.zeros_like(stats.logprob),
         kl_charge_L=torch.zeros_like(stats.logprob),
         teacher={} if teacher is None else teacher.teach(batch),
+        sampled_from={} if kept_head is None else {"teacher_hidden": hidden_LH, **kept_head},
     )

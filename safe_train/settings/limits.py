@@ -38,6 +38,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "attn_implementation": ("auto", *ATTENTION),
     "layout": ("auto", "packed", "rows"),
+    "trust_region_level": ("token", "sequence"),
     "divergence": ("reverse_kl", "forward_kl", "jsd", "tv"),
     "liger_kernel": ("auto", "true", "false"),
 }
@@ -47,6 +48,7 @@ NOT_IN_PAPER = """
 beta kl_estimator kl_gradient kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef entropy_gate gate_min
 gate_max phases window value_level gamma gae_lambda minibatch_size importance_cap warmup_steps lr_scheduler_type
 loss_aggregation importance_sampling_level top_p min_p
+trust_region_kl trust_region_tv trust_region_level
 """.split()
 
 
@@ -70,7 +72,7 @@ BOUNDS = (
         "positive",
         lambda x: x > 0,
         "alpha learning_rate critic_learning_rate huber_delta max_grad_norm critic_max_grad_norm value_clip "
-        "max_preview_kl kl_budget max_sampler_gap reward_timeout async_reward_timeout ddp_timeout",
+        "max_preview_kl kl_budget trust_region_kl max_sampler_gap reward_timeout async_reward_timeout ddp_timeout",
     ),
     (
         "at least 0",
@@ -89,6 +91,7 @@ BOUNDS = (
     ),
     ("in (0, 1]", lambda x: 0 < x <= 1, "gamma polyak preview_min_scale vllm_gpu_memory_utilization top_p"),
     ("in [0, 1]", lambda x: 0 <= x <= 1, "gae_lambda jsd_beta"),
+    ("in (0, 1)", lambda x: 0 < x < 1, "trust_region_tv"),
     ("in [0, 1)", lambda x: 0 <= x < 1, "ema_short adam_beta1 adam_beta2 min_p"),
     ("a finite number of at least 0.01", lambda x: 0.01 <= x < math.inf, "temperature"),
 )
@@ -159,6 +162,12 @@ def check(c: SafeConfig) -> None:
     else:
         require(c.critic != "none", "critic", f"soft_min, mean or single for {c.algorithm}")
     require(c.teacher is None or distils, "teacher", f"null for {c.algorithm}; algorithm distill has one")
+    bounds = (c.trust_region_kl, c.trust_region_tv)
+    require(None in bounds, "trust_region_tv", "null with trust_region_kl: one of them")
+    if bounds != (None, None):
+        require(not distils, "algorithm", "one with advantages for a trust region")
+        for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+            require(getattr(c, name) == off, name, f"{off} with a trust region, whose divergence is over all tokens")
     if c.algorithm in PAPER:
         check_paper(c, require)
     else:
