@@ -20,7 +20,7 @@ from ..formulas import DistillationObjective
 from ..inputs import Divergence, DivergenceGrad, DivergenceStats, LinearInputs, LogitsInputs, compute_dtype, take
 from .linear import GradientSums, among_masked, float_rows, head_of, per_row_of, products, without_masked_rows
 from .logits import loader, store_rows
-from .rows import FLOOR, RowInputs, centre, row_sum, tiles
+from .rows import FLOOR, RowInputs, centre, lacks, row_sum, tiles
 
 
 class Pair(NamedTuple):
@@ -115,38 +115,41 @@ def measured(pair: Pair, divergence: Divergence) -> DivergenceStats:
     """Statistics of a loaded pair, which is left with p, q, the student's x, and f in the place of y."""
     per_row, index_R1 = pair.per_row, pair.per_row.index_N[:, None]
     a_token_R1 = pair.x.gather(1, index_R1)
-    peak_R1, log_total_R1 = distribution(pair.x, per_row.temperature_N1, pair.p)
-    ref_peak_R1, ref_log_total_R1 = distribution(pair.y, pair.ref_temperature_N1, pair.q)
+    peak_R1, ref_peak_R1 = pair.x.amax(1, keepdim=True), pair.y.amax(1, keepdim=True)
+    centre(pair.x, peak_R1, per_row.temperature_N1)
+    centre(pair.y, ref_peak_R1, pair.ref_temperature_N1)
+    is_infinite = INFINITE.get(divergence.name, lambda *_: None)(pair.x, pair.y)
+    log_total_R1, ref_log_total_R1 = distribution(pair.x, pair.p), distribution(pair.y, pair.q)
     log_total, ref_log_total = log_total_R1.squeeze(1), ref_log_total_R1.squeeze(1)
     logprob = per_row.known(((a_token_R1 - peak_R1) / per_row.temperature_N1).squeeze(1) - log_total)
     entropy = log_total - row_sum(torch.mul(pair.p, pair.x, out=pair.spare))
     found, slope = MEASURES[divergence.name](pair, log_total_R1, ref_log_total_R1, divergence.beta)
+    if is_infinite is not None:
+        found, slope = found.masked_fill(is_infinite, math.inf), slope.masked_fill(is_infinite, math.nan)
     peaks = (peak_R1.squeeze(1), log_total, ref_peak_R1.squeeze(1), ref_log_total)
     return DivergenceStats(per_row.live(found), per_row.live(entropy), logprob, slope, *peaks)
 
 
-def distribution(a_RV: Tensor, temperature: float | Tensor, out_RV: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre logits, and write their probabilities; (peak, log total) [R, 1]."""
-    peak_R1 = a_RV.amax(1, keepdim=True)
-    torch.exp(centre(a_RV, peak_R1, temperature).clamp_(min=FLOOR), out=out_RV)
+def distribution(x_RV: Tensor, out_RV: Tensor) -> Tensor:
+    """Clamp centred logits, and write their probabilities; log total [R, 1]."""
+    torch.exp(x_RV.clamp_(min=FLOOR), out=out_RV)
     total_R1 = row_sum(out_RV)[:, None]
     out_RV.div_(total_R1)
-    return peak_R1, total_R1.log()
+    return total_R1.log()
 
 
 def reverse_kl(pair: Pair, log_total: Tensor, ref_log_total: Tensor, _: float) -> tuple[Tensor, Tensor]:
     """sum p f with f = log p - log q."""
     log_ratio(pair, log_total, ref_log_total)
     kl = row_sum(torch.mul(pair.p, pair.y, out=pair.spare))
-    is_infinite = pair.y.amax(1) > -FLOOR / 2
-    return kl.masked_fill(is_infinite, math.inf), kl.masked_fill(is_infinite, math.nan)
+    return kl, kl
 
 
 def forward_kl(pair: Pair, log_total: Tensor, ref_log_total: Tensor, _: float) -> tuple[Tensor, Tensor]:
     """sum q (log q - log p), whose gradient needs no f."""
     log_ratio(pair, log_total, ref_log_total)
     kl = -row_sum(torch.mul(pair.q, pair.y, out=pair.spare))
-    return kl.masked_fill(pair.y.amin(1) < FLOOR / 2, math.inf), torch.full_like(kl, -1)
+    return kl, kl
 
 
 def jsd(pair: Pair, log_total: Tensor, ref_log_total: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -171,6 +174,10 @@ MEASURES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "forward_kl": forward_kl,
     "jsd": jsd,
     "tv": tv,
+}
+INFINITE: dict[str, Callable[[Tensor, Tensor], Tensor | None]] = {  # which rows are, by centred logits x and y
+    "reverse_kl": lambda x, y: lacks(y, x),
+    "forward_kl": lacks,
 }
 
 

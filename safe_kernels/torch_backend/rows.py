@@ -115,7 +115,7 @@ def row_statistics(tile: Tile, per_row: RowInputs) -> RowStats:
     if tile.y is not None:
         a_ref_token_R1, ref_peak_R1 = tile.y.gather(1, index_R1), tile.y.amax(1, keepdim=True)
         centre(tile.y, ref_peak_R1, temperature)
-        policy_lacks_R = _lacks(tile.x, tile.y) if tile.keeps_y else None
+        policy_lacks_R = lacks(tile.x, tile.y) if tile.keeps_y else None
     torch.exp(tile.x.clamp_(min=FLOOR), out=tile.e)
     total = row_sum(tile.e)
     log_total = total.log()
@@ -213,7 +213,7 @@ def centre(a_RV: Tensor, peak_R1: Tensor, temperature: float | Tensor) -> Tensor
     return a_RV if isinstance(temperature, float) and temperature == 1.0 else a_RV.div_(temperature)
 
 
-def _lacks(x_RV: Tensor, y_RV: Tensor) -> Tensor:
+def lacks(x_RV: Tensor, y_RV: Tensor) -> Tensor:
     """Which rows have an id where x is -inf and y is not."""
     if is_on_host(x_RV) and x_RV.amin() > -math.inf:
         return x_RV.new_zeros(len(x_RV), dtype=torch.bool)
