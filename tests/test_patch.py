@@ -157,6 +157,15 @@ def test_what_a_version_does_not_have_is_left_out(package):
         assert Patch("other_trainer", missing).apply().replaced == []
 
 
+def test_a_patch_that_needs_all_is_left_out_as_a_whole(package):
+    missing = hundredfold("Actor.rest", ("x",))
+    with pytest.warns(UserWarning, match=r"does not know: other_trainer\.maths\.Actor\.rest is not there"):
+        assert Patch("other_trainer", [DOUBLE, missing], needs_all=True).apply().replaced == []
+    assert package.maths.double(1) == 2
+    with Patch("other_trainer", [DOUBLE, TRIPLE], needs_all=True) as patch:
+        assert len(patch.replaced) == 2
+
+
 @pytest.mark.parametrize("source", ["import not_there_at_all", "import sys; sys.no_such_name"])
 def test_a_module_that_fails_to_import_is_no_missing_module(package, source):
     (package.folder / "broken.py").write_text(source)

@@ -102,8 +102,8 @@ def test_a_reference_s_head_that_is_gone_is_gathered_for_forward_and_backward(mo
 
 def test_other_expressions_of_the_reference_s_log_probs_are_refused():
     x, kls = torch.zeros(2, 3), [torch.ones(2, 3)]
-    ref = RefLogprob(kls)
-    assert torch.exp(ref - x) - (ref - x) - 1 is kls[0] and x - ref is kls[0]
+    ref, k1 = (RefLogprob(kls, estimate) for estimate in (RefLogprob.K3, RefLogprob.K1))
+    assert torch.exp(ref - x) - (ref - x) - 1 is kls[0] and x - k1 is kls[0]
     for wrong in (
         lambda: torch.exp(ref - x) - 1,
         lambda: (ref - x) - 1,
@@ -114,8 +114,11 @@ def test_other_expressions_of_the_reference_s_log_probs_are_refused():
         lambda: torch.add(x, ref),
         lambda: torch.where(x > 0, ref, x),
         lambda: x * (ref - x),
+        lambda: x - ref,
+        lambda: x * (k1 - x),
+        lambda: torch.exp(k1 - x) - (k1 - x) - 1,
     ):
         with pytest.raises(RuntimeError, match="this version of TRL computes the KL as "):
             wrong()
     with pytest.raises(RuntimeError, match="TRL scored the policy 0 times"):
-        x - RefLogprob([])
+        x - RefLogprob([], RefLogprob.K1)

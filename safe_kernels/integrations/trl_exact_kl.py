@@ -61,19 +61,16 @@ def temporarily(owner: Any, **values: Any) -> Iterator[None]:
 
 
 class RefLogprob:
-    """Stands for the reference's log-probs in TRL's code, where its expression for the KL then is the exact KL:
-
-        exp(ref - x) - (ref - x) - 1    in GRPO's loss (k3)
-        x - ref                         in RLOO's reward (k1)
-
-    Any other use raises. `kls` may be filled later, but before the expression is complete.
+    """Stands for the reference's log-probs in TRL's code, whose expression for the KL, `estimate`, then gives the
+    exact KL. Any other use raises. `kls` may be filled later, but before the expression is complete.
     """
 
-    WHOLE = ("exp(ref - x) - (ref - x) - 1", "x - ref")
+    K3 = "exp(ref - x) - (ref - x) - 1"  # in GRPO's loss
+    K1 = "x - ref"  # in RLOO's reward
     PARTS = ("ref - x", "exp(ref - x)", "exp(ref - x) - (ref - x)")
 
-    def __init__(self, kls: list[Tensor], form: str = "ref"):
-        self.kls, self.form = kls, form
+    def __init__(self, kls: list[Tensor], estimate: str, form: str = "ref"):
+        self.kls, self.estimate, self.form = kls, estimate, form
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -88,14 +85,14 @@ class RefLogprob:
         return self._next(f"{self.form} - {term}")
 
     def _next(self, form: str) -> Any:
-        if form in self.WHOLE:
+        if form == self.estimate:
             return only(self.kls)
         if form not in self.PARTS:
             raise RuntimeError(
                 f"this version of TRL computes the KL as {form}..., which apply(kl='exact') does not know: use "
                 "apply(), with TRL's own estimate"
             )
-        return RefLogprob(self.kls, form)
+        return RefLogprob(self.kls, self.estimate, form)
 
 
 def only(kls: list[Tensor]) -> Tensor:
@@ -168,7 +165,7 @@ def scored_together(trainer: Any) -> Iterator[list[Tensor]]:
 
     def scored(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         if is_reference(trainer, model):
-            return RefLogprob(kls), None, None
+            return RefLogprob(kls, RefLogprob.K1), None, None
         found, kl = score_both(trainer, score, model, *args, **kwargs)
         kls.append(kl)
         return found
@@ -193,7 +190,8 @@ def _grpo_loss(original: Any) -> Any:
         if self.beta == 0:
             return original(self, model, inputs, *args, **kwargs)
         with scored_together(self) as kls, temporarily(self.args, use_bias_correction_kl=False):  # of a sampled KL
-            return original(self, model, {**inputs, "ref_per_token_logps": RefLogprob(kls)}, *args, **kwargs)
+            inputs = {**inputs, "ref_per_token_logps": RefLogprob(kls, RefLogprob.K3)}
+            return original(self, model, inputs, *args, **kwargs)
 
     return compute_loss
 
