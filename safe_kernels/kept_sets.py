@@ -21,9 +21,9 @@ IDS_OF_A_CHUNK = 2 << 20  # with repeated ones and padding; 24 bytes each
 EVEN = 16  # a tile's width is a multiple of it, so that the kernels load 16 bytes at a time
 
 
-def one_of(tokens: Any, rows: Any) -> Any:
-    """The tokens [...] of rows [..., V or H], or of [..., K] one of each row."""
-    if not isinstance(tokens, Tensor) or not isinstance(rows, Tensor) or tokens.dim() != rows.dim() or rows.dim() == 0:
+def one_of(tokens: Any) -> Any:
+    """One of the K tokens [..., K] of each row."""
+    if not isinstance(tokens, Tensor) or tokens.dim() == 0:
         return tokens
     if tokens.shape[-1] == 0:
         raise ValueError(f"tokens has shape {tuple(tokens.shape)}; the last axis must be K >= 1 ids of a token")

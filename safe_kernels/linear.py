@@ -85,7 +85,8 @@ def linear_token_stats(
 
     Only one tile of logits is ever in memory: at most 64 MiB on a CPU, 96 MiB on a GPU; with a reference twice that.
     """
-    one = kept_sets.one_of(tokens, hidden)
+    has_axis_of_ids = getattr(tokens, "ndim", None) == getattr(hidden, "ndim", 0)
+    one = kept_sets.one_of(tokens) if has_axis_of_ids else tokens
     head = checks.require_head(
         Head(
             hidden, weight, one, bias, ref_hidden, ref_weight, ref_bias, temperature, softcap, logit_scale, mask

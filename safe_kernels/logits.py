@@ -70,7 +70,8 @@ def token_stats(
         TokenStats; `ref_logprob` and `kl` are None without `ref_logits`, `ref_kl` without `with_ref_kl`.
     """
     logits, ref_logits, group = checks.local_parts(process_group, -1, logits=logits, ref_logits=ref_logits)
-    one = kept_sets.one_of(tokens, logits)
+    has_axis_of_ids = getattr(tokens, "ndim", None) == getattr(logits, "ndim", 0)
+    one = kept_sets.one_of(tokens) if has_axis_of_ids else tokens
     checks.require_logits(logits, one, ref_logits, mask, group)
     if with_ref_kl:
         checks.require_reference_for("with_ref_kl", with_ref_kl, "ref_logits", ref_logits)
