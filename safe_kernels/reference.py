@@ -45,7 +45,9 @@ def token_stats(
     if ref_logits is None:
         return TokenStats(_live(logprob, mask), _live(entropy, mask), None, None)
     logq = _log_softmax(ref_logits.detach(), temperature, mask)
-    found = [logprob, entropy, _at_token(logq, tokens), _kl(logp, logq), *([_kl(logq, logp)] if with_ref_kl else [])]
+    found = [logprob, entropy, _at_token(logq, tokens), _kl(p, logp, logq)]
+    if with_ref_kl:
+        found.append(_kl(logq.exp(), logq, logp))
     return TokenStats(*(_live(x, mask) for x in found))
 
 
@@ -248,17 +250,16 @@ def _divergence(logp, logq, name, beta):
     if name == "tv":
         return (logp.exp() - logq.exp()).abs().sum(-1) / 2
     if name == "forward_kl" or (name == "jsd" and beta == 0):
-        return _kl(logq, logp)
+        return _kl(logq.exp(), logq, logp)
     if name == "reverse_kl" or (name == "jsd" and beta == 1):
-        return _kl(logp, logq)
+        return _kl(logp.exp(), logp, logq)
     logp, logq = (x.clamp(min=torch.finfo(x.dtype).min / 4) for x in (logp, logq))  # -inf has no derivative
     logm = torch.logaddexp(logp + math.log(1 - beta), logq + math.log(beta))
     return beta * (logq.exp() * (logq - logm)).sum(-1) + (1 - beta) * (logp.exp() * (logp - logm)).sum(-1)
 
 
-def _kl(logp, logq):
+def _kl(p, logp, logq):
     """KL(p || q); inf where q is 0 and p is not, even if p is too small for its dtype. The gradient in q is finite."""
-    p = logp.exp()
     kl = (p * (logp - logq).masked_fill(p == 0, 0)).sum(-1)
     outside = ((logq == -math.inf) & (logp > -math.inf)).any(-1)
     return kl + torch.where(outside & (kl < math.inf), math.inf, 0)
