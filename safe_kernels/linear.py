@@ -190,7 +190,7 @@ def linear_token_stats_op(
     stats = backend_of(backend).linear_statistics(inputs, logits)
     if group is not None and bounds is not None:
         stats = vocab_parallel.merged_stats(stats, inputs, group, bounds)
-    return *results_of(stats), logits  # type: ignore[return-value]
+    return *results_of(stats), logits
 
 
 def new_logits(inputs: LinearInputs, max_kept_bytes: int | None, backend: str) -> Tensor:

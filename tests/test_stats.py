@@ -143,6 +143,13 @@ def test_a_finite_mask_of_the_policy_alone_is_no_infinity(any_backend):
     case["logits"][1, 3] = -1e38
     ref_kl = token_stats(**case, backend=any_backend).ref_kl
     assert 1e10 < ref_kl[1] < math.inf and (ref_kl[[0, 2]] < 100).all()
+    case["ref_logits"][2, 4] = -math.inf  # of another row
+    assert token_stats(**case, backend=any_backend).ref_kl[1] == ref_kl[1]
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 1e3])
+def test_extreme_temperatures(backend, temperature):
+    hold_to_reference(token_stats, logits_case(temperature=temperature, with_ref_kl=True), backend, ["logits"])
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, "all -inf"])

@@ -227,7 +227,10 @@ def _log_ratio(tile: Tile) -> bool:
     torch.sub(tile.x, tile.y, out=tile.ratio)
     if is_on_host(tile.x) and tile.ratio.amax() < math.inf:  # no -inf in the reference: a tenth of a selection's time
         return False
-    tile.ratio.masked_fill_(tile.x <= FLOOR, 0)
+    is_nowhere = tile.x <= FLOOR
+    if tile.keeps_y:  # what the reference has there counts
+        is_nowhere &= tile.ratio == math.inf
+    tile.ratio.masked_fill_(is_nowhere, 0)
     return True
 
 
