@@ -60,7 +60,7 @@ class PolicyLoss(NamedTuple):
     ref_logprob: Tensor | None
     kl: Tensor | None
     clip_fraction: Tensor  # 0-dim: share of live tokens where the clip took the gradient away
-    ref_kl: Tensor | None = None
+    ref_kl: Tensor | None = None  # None where `ref_kl_coef` is the number 0
 
 
 class DistillationLoss(NamedTuple):
@@ -79,12 +79,12 @@ def new_results(x: Tensor, tokens_N: Tensor, stats_rows: int) -> tuple[Tensor, .
     return *found, x.new_empty(stats_rows, N, dtype=dtype)
 
 
-def results_of(stats: Tensor) -> tuple[Tensor, ...]:
+def results_of(stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logprob, entropy, ref_logprob, kl, ref_kl), with memory of their own, of which callers get the first two, four
     or five and the others are empty; and the statistics.
     """
     found = [stats[row].clone() for row in (0, 1, 4, 5, 8)[: RESULTS[stats.shape[0]]]]
-    return *found, *[stats.new_empty(0) for _ in range(5 - len(found))], stats
+    return *found, *[stats.new_empty(0) for _ in range(5 - len(found))], stats  # type: ignore[return-value]
 
 
 def constants_of(found: Sequence[Tensor]) -> list[Tensor]:

@@ -50,7 +50,7 @@ def policy_case(tokens, vocabulary, dtype):
     with torch.no_grad():
         logprob = linear_token_stats(**case, backend="triton").logprob
     noise = torch.randn(2, tokens, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(1))
-    terms = {"entropy_coef": 0.01, "kl_coef": 0.1, "kl_penalty_coef": 0.1, "kl_threshold": 0.05}
+    terms = {"entropy_coef": 0.01, "kl_coef": 0.1, "kl_penalty_coef": 0.1, "kl_threshold": 0.05, "ref_kl_coef": 0.1}
     return case | terms | {"old_logprob": logprob + 0.3 * noise[0], "advantage": noise[1]}
 
 
@@ -67,16 +67,16 @@ def test_distillation_holds_to_the_reference(divergence, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_logits_hold_to_the_reference(vocabulary, dtype):
-    case = on_device(cases.logits_case((64,), vocabulary, dtype=dtype))
+    case = on_device(cases.logits_case((64,), vocabulary, dtype=dtype, with_ref_kl=True))
     cases.hold_to_reference(token_stats, case, "triton", ["logits"], vocabulary)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_hidden_states_hold_to_the_reference(vocabulary, dtype):
-    cases.hold_to_reference(
-        linear_token_stats, head_case(128, vocabulary, dtype), "triton", ["hidden", "weight"], vocabulary
-    )
+    for asked in (False, True):
+        case = head_case(128, vocabulary, dtype) | {"with_ref_kl": asked}
+        cases.hold_to_reference(linear_token_stats, case, "triton", ["hidden", "weight"], vocabulary)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,7 +89,7 @@ def test_policy_loss_holds_to_the_reference(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_fused_products_hold_to_the_reference(vocabulary, dtype):
-    case = head_case(128, vocabulary, dtype) | {"batch_invariant": True}
+    case = head_case(128, vocabulary, dtype) | {"batch_invariant": True, "with_ref_kl": True}
     exact, plain = (
         cases.evaluate(linear_token_stats, case | {"batch_invariant": False}, "reference", ["hidden", "weight"], kind)
         for kind in (torch.float64, None)
@@ -144,7 +144,7 @@ def test_in_one_compiled_graph(op):
 def test_on_a_device_that_is_not_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two devices")
-    case = {name: x.to("cuda:1") for name, x in cases.logits_case().items()}
+    case = {name: x.to("cuda:1") for name, x in cases.logits_case().items()} | {"with_ref_kl": True}
     here = token_stats(**on_device(case), backend="triton")
     there = token_stats(**case, backend="triton")
     assert all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(here, there, strict=True))

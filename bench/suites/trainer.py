@@ -182,7 +182,7 @@ class Published(Layout):
         with torch.no_grad():
             ref_logits = self.reference.get_output_embeddings()(ref_hidden)[:, :-1]
         found = reference.token_stats(logits, self.ids_BT[:, 1:], ref_logits=ref_logits)
-        return tuple(x[:, self.first :].flatten() for x in found if x is not None)
+        return tuple(getattr(found, name)[:, self.first :].flatten() for name in STATISTICS)
 
     def states(self, model: Any) -> Tensor:
         packed = model.config._attn_implementation
