@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .dispatch import choose_backend
 from .inputs import compute_dtype, without_masked
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd", "tv")
@@ -26,6 +27,7 @@ def truncated_divergence(
     divergence: str = "reverse_kl",
     beta: float = 0.5,
     mask: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The divergence of a student from a teacher over K + 1 outcomes: K ids, and all others as one. Equivalent to
 
@@ -49,7 +51,8 @@ def truncated_divergence(
         mask: [...] bool.
 
     Returns:
-        [...] in nats, 0 where masked; plain PyTorch. A teacher's 0 makes the reverse KL inf, a student's the forward.
+        [...] in nats, 0 where masked; plain PyTorch on every backend. A teacher's 0 makes the reverse KL inf, a
+        student's the forward one.
     """
     checks.require_floating("logprob", logprob)
     if logprob.dim() == 0:
@@ -65,6 +68,7 @@ def truncated_divergence(
     if divergence == "jsd" and beta in (0, 1):
         divergence = "reverse_kl" if beta else "forward_kl"
     count = checks.require_number("vocabulary", vocabulary, 1)
+    choose_backend(backend, logprob, teacher_logprob, has_gradient=None)
     if not torch.compiler.is_compiling() and (tokens.device.type == "cpu" or checks.debugging()):
         require_outcomes(tokens, teacher_logprob, count, mask)
     logp, logq = outcomes(logprob, teacher_logprob.detach(), tokens, count, mask)
@@ -115,11 +119,14 @@ def divergence_of(name: str, beta: float, logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """sum p (log p - log q) - p + q, of which no term is negative; p and q sum to 1 but for rounding. 0 log 0 is 0."""
-    p, q = logp.exp(), logq.exp()
-    is_zero = logp == -math.inf
-    log_ratio = torch.where(is_zero, 0, logp) - logq.masked_fill(is_zero, 0)
-    return (p * log_ratio - p + q).sum(-1).clamp(min=0)
+    """sum p (log p - log q) - p + q, as p and q sum to 1: so no term is negative, and where both are close none is lost
+    to rounding. 0 log 0 is 0.
+    """
+    p, q, is_zero = logp.exp(), logq.exp(), logp == -math.inf
+    x = torch.where(is_zero, 0, logp) - logq.masked_fill(is_zero, 0)
+    near = x.clamp(-1, 1)
+    terms = torch.where((x.abs() < 1) & ~is_zero, p * (near + torch.expm1(-near)), p * x - p + q)
+    return terms.sum(-1).clamp(min=0)
 
 
 def jsd(logp: Tensor, logq: Tensor, beta: float) -> Tensor:

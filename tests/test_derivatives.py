@@ -37,6 +37,7 @@ pytestmark = [
 
 SAFE = values_case(kl_threshold=0.1, alpha=0.3, gamma=0.9)
 SPLIT = {"kl_coef": 0.3, "kl_penalty_coef": 0.2, "kl_threshold": 0.01, "entropy_coef": 0.1, "ref_kl_coef": 0.2}
+KEPT = torch.arange(0, 37, 2).expand(3, 7, 19)
 # An operation, its arguments, by which one it is differentiated, and of which result.
 OPERATIONS = {
     "logprob of logits": (token_stats, logits_case(mask=some_mask()), "logits", "logprob"),
@@ -46,6 +47,9 @@ OPERATIONS = {
     "entropy of hidden states": (linear_token_stats, linear_case(softcap=5.0), "hidden", "entropy"),
     "logprob of a head": (linear_token_stats, linear_case(reference=None), "weight", "logprob"),
     "kl of a bias": (linear_token_stats, linear_case(bias=True, reference="own"), "bias", "kl"),
+    "kl within kept sets": (token_stats, logits_case(kept=KEPT), "logits", "kl"),
+    "entropy within kept sets": (linear_token_stats, linear_case(kept=KEPT), "weight", "entropy"),
+    "kl beside several ids": (linear_token_stats, linear_case(softcap=5.0) | {"tokens": KEPT}, "hidden", "kl"),
     "penalty": (safe_terms, logits_case(**SAFE), "logits", "kl_penalty"),
     "value": (safe_terms, logits_case(**SAFE), "v1", "value"),
     "penalty of hidden states": (linear_safe_terms, linear_case(**SAFE), "hidden", "kl_penalty"),

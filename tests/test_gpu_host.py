@@ -123,6 +123,24 @@ def test_hidden_states(dtype, reference, rows, masked, batch_invariant):
             check_gradients(found, inputs, needed)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_rocm", [False, True])
+def test_products_of_a_tile(dtype, is_rocm, request):
+    """Of part of a tile, and of its gradient in float32 beside 16 bits."""
+    if is_rocm:
+        request.getfixturevalue("rocm")
+    tile, hidden, weight = (
+        torch.empty(128, 4000),
+        torch.empty(128, WIDTH, dtype=dtype),
+        torch.empty(990, WIDTH).to(dtype),
+    )
+    part, out = tile[:, 1000:1990], torch.empty(128, WIDTH)
+    triton_backend.matrix_product(hidden, weight.T, part)
+    triton_backend.matrix_product(part, weight, out)
+    triton_backend.matrix_product(part.T, hidden, torch.empty(990, WIDTH))
+    assert tile.shape == (128, 4000) and out.is_cuda and out.dtype == torch.float32
+
+
 def test_hidden_states_beside_a_head_of_another_dtype():
     inputs = linear_inputs(128, 5000, torch.bfloat16)._replace(weight_VH=torch.empty(5000, WIDTH))
     for batch_invariant in (False, True):

@@ -361,6 +361,26 @@ def test_the_gradient_to_the_logits(backend):
         hold(f"d {name}", *found.values(), 37)
 
 
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("distance", [0, 1e-8, 1e-3])
+def test_close_to_the_teacher(name, distance):
+    """A value of 1e-7 is not lost beside terms of 1, and none is negative."""
+    logits = torch.randn(200, 30, generator=torch.Generator().manual_seed(0)).double()
+    logp = (logits + distance * torch.randn(200, 30).double()).log_softmax(-1)
+    ids, logq = ids_of(30, 30, (200,)), logits.log_softmax(-1)
+    found = truncated(name, 0.5, logp.float(), logq.float(), ids)
+    assert (found >= 0).all()
+    torch.testing.assert_close(found.double(), whole(name, 0.5, logp, logq), rtol=0.01, atol=1e-9)
+
+
+def test_with_all_ids_there_is_no_other_outcome():
+    """Not even where the probabilities of one side, rounded, do not sum to 1."""
+    logp, logq = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.5, 0.4]).log()
+    ids = torch.tensor([1, 0])
+    torch.testing.assert_close(truncated_divergence(logp, logq, ids, 2, divergence="tv"), torch.tensor(0.05))
+    torch.testing.assert_close(truncated_divergence(logp, logq, ids, 3, divergence="tv"), torch.tensor(0.10))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_peaked_rows(name):
     """The tail of one side is 0 in float32, or of both: finite values and gradients."""
