@@ -130,9 +130,11 @@ class SafeConfig:
 
     option = group("Distillation")
     teacher: str | None = option(
-        None, "distill: a model or adapter, by Hub name or folder, with the policy's tokenizer"
+        None,
+        "distill: a model or adapter with the policy's tokenizer, by Hub name or folder, or URL[#MODEL] of a server",
     )
     teacher_revision: str | None = option(None, "branch, tag or commit of the teacher (default: its main branch)")
+    teacher_top_k: int = option(20, "of how many ids a token a served teacher says the log-probs")
     divergence: str = option("reverse_kl", "reverse_kl: of the policy to the teacher | forward_kl | jsd | tv")
     jsd_beta: float = option(0.5, "jsd: the teacher's part of the mixture, nearer forward_kl at 0 and reverse_kl at 1")
 

@@ -36,7 +36,6 @@ from safe_train.engines.projection import make_budget, make_preview
 from safe_train.models.determinism import check_torch_state
 from safe_train.models.policy import Policy
 from safe_train.models.reference import identity
-from safe_train.models.teacher import load_teacher
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards.calls import RewardFunction
 from safe_train.rewards.groups import learned_from, refilled, warn_if_unscored, without_spread
@@ -139,7 +138,7 @@ class SafeTrainer:
             self.eval_prompts = load_prompts(eval_rows, "eval_dataset", self.tokenizer, args)
         self.rewards = start.make_rewards(rewards, args, self.device, self.prompts.at(0, 2), self.state)
         self.policy: Policy = start.load_policy(model, self.tokenizer, args, self.device, peft_config)
-        self.teacher = load_teacher(args, self.policy, self.tokenizer, self.device)
+        self.teacher = start.make_teacher(args, self.policy, self.tokenizer, self.device)
         self.identity = identity(self.policy, self.tokenizer, args.reference)  # while the weights are whole
 
     def build(self) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import tiny
@@ -151,6 +153,113 @@ def test_another_tokenizer_is_refused_by_name(tmp_path):
     args = tiny.settings(tmp_path / "run", algorithm="distill", teacher=folder)
     with pytest.raises(ConfigError, match=r"other' has another tokenizer .*: 1 tokens have other ids, such as 'horse'"):
         SafeTrainer(tiny.model(), None, args, tiny.PROMPTS, processing_class=tiny.tokenizer())
+
+
+class Served(BaseHTTPRequestHandler):
+    """Scores prompts as vLLM's server does: the best ids of each token, and the one that stands there."""
+
+    def do_GET(self):
+        self.say({"data": [{"id": name} for name in self.server.names]})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert (self.path, asked["model"], asked["max_tokens"]) == ("/v1/completions", "wide", 1)
+        if self.server.busy:
+            self.server.busy -= 1
+            self.send_error(503)
+            return
+        choices = [
+            {"index": i, "prompt_logprobs": self.scores(ids, asked["prompt_logprobs"])}
+            for i, ids in enumerate(asked["prompt"])
+        ]
+        self.say({"choices": choices[:: self.server.order]})
+
+    def scores(self, ids, count):
+        with torch.no_grad():
+            rows = self.server.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        found = [None]
+        for row, token in zip(rows, ids[1:], strict=False):
+            kept = dict.fromkeys([*row.topk(count).indices.tolist(), token])
+            texts = [self.server.tokenizer.decode([i]) for i in kept]
+            found.append(
+                {str(i): {"logprob": row[i].item(), "decoded_token": text} for i, text in zip(kept, texts, strict=True)}
+            )
+        return found
+
+    def say(self, content):
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Served)
+    server.names, server.busy, server.order = ["wide"], 0, -1
+    server.model, server.tokenizer = wide(), tiny.tokenizer()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def pupil(tmp_path, url, name="run", **settings):
+    args = tiny.settings(tmp_path / name, algorithm="distill", teacher=url, **settings)
+    return SafeTrainer(tiny.model(), None, args, tiny.PROMPTS, processing_class=tiny.tokenizer())
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "tv"])
+def test_a_served_teacher_gives_a_lower_bound_that_all_ids_reach(name, served, tmp_path):
+    losses_of = {}
+    for count in (2, 6, len(tiny.WORDS)):
+        settings = {"teacher_top_k": count, "divergence": name, "jsd_beta": 0.3, "beta": 0.1, "entropy_coef": 0.05}
+        run = pupil(tmp_path, served.url, str(count), lora_r=0, max_tokens_per_microbatch=10_000, **settings)
+        (micro, *_) = collected(run)
+        control = run.controller.update(0.0, 1.0, 0.0, 1.0)
+        weights = torch.full_like(micro.logprob_L, 1 / len(micro.logprob_L))
+        hidden = run.engine.forward(micro.batch)
+        losses_of[count] = losses.policy_loss(hidden, run.policy.head(), micro, weights, control, run.args)
+    with torch.no_grad():
+        p, q = (logp(model.double(), micro.batch, 1.0) for model in (tiny.model(), wide()))
+    entropy = -(p.exp() * p).sum(-1)
+    exact = (weights * (divergence(name, p, q, 0.3) - 0.05 * entropy)).sum().item()
+    few, more, every = (found.loss.item() for found in losses_of.values())
+    assert few < more < every == pytest.approx(exact, rel=1e-4)
+    found = losses_of[len(tiny.WORDS)]
+    torch.testing.assert_close(found.logprob, micro.logprob_L, **tiny.FORWARDS)
+    torch.testing.assert_close(found.entropy.double(), entropy, atol=1e-5, rtol=0)
+    assert found.loss.requires_grad
+
+
+def test_a_run_learns_from_a_server_that_is_busy_at_times(served, tmp_path, monkeypatch):
+    monkeypatch.setattr("safe_train.rewards.server.time.sleep", lambda _: None)
+    served.busy = 2
+    settings = {"teacher_top_k": 8, "total_steps": 25, "lora_r": 0, "learning_rate": 5e-3, "completions_per_prompt": 4}
+    rows = pupil(tmp_path, served.url, **settings).train()
+    assert rows[-1]["policy_loss"] < 0.6 * rows[0]["policy_loss"] and served.busy == 0
+
+
+def test_a_server_of_another_kind_is_refused(served, tmp_path, monkeypatch):
+    served.names = ["wide", "other"]
+    with pytest.raises(ConfigError, match="has the models wide, other, and teacher names none: name one behind a #"):
+        pupil(tmp_path, served.url)
+    assert pupil(tmp_path, f"{served.url}#wide").teacher.model == "wide"
+    served.tokenizer = tiny.tokenizer()
+    served.tokenizer.decode = lambda ids: f"word {ids[0]}"
+    with pytest.raises(ConfigError, match="has another tokenizer than the policy: id"):
+        collected(pupil(tmp_path, f"{served.url}#wide", "tokenizer"))
+    with pytest.raises(ConfigError, match="temperature must be 1 with a served teacher"):
+        pupil(tmp_path, served.url, temperature=0.7)
+    run = pupil(tmp_path, f"{served.url}#wide", "silent")
+    monkeypatch.setattr(Served, "scores", lambda *_: None)
+    with pytest.raises(ValueError, match="it must score prompts, as vLLM's server does"):
+        collected(run)
 
 
 @pytest.mark.parametrize(

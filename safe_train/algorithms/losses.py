@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
-from safe_kernels import PolicyLoss, linear_distillation_loss, linear_policy_loss, linear_token_stats
+from safe_kernels import (
+    PolicyLoss,
+    linear_distillation_loss,
+    linear_policy_loss,
+    linear_token_stats,
+    truncated_divergence,
+)
 from safe_train.algorithms import trust_region
 from safe_train.algorithms.advantages import per_token
 from safe_train.algorithms.algorithm import TokenLoss
@@ -116,6 +122,8 @@ def distillation_loss(
 
     Entropy and log-prob are those of now, and so is the KL if it is charged; otherwise it is the rollout's.
     """
+    if "teacher_hidden" not in micro.teacher:
+        return served_distillation_loss(hidden_LH, head, micro, weight_L, control, args)
     own = {name: x for name, x in head.items() if not name.startswith("ref_")}
     divergence: dict[str, Any] = {"divergence": args.divergence, "beta": args.jsd_beta}
     found = linear_distillation_loss(
@@ -136,6 +144,28 @@ def distillation_loss(
         loss = loss + (weight_L * cost_L).sum()
     assert found.logprob is not None
     return PolicyLoss(loss, found.logprob, found.entropy, micro.ref_logprob_L, kl_L, loss.new_zeros(()))
+
+
+def served_distillation_loss(
+    hidden_LH: Tensor, head: dict[str, Any], micro: MicroBatch, weight_L: Tensor, control: Control, args: SafeConfig
+) -> PolicyLoss:
+    """The same from a teacher's best K ids of each token: a lower bound of the divergence (`truncated_divergence`)."""
+    targets_L1, served_LK = micro.batch.targets_L[:, None], micro.teacher["tokens"]
+    tokens = torch.cat([targets_L1, served_LK], 1)
+    stats = linear_token_stats(hidden_LH, tokens=tokens, ref_hidden=micro.ref_hidden_LH, **head)
+    assert stats.kl is not None and stats.ref_logprob is not None
+    loss_L = truncated_divergence(
+        stats.logprob[:, 1:],
+        micro.teacher["logprobs"],
+        served_LK,
+        micro.teacher["vocabulary"],
+        divergence=args.divergence,
+        beta=args.jsd_beta,
+    )
+    loss_L = loss_L + kl_cost(stats.kl, control, args) - args.entropy_coef * stats.entropy
+    logprob_L, ref_logprob_L = stats.logprob[:, 0].detach(), stats.ref_logprob[:, 0]
+    seen = (logprob_L, stats.entropy.detach(), ref_logprob_L, stats.kl.detach())
+    return PolicyLoss((weight_L * loss_L).sum(), *seen, clip_fraction=loss_L.new_zeros(()))
 
 
 @torch.no_grad()

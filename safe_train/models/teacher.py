@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,6 +18,11 @@ from safe_train.models.layout import choose_layout
 from safe_train.models.policy import Policy, prepare_backbone
 from safe_train.models.pretrained import load_model, load_tokenizer, loading
 from safe_train.randomness import seeded
+
+
+class Teaches(Protocol):
+    def teach(self, batch: TokenBatch) -> dict[str, Any]:
+        """What the loss takes of a teacher for the response tokens of a batch."""
 
 
 class Teacher(Policy):

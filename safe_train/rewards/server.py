@@ -17,21 +17,15 @@ MAX_DELAY = 60.0  # seconds between two attempts
 NOT_SENT = ("completion_ids", "trainer_state", "log_extra", "log_metric")  # what functions get beside the columns
 
 
-class RewardServer:
-    """The reward of a server at an http or https URL.
+class Server:
+    """A server at an http or https URL.
 
-    It gets POST requests with the JSON object {"prompts": [...], "completions": [...], "columns": {name: [...]}}, where
-    prompts and completions are text, or lists of chat messages, and columns are the data set's other fields. It
-    answers {"scores": [...]} (or {"rewards": [...]}) with one number for each completion, or null where the reward does
-    not apply.
-
-    A server that is down, busy (5xx, 429) or slower than `reward_timeout` is asked again `reward_retries` times, after
+    One that is down, busy (5xx, 429) or slower than `reward_timeout` is asked again `reward_retries` times, after
     1, 2, 4, ... seconds, a little less by chance so that several ranks do not return together.
 
     Raises:
         ConfigError: the URL has no host, or has a password in it, which would end up in logs.
         RuntimeError: no answer after the last attempt, or a refusal (any other status), at once.
-        ValueError: an answer that is not of the form above.
     """
 
     def __init__(self, url: str, args: SafeConfig, batch_size: int = 64, first_delay: float = 1.0):
@@ -39,10 +33,46 @@ class RewardServer:
         self.batch_size, self.first_delay = batch_size, first_delay
         parts = urlsplit(url)
         if not parts.hostname or parts.username:
-            raise ConfigError("a reward server's URL must be http(s)://host[:port]/path, without a user or password")
+            raise ConfigError("a server's URL must be http(s)://host[:port]/path, without a user or password")
         self.__name__ = f"{parts.netloc}{parts.path}".strip("/")
         self.opener = urllib.request.build_opener(NoRedirect)
         self.random = random.Random()  # not the run's: waiting must not change what a resumed run samples
+
+    def post(self, body: bytes | None, path: str = "") -> bytes:
+        """The body of the server's answer, asking until there is one; without a body a GET."""
+        last = ""
+        for attempt in range(self.attempts):
+            if attempt > 0:
+                delay = min(self.first_delay * 2 ** (attempt - 1), MAX_DELAY)
+                time.sleep(delay * self.random.uniform(0.5, 1))
+            request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+            try:
+                with self.opener.open(request, timeout=self.timeout) as response:
+                    return response.read()
+            except urllib.error.HTTPError as error:
+                with error:
+                    last = f"status {error.code} {error.reason}"
+                    if error.code < 500 and error.code != 429:
+                        raise RuntimeError(f"{self.url} refused: {last}, {error.read(200)!r}") from None
+            except (OSError, http.client.HTTPException) as error:
+                last = f"{type(error).__name__}: {error}"
+        raise RuntimeError(
+            f"{self.url} gave no answer in {self.attempts} attempts of {self.timeout:g} s (last error: {last}). "
+            "Check the server, or raise reward_timeout or reward_retries, and continue the run with --resume"
+        )
+
+
+class RewardServer(Server):
+    """The reward of a server.
+
+    It gets POST requests with the JSON object {"prompts": [...], "completions": [...], "columns": {name: [...]}}, where
+    prompts and completions are text, or lists of chat messages, and columns are the data set's other fields. It
+    answers {"scores": [...]} (or {"rewards": [...]}) with one number for each completion, or null where the reward does
+    not apply.
+
+    Raises:
+        ValueError: an answer that is not of the form above; beside what `Server` raises.
+    """
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
         scores: list[float] = []
@@ -68,29 +98,6 @@ class RewardServer:
         if len(scores) != len(completions):
             raise ValueError(f"{self.url} answered {len(scores)} scores for {len(completions)} completions")
         return scores
-
-    def post(self, body: bytes) -> bytes:
-        """The body of the server's answer, asking until there is one."""
-        last = ""
-        for attempt in range(self.attempts):
-            if attempt > 0:
-                delay = min(self.first_delay * 2 ** (attempt - 1), MAX_DELAY)
-                time.sleep(delay * self.random.uniform(0.5, 1))
-            request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
-            try:
-                with self.opener.open(request, timeout=self.timeout) as response:
-                    return response.read()
-            except urllib.error.HTTPError as error:
-                with error:
-                    last = f"status {error.code} {error.reason}"
-                    if error.code < 500 and error.code != 429:
-                        raise RuntimeError(f"{self.url} refused: {last}, {error.read(200)!r}") from None
-            except (OSError, http.client.HTTPException) as error:
-                last = f"{type(error).__name__}: {error}"
-        raise RuntimeError(
-            f"{self.url} gave no answer in {self.attempts} attempts of {self.timeout:g} s (last error: {last}). "
-            "Check the server, or raise reward_timeout or reward_retries, and continue the run with --resume"
-        )
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):

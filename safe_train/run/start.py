@@ -23,9 +23,11 @@ from safe_train.models.adapters import untrained_experts, unwrapped
 from safe_train.models.checks import check_positions, check_vocabulary
 from safe_train.models.policy import Policy, make_policy, use_tensor_cores
 from safe_train.models.pretrained import config_of, load_model, load_tokenizer, loading, model_class
+from safe_train.models.teacher import Teaches, load_teacher
 from safe_train.randomness import guest, seeded
 from safe_train.rewards.calls import Batch, NotANumber, RewardFunction, ask, check_columns, check_signature
 from safe_train.rewards.rewards import NO_REWARD, Rewards, is_classifier, is_server, load_reward, reward_name
+from safe_train.rewards.teacher_server import TeacherServer
 from safe_train.run.events import new_state
 from safe_train.run.versions import check_versions
 from safe_train.sampling.rollout import Rollout
@@ -126,6 +128,12 @@ def load_policy(model: Any, tokenizer: Any, args: SafeConfig, device: torch.devi
     parallel.say(check_vocabulary(policy.causal_lm, tokenizer), untrained_experts(policy.causal_lm))
     parallel.broadcast(parameter for each in (policy, *policy.frozen_copies) for parameter in each.parameters())
     return policy
+
+
+def make_teacher(args: SafeConfig, policy: Policy, tokenizer: Any, device: torch.device) -> Teaches | None:
+    if not is_server(args.teacher):
+        return load_teacher(args, policy, tokenizer, device)
+    return TeacherServer(args, tokenizer, len(policy.head()["weight"]))
 
 
 def make_rewards(

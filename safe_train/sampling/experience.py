@@ -19,7 +19,7 @@ from safe_train.data.batches import MicroBatch, TokenBatch, balanced, balanced_r
 from safe_train.models import scoring
 from safe_train.models.layout import ROWS
 from safe_train.models.policy import Policy
-from safe_train.models.teacher import Teacher
+from safe_train.models.teacher import Teaches
 from safe_train.sampling.rollout import Rollout, joined
 
 
@@ -36,7 +36,7 @@ class Experience:
         rollout: Rollout,
         args: SafeConfig,
         device: torch.device,
-        teacher: Teacher | None = None,
+        teacher: Teaches | None = None,
     ):
         self.args, self.critic, self.device = args, critic, device
         count = self.count = len(rollout.completions)
@@ -107,7 +107,7 @@ def score(
     group: list[int],
     args: SafeConfig,
     device: torch.device,
-    teacher: Teacher | None = None,
+    teacher: Teaches | None = None,
     kept_head: dict[str, Any] | None = None,
 ) -> MicroBatch:
     """Statistics under policy and reference, and values under online and target heads, of some completions.

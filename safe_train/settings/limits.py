@@ -66,7 +66,7 @@ BOUNDS = (
         "total_steps prompts_per_step completions_per_prompt max_prompt_tokens max_new_tokens inner_epochs "
         "minibatch_size max_tokens_per_microbatch max_bad_steps window lora_alpha lora_last_layers save_every "
         "keep_checkpoints eval_completions eval_completions_per_prompt reward_batch_size samples_every "
-        "generation_batch_size importance_cap",
+        "generation_batch_size importance_cap teacher_top_k",
     ),
     (
         "positive",
@@ -161,6 +161,8 @@ def check(c: SafeConfig) -> None:
             require(getattr(c, name) == off, name, f"{off} for distill, whose teacher has a say on every token")
     else:
         require(c.critic != "none", "critic", f"soft_min, mean or single for {c.algorithm}")
+    is_served = c.teacher is not None and c.teacher.startswith(("http://", "https://"))
+    require(c.temperature == 1 or not is_served, "temperature", "1 with a served teacher, whose log-probs are at 1")
     require(c.teacher is None or distils, "teacher", f"null for {c.algorithm}; algorithm distill has one")
     bounds = (c.trust_region_kl, c.trust_region_tv)
     require(None in bounds, "trust_region_tv", "null with trust_region_kl: one of them")
