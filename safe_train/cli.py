@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -99,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     option = add("demo", "train a small model on this computer, in minutes", command_demo)
     option("--model", help="a Hub model instead of the one that is installed with the demo")
     option("--control", action="store_true", help="the control experiment: shuffled advantages")
+    option("--distill", action="store_true", help="teach a fresh policy what the demo learned, without its reward")
     option("overrides", **pairs)
 
     option = add("eval", "evaluate a run, a checkpoint or any model on held-out prompts", command_eval, EVAL)
@@ -196,6 +197,20 @@ def run_settings(arguments: argparse.Namespace) -> SafeConfig:
     return SafeConfig.load(run / "config.yaml", [f"output_dir={run}", *overrides])
 
 
+# Its rewards are only logged; what the budget held is in the teacher.
+DISTILLED = ("algorithm=distill", "kl_budget=null", "lr_scheduler_type=linear", "output_dir=runs/demo-distill")
+
+
+def demo_policy(chosen: Sequence[str]) -> Path:
+    """What the demo trained, from its run."""
+    from safe_train.run.checkpoints import Checkpoints
+
+    folder = Path(SafeConfig.load("demo.yaml", chosen).output_dir)
+    if not (found := Checkpoints(folder, keep=1).complete()):
+        raise ConfigError(f"{folder} has no checkpoint to learn from: run `safe-train demo` first")
+    return found[-1] / "policy"
+
+
 def command_demo(arguments: argparse.Namespace) -> None:
     from safe_train import parallel
     from safe_train.paper import make_trainer
@@ -204,9 +219,12 @@ def command_demo(arguments: argparse.Namespace) -> None:
     from safe_train.run.run_folder import refuse_existing, refuse_foreign, remove_run
 
     chosen = [f"model={arguments.model}"] if arguments.model else []
-    control = ["shuffle_advantages=true", "output_dir=runs/demo-control"] if arguments.control else []
-    own = SafeConfig.load("demo.yaml", [*chosen, *control])
-    args = SafeConfig.load("demo.yaml", [*chosen, *control, *arguments.overrides])
+    if arguments.control:
+        chosen += ["shuffle_advantages=true", "output_dir=runs/demo-control"]
+    elif arguments.distill:
+        chosen += [f"teacher={demo_policy(chosen)}", *DISTILLED]
+    own = SafeConfig.load("demo.yaml", chosen)
+    args = SafeConfig.load("demo.yaml", [*chosen, *arguments.overrides])
     folder = Path(args.output_dir)
     replaces = folder == Path(own.output_dir)
     (refuse_foreign if replaces else refuse_existing)(folder)

@@ -66,6 +66,13 @@ def test_demo_command_runs_on_another_model_and_replaces_its_own_run_alone(tmp_p
     assert (run / "report.png").stat().st_size > 10_000
     assert "shuffle_advantages: true" in (run / "config.yaml").read_text()
     assert [row["step"] for row in read_metrics(run)] == [1, 2]
+    assert main(["demo", "--model", "model", *sizes, "--distill"]) == 2
+    assert "runs/demo has no checkpoint to learn from: run `safe-train demo` first" in capsys.readouterr().err
+    assert main(["demo", "--model", "model", *sizes]) == 0
+    assert main(["demo", "--model", "model", *sizes, "--distill"]) == 0
+    taught = (Path("runs/demo-distill") / "config.yaml").read_text()
+    assert "teacher: runs/demo/checkpoints/step-2/policy" in taught and "algorithm: distill" in taught
+    assert all(row["policy_loss"] > 0 for row in read_metrics(Path("runs/demo-distill")))
     run.rename("mine")
     assert main(["demo", "--model", "model", "output_dir=mine"]) == 2
     assert "mine already holds a run" in capsys.readouterr().err and len(read_metrics(Path("mine"))) == 2
