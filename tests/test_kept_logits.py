@@ -296,7 +296,7 @@ def test_the_composed_loss_has_the_same_gradient(logits_made, backend, monkeypat
     for kept in (0, EVERYTHING):
         rows = {name: torch.zeros(21) for name in ("logprob_L", "sampler_logprob_L", "ref_logprob_L")}
         rows |= {"advantage_L": torch.ones(21), "ref_hidden_LH": case["ref_hidden"]}
-        micro = SimpleNamespace(batch=SimpleNamespace(targets_L=case["tokens"]), **rows)
+        micro = SimpleNamespace(batch=SimpleNamespace(targets_L=case["tokens"], kept=None), **rows)
         args = SafeConfig(algorithm="cispo", completions_per_prompt=2, entropy_coef=0.01)
         hidden = case["hidden"].clone().requires_grad_()
         given = (micro, torch.full((21,), 1 / 21), SimpleNamespace(kl_coef=0.1, kl_threshold=0.2), args)

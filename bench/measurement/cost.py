@@ -48,7 +48,9 @@ def products(workload: Workload, part: str) -> int:
     forward = tensors
     if part == FORWARD:
         return forward
-    recompute = 0 if workload.entrance == "loss" else tensors  # the closed form takes the gradient in its forward
+    recompute = (
+        0 if workload.entrance in ("loss", "distill") else tensors
+    )  # the closed form takes the gradient in its forward
     return forward + recompute + (2 if part == TRAINED else 1)
 
 
@@ -61,6 +63,10 @@ def cost(workload: Workload, part: str) -> Cost:
         reads = tensors * live if part == FORWARD else 2 * tensors * live
         return Cost(0, size * workload.V * (reads + (workload.N if part == BACKWARD else 0)))
     u = 2.0 * live * workload.H * workload.V
+    if workload.entrance == "distill":
+        count, ratio = products(workload, part), workload.teacher_width / workload.H
+        operands = size * workload.H * (live + workload.V)
+        return Cost((count + ratio) * u, (count + ratio) * operands)
     operands = size * (tensors * live * workload.H + workload.V * workload.H)
     count = products(workload, part)
     return Cost(count * u, count / tensors * operands)

@@ -20,12 +20,14 @@ PASSES = {
     "logits": (FORWARD, BACKWARD),
     "hidden": (FORWARD, FROZEN, TRAINED),
     "loss": (FROZEN, TRAINED),
+    "distill": (FROZEN, TRAINED),
     "gae": (FORWARD,),
     "step": ("rollout", "score", "update", "loss part", "budget"),
 }
 WITH_KL = ("logprob", "entropy", "kl")
 POLICY, VALUES = ("loss", *WITH_KL), ("value", "advantage", "returns")
-OUTPUTS = {"logits": WITH_KL, "hidden": WITH_KL, "loss": POLICY, "gae": VALUES}
+OUTPUTS = {"logits": WITH_KL, "hidden": WITH_KL, "loss": POLICY, "distill": ("loss", "divergence"), "gae": VALUES}
+TEACHER_WIDTH = 5 / 3  # of a distillation's teacher, times the student's, as SmolLM2's 360M has it to 135M
 SEED = 0
 
 
@@ -44,6 +46,11 @@ class Workload:
     masked: float = 0.0  # share of tokens left out
     field: bool = True  # everyone, or plain PyTorch and this project alone
     inputs: str = "random"  # or SmolLM2: its hidden states of text, its head, the text's tokens
+    divergence: str = ""  # of a distillation
+
+    @property
+    def teacher_width(self) -> int:
+        return round(TEACHER_WIDTH * self.H / 8) * 8
 
     @property
     def passes(self) -> tuple[str, ...]:
@@ -66,7 +73,11 @@ class Workload:
 
     def __str__(self) -> str:
         shape = f"[{self.N // self.T}, {self.T}]" if self.T else f"N={self.N} H={self.H} V={self.V}"
-        extras = ["with KL"] * self.kl + [f"{self.masked:.0%} masked"] * (self.masked > 0)
+        extras = (
+            [self.divergence] * bool(self.divergence)
+            + ["with KL"] * self.kl
+            + [f"{self.masked:.0%} masked"] * (self.masked > 0)
+        )
         return " ".join([self.entrance, *extras, self.model, shape, self.dtype, f"({self.inputs} inputs)"])
 
 
@@ -97,6 +108,7 @@ def _on_cpu() -> list[Workload]:
     main = [of("logits", large, 256, kl=kl) for kl in (False, True)]
     main += [of("hidden", small, 256, kl=kl, inputs="SmolLM2") for kl in (False, True)]
     main += [of("hidden", small, 256)] + [of("loss", small, 256, kl=kl) for kl in (False, True)]
+    main += [of("distill", small, 256, divergence=name) for name in ("reverse_kl", "jsd")]
     main += [gae(64, 1024), gae(16, 16_384)]
     entrances = [("hidden", False), ("loss", True)]
     curves = [of(e, small, n, kl=kl, field=False) for n in (1024, 64) for e, kl in entrances]
@@ -107,6 +119,7 @@ def _on_cpu() -> list[Workload]:
 def _on_gpu() -> list[Workload]:
     qwen = functools.partial(of, model="Qwen2.5-3B", dtype="bfloat16")
     main = [qwen(e, tokens=8192, kl=kl) for e in ("hidden", "loss", "logits") for kl in (False, True)]
+    main += [qwen("distill", tokens=8192, divergence=name) for name in ("reverse_kl", "jsd")]
     main += [gae(64, 1024), gae(16, 16_384), qwen("hidden", tokens=8192, masked=0.4)]
     others = [of(e, "Llama-3-8B", 8192, kl=kl, dtype="bfloat16") for e in ("hidden", "loss") for kl in (False, True)]
     real = [of("hidden", "SmolLM2-135M", 8192, kl=kl, dtype="bfloat16", inputs="SmolLM2") for kl in (False, True)]
@@ -120,6 +133,7 @@ def gate_workloads(dtypes: tuple[str, ...]) -> list[Workload]:
     toy = Workload("hidden", "toy", 16, 128, 1000)
     pairs = [(entrance, kl) for entrance in ("logits", "hidden", "loss") for kl in (False, True)]
     cases = [replace(toy, entrance=e, kl=kl, dtype=dtype) for dtype in dtypes for e, kl in pairs]
+    cases += [replace(toy, entrance="distill", divergence=name) for name in ("reverse_kl", "forward_kl", "jsd", "tv")]
     masked = [replace(toy, masked=0.4), replace(toy, entrance="logits", masked=0.4)]
     return cases + masked + [Workload("gae", "toy", 4 * 40, 0, 0, T=40, masked=0.1)]
 
@@ -134,6 +148,8 @@ def make_case(workload: Workload, device: str) -> dict[str, Any]:
     if workload.entrance == "gae":
         shape = (workload.N // workload.T, workload.T)
         return {**{name: normal(*shape) for name in ("v1", "v2", "rewards")}, **_mask(workload, draw, shape)}
+    if workload.entrance == "distill":
+        return _teacher(workload, _head(workload, normal, device), normal)
     case = _head(workload, normal, device) if workload.entrance != "logits" else _logits(workload, normal)
     case.setdefault("tokens", torch.randint(workload.V, (workload.N,), generator=draw, device=device))
     case |= _mask(workload, draw, (workload.N,))
@@ -167,6 +183,15 @@ def _head(workload: Workload, normal: Any, device: str) -> dict[str, Any]:
         noise = 0.3 * case["hidden"].float().std() * normal(workload.N, workload.H)
         case["ref_hidden"] = (case["hidden"] + noise).to(dtype)
     return case
+
+
+def _teacher(workload: Workload, case: dict[str, Any], normal: Any) -> dict[str, Any]:
+    """A wider teacher; its logits and the student's are independent, with one standard deviation."""
+    width, dtype = workload.teacher_width, case["hidden"].dtype
+    weight = normal(workload.V, width).mul_(2 / width**0.5)
+    teacher = {"teacher_hidden": normal(workload.N, width).to(dtype), "teacher_weight": weight.to(dtype)}
+    weights = torch.full((workload.N,), 1 / workload.N, device=weight.device)
+    return {**case, **teacher, "weights": weights, "divergence": workload.divergence, "reduction": "sum"}
 
 
 def _policy(workload: Workload, case: dict[str, Any], normal: Any) -> dict[str, Any]:

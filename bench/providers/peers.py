@@ -59,6 +59,28 @@ def trl_kl(case: Case) -> Results:
     return {"kl": ChunkedDivergenceFunction.apply(*arguments)[0]}
 
 
+def trl_distill(case: Case) -> Results:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    if case["divergence"] == "tv":
+        raise ValueError("TRL has no total variation")
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(case["divergence"], 0.5)
+    heads = (case["hidden"], case["weight"], None, case["teacher_hidden"], case["teacher_weight"], None)
+    divergence = ChunkedDivergenceFunction.apply(*heads, beta)[0]
+    return {"loss": (case["weights"] * divergence).sum(), "divergence": divergence.detach()}
+
+
+def liger_distill(case: Case) -> Results:
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    if case["divergence"] != "jsd":
+        raise ValueError("only jsd is the same function of both")
+    loss = LigerFusedLinearJSD(jsd_beta=0.5)(
+        case["hidden"], case["weight"], case["teacher_hidden"], case["teacher_weight"]
+    )
+    return {"loss": loss}  # the mean over the tokens, which are all weighed alike
+
+
 def interpret_trl() -> None:
     """Make TRL take its Triton kernels for CPU tensors, too, which Triton's interpreter then runs."""
     if importlib.util.find_spec("trl"):
@@ -143,6 +165,8 @@ def peer_providers() -> list[Provider]:
         Provider("quack", "logits", ("logprob",), quack, "quack-kernels", needs_gpu="CuTe kernels, which need a GPU"),
         *stats,
         *losses,
+        Provider("trl", "distill", ("loss", "divergence"), trl_distill, "trl"),
+        Provider("liger", "distill", ("loss",), liger_distill, "liger-kernel", **on_gpus),
         Provider("trl divergence", "hidden", ("kl",), on_live_rows(trl_kl), "trl"),
         Provider("liger cross-entropy", run=liger_nll, package="liger-kernel", **logprob, **on_gpus),
         Provider("cce", run=cce(), needs_gpu=autotuned, **cut),

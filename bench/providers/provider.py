@@ -15,9 +15,10 @@ from bench.measurement.workloads import Workload
 Case = dict[str, Any]
 Results = dict[str, Tensor]
 Compute = Callable[[Case], Results]
-OPERATIONS = dict(logits="token_stats", hidden="linear_token_stats", loss="linear_policy_loss", gae="soft_min_gae")
+OPERATIONS = dict(logits="token_stats", hidden="linear_token_stats", loss="linear_policy_loss", gae="soft_min_gae",
+                  distill="linear_distillation_loss")  # fmt: skip
 PER_TOKEN = ("logits", "ref_logits", "hidden", "ref_hidden", "tokens", "mask", "old_logprob", "advantage",
-             "loss_weight", "v1", "v2", "rewards")  # fmt: skip
+             "loss_weight", "teacher_hidden", "weights", "v1", "v2", "rewards")  # fmt: skip
 STATS = ("logprob", "entropy")
 NO_KL = "no exact KL"
 KERNELS = "Triton kernels, which need a GPU"
