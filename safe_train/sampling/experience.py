@@ -14,9 +14,10 @@ from torch import Tensor
 from safe_train import parallel
 from safe_train.algorithms.critic import Critic, value_states
 from safe_train.algorithms.trust_region import kind_of
-from safe_train.config import SafeConfig
+from safe_train.config import ConfigError, SafeConfig
 from safe_train.data.batches import MicroBatch, TokenBatch, balanced, balanced_rows, microbatches
 from safe_train.models import scoring
+from safe_train.models.adapters import is_cut_up
 from safe_train.models.layout import ROWS
 from safe_train.models.policy import Policy
 from safe_train.models.teacher import Teaches
@@ -71,7 +72,13 @@ def trained_head(policy: Policy, args: SafeConfig) -> dict[str, Any] | None:
     if kind_of(args) is None:
         return None
     tensors = {name: x for name, x in policy.head().items() if isinstance(x, Tensor) and not name.startswith("ref_")}
-    return {f"teacher_{name}": x.detach().clone() for name, x in tensors.items() if x.requires_grad}
+    trained = {f"teacher_{name}": x.detach().clone() for name, x in tensors.items() if x.requires_grad}
+    if trained and is_cut_up(policy.causal_lm):
+        raise ConfigError(
+            "a trust region remembers the head that sampled, and a trained head is in parts here: train LoRA without "
+            "the head, or keep whole weights on each process (DDP)"
+        )
+    return trained
 
 
 def gathered(rollout: Rollout) -> Rollout:

@@ -228,8 +228,8 @@ def draw(
             # The last chunk repeats a prompt to be as wide as the others; the first draw counts.
             for i, row in reversed(list(zip(chunk, rows, strict=True))):
                 drawn[i] = row
-    tokens, logprobs, kept = ([list(column) for column in zip(*drawn, strict=True)]) if drawn else ([], [], [])
-    return tokens, logprobs, kept if any(sets is not None for sets in kept) else []
+    tokens, logprobs, kept = ([row[column] for row in drawn] for column in range(3))
+    return tokens, logprobs, [sets for sets in kept if sets is not None]
 
 
 def filters_of(args: SafeConfig) -> dict[str, Any]:
