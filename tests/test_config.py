@@ -308,6 +308,7 @@ def test_a_name_from_another_trainer_is_answered_with_settings_that_work(row):
     pairs = other_names.settings(row, value).split()
     if pairs:
         needed = {"save_best": ["eval_every=1"], "algorithm": ["completions_per_prompt=8"]}
+        needed["teacher"] = ["algorithm=distill"]
         loaded = SafeConfig.load(None, [*pairs, *needed.get(pairs[0].partition("=")[0], [])])
         for pair in pairs:
             name, _, said = pair.partition("=")

@@ -14,6 +14,7 @@ import tiny
 import torch
 from test_checkpoint import prepare
 
+from safe_kernels import KeptIds
 from safe_train import parallel
 from safe_train.cli import main
 from safe_train.config import CONFIGS, ConfigError, SafeConfig
@@ -35,7 +36,7 @@ LENGTHS = {
 }
 
 
-def rollouts(kind: str) -> list[Rollout]:
+def rollouts(kind: str, filtered: bool = False) -> list[Rollout]:
     """A fixed rollout for each step: what the processes sample would depend on their number."""
     g, tokenizer = torch.Generator().manual_seed(7), tiny.tokenizer()
     data = PromptDataset(tiny.PROMPTS, tokenizer, 8)
@@ -45,18 +46,28 @@ def rollouts(kind: str) -> list[Rollout]:
         tokens = [torch.randint(2, len(tiny.WORDS), (n,), generator=g).tolist() for n in lengths]
         logprobs = [[-2.0] * n for n in lengths]
         ended = [n < 6 for n in lengths]
-        found.append(Rollout(prompts, tokens, tokenizer.batch_decode(tokens), ended, logprobs))
+        kept = [sets(row, g) for row in tokens] if filtered else []
+        found.append(Rollout(prompts, tokens, tokenizer.batch_decode(tokens), ended, logprobs, kept))
     return found
+
+
+def sets(tokens: list[int], g: torch.Generator) -> KeptIds:
+    """Each token's: itself, and three others."""
+    ids = [{token, *torch.randint(2, len(tiny.WORDS), (3,), generator=g).tolist()} for token in tokens]
+    offsets = torch.tensor([0, *map(len, ids)]).cumsum(0)
+    return KeptIds(torch.tensor([i for each in ids for i in sorted(each)], dtype=torch.long), offsets)
 
 
 def own(rollout: Rollout) -> Rollout:
     """What this process would have sampled of it."""
     indices = [i for prompt in parallel.share(range(4)) for i in (2 * prompt, 2 * prompt + 1)]
-    return Rollout(*([field[i] for i in indices] for field in vars(rollout).values()))
+    return rollout.take(indices)
 
 
-def trainer_on(folder, kind="ragged", model=MappingProxyType({}), adapter=None, **settings):
-    fixed = rollouts(kind)
+def trainer_on(folder, kind="ragged", model=MappingProxyType({}), adapter=None, filtered=False, **settings):
+    fixed = rollouts(kind, filtered)
+    if settings.get("algorithm") == "distill":
+        settings["teacher"] = str(folder.with_name("teacher"))
     # What was "sampled" is fixed, with log-probs of -2.
     values = {"total_steps": 2, "save_every": 1, "keep_checkpoints": 9, "max_sampler_gap": 100.0} | settings
     policy = tiny.model(**{k: v for k, v in model.items() if k != "bias"})
@@ -123,6 +134,15 @@ CASES = {
     "grpo, KL as a return, one rank got no response token": {
         "algorithm": "grpo", "kl_gradient": "return", "learning_rate": 1e-3, "kind": "one rank got no response token"
     },
+    "tokens drawn from a part of the vocabulary": {"algorithm": "grpo", "filtered": True, "top_p": 0.9},
+    "FSDP2, tokens drawn from a part, one rank got none": {
+        "environment": FSDP, "filtered": True, "top_k": 4, "kind": "one rank got no response token"
+    },
+    "a trust region": {"algorithm": "grpo", "trust_region_kl": 1e-4},
+    "a teacher, one rank got no response token": {
+        "algorithm": "distill", "divergence": "jsd", "beta": 0.1, "kind": "one rank got no response token"
+    },
+    "FSDP2, a teacher, full fine-tuning": {"environment": FSDP, "algorithm": "distill", **FULL},
     "a trained adapter": HANDED_OVER,
     "FSDP2, a trained adapter": {"environment": FSDP, **HANDED_OVER},
     "FSDP2, trained biases, the head's too": {
@@ -165,9 +185,15 @@ def all_steps(folder, names) -> dict:
     return found
 
 
+def with_teacher(folder):
+    tiny.model(seed=5, hidden_size=48, num_attention_heads=6).save_pretrained(folder / "teacher")
+    tiny.tokenizer().save_pretrained(folder / "teacher")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return all_steps(tmp_path_factory.mktemp("alone"), CASES)
+    return all_steps(with_teacher(tmp_path_factory.mktemp("alone")), CASES)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +207,7 @@ def on_four(tmp_path_factory):
 
 
 def together(size, names, folder) -> list[dict]:
-    outcomes = processes.run(all_steps, size, folder, list(names))
+    outcomes = processes.run(all_steps, size, with_teacher(folder), list(names))
     assert all(outcome.exit_code == 0 for outcome in outcomes), "".join(outcome.error for outcome in outcomes)
     return [outcome.result for outcome in outcomes]
 

@@ -223,7 +223,7 @@ def test_the_sampled_kl_keeps_its_logits_as_the_setting_says(tmp_path, ops_seen)
     run.compute_advantages(experience, run.training_rewards(rewards["reward"], rollout), control)
     ops_seen.clear()
     run.loss(experience.minibatches[0][0], control, Totals(8, 4))
-    assert [a[13] for op, a in ops_seen if op.name() == "safe_kernels::linear_token_stats"] == [123456]
+    assert [a[14] for op, a in ops_seen if op.name() == "safe_kernels::linear_token_stats"] == [123456]
 
 
 def test_the_penalty_has_no_gradient_and_is_worked_out_in_every_inner_epoch(tmp_path):

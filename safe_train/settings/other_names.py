@@ -42,7 +42,7 @@ TABLE = (
     Row("data_seed=1", "seed={}"),
     Row("max_steps=500 total_training_steps", "total_steps={}", "in rollouts"),
     Row("num_train_epochs=1 num_epochs total_epochs total_episodes", note=ROLLOUTS),
-    Row("teacher_model_name_or_path=org/model teacher_model", "teacher={}", "with algorithm=distill"),
+    Row("teacher_model_name_or_path=org/model teacher_model", "algorithm=distill teacher={}"),
     # Rollout
     Row("train_batch_size=64 gen_batch_size", "prompts_per_step={}"),
     Row("num_generations=8 rollout.n num_return_sequences rloo_k", "completions_per_prompt={}"),
