@@ -6,6 +6,7 @@ Shapes: N tokens, V vocabulary, H hidden width, which is the teacher's own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -104,15 +105,22 @@ def linear_distillation_loss(
     needed = [torch.is_grad_enabled() and x is not None and may_require_grad(x) for x in inputs[:3]]
     if reduction == "none" and (needed[1] or needed[2]):
         needed = [False, False, False]
-    loss, divergence_N, entropy_N, logprob_N, *_ = linear_distillation_op(
+    loss, divergence_N, entropy_N, logprob_N, *_ = loss_and_gradients(inputs, ref_inputs, goal, needed, backend)
+    loss = loss.view_as(goal.tokens) if reduction == "none" else loss
+    return goal.results(loss, divergence_N, entropy_N, logprob_N, with_tokens=tokens is not None)
+
+
+def loss_and_gradients(
+    inputs: LinearInputs, ref_inputs: LinearInputs, goal: Goal, needed: Sequence[bool], backend: str
+) -> tuple[Tensor, ...]:
+    """What `linear_distillation_op` returns."""
+    return linear_distillation_op(
         *(*inputs[:3], *(None if x is None else x.detach() for x in ref_inputs[:3]), inputs.tokens_N, inputs.mask_N),
         *(inputs.temperature, inputs.temperatures_N, inputs.softcap, inputs.logit_scale),
         *(ref_inputs.temperature, ref_inputs.temperatures_N, ref_inputs.softcap, ref_inputs.logit_scale),
-        *(*goal.divergence, *goal.objective(compute_dtype(hidden))),
-        *(reduction != "none", *needed, backend),
+        *(*goal.divergence, *goal.objective(compute_dtype(inputs.hidden_NH))),
+        *(goal.reduction != "none", *needed, backend),
     )
-    loss = loss.view_as(goal.tokens) if reduction == "none" else loss
-    return goal.results(loss, divergence_N, entropy_N, logprob_N, with_tokens=tokens is not None)
 
 
 class Model(NamedTuple):

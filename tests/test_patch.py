@@ -30,6 +30,10 @@ SOURCES = {
         class Actor:
             def act(self, x):
                 return -x
+
+            @staticmethod
+            def rest(x):
+                return x
     """,
     "user.py": """
         from .maths import double, double as twice
@@ -99,6 +103,13 @@ def test_a_method_is_replaced_for_objects_that_exist(package):
     assert actor.act(1) == -1
 
 
+def test_a_static_method_stays_one(package):
+    actor = package.maths.Actor()
+    with Patch("other_trainer", [hundredfold("Actor.rest", ("x",))]):
+        assert actor.rest(1) == package.maths.Actor.rest(1) == 100
+    assert actor.rest(1) == package.maths.Actor.rest(1) == 1
+
+
 def test_a_class_is_known_by_its_forward(package):
     def make(original):
         return type("Ours", (), {"forward": staticmethod(lambda ctx, x, factor: 0)})
@@ -157,12 +168,12 @@ def test_what_a_version_does_not_have_is_left_out(package):
         assert Patch("other_trainer", missing).apply().replaced == []
 
 
-def test_a_patch_that_needs_all_is_left_out_as_a_whole(package):
-    missing = hundredfold("Actor.rest", ("x",))
-    with pytest.warns(UserWarning, match=r"does not know: other_trainer\.maths\.Actor\.rest is not there"):
-        assert Patch("other_trainer", [DOUBLE, missing], needs_all=True).apply().replaced == []
+def test_a_patch_without_what_it_needs_is_left_out_as_a_whole(package):
+    missing = hundredfold("Actor.run", ("x",))
+    with pytest.warns(UserWarning, match=r"does not know: other_trainer\.maths\.Actor\.run is not there"):
+        assert Patch("other_trainer", [DOUBLE, missing], needs=[missing]).apply().replaced == []
     assert package.maths.double(1) == 2
-    with Patch("other_trainer", [DOUBLE, TRIPLE], needs_all=True) as patch:
+    with Patch("other_trainer", [DOUBLE, TRIPLE, missing], needs=[DOUBLE, TRIPLE]) as patch:
         assert len(patch.replaced) == 2
 
 

@@ -30,14 +30,14 @@ class Patch:
     """The replacements in one package. `apply`, `revert`, or a `with` block; applying twice has the effect of once,
     and a block inside an applied patch undoes nothing.
 
-    A function that the package lacks is skipped, unless the patch `needs_all`. An unknown signature means an unknown
+    A function that the package lacks is skipped, unless the patch `needs` it. An unknown signature means an unknown
     version: then nothing is replaced, with one warning. If another library has already replaced a function, `apply`
     raises RuntimeError, since the two together would silently train wrong. SAFE_KERNELS_<PACKAGE>=0 in the environment
     switches the patch off. The replaced names are logged at INFO by the logger "safe_kernels".
     """
 
-    def __init__(self, package: str, replacements: Sequence[Replacement], needs_all: bool = False):
-        self.package, self.replacements, self.needs_all = package, replacements, needs_all
+    def __init__(self, package: str, replacements: Sequence[Replacement], needs: Sequence[Replacement] = ()):
+        self.package, self.replacements, self.needs = package, replacements, needs
         self.switch = f"SAFE_KERNELS_{package.upper()}"
         self._made: list[tuple[Replacement, Any, Any]] = []  # (what, the original, ours)
         self._said: set[str] = set()
@@ -64,9 +64,8 @@ class Patch:
         for what, original in found:
             _refuse_foreign(self.package, what, original)
         unknown = [_unknown(what, original) for what, original in found if _parameters(original) not in what.signatures]
-        if self.needs_all and len(found) < len(self.replacements):
-            there = [what for what, _ in found]
-            unknown += [f"{x.module}.{x.name} is not there" for x in self.replacements if x not in there]
+        there = [what for what, _ in found]
+        unknown += [f"{x.module}.{x.name} is not there" for x in self.needs if x not in there]
         if unknown or not found:
             reason = "; ".join(unknown) or "none of the functions that it would replace is there"
             self._warn(f"safe_kernels leaves {self.package} as it is, whose version it does not know: {reason}")
@@ -105,7 +104,9 @@ class Patch:
         """Where it is defined, and under every name it was imported to inside the package."""
         owner, _, attribute = what.name.rpartition(".")
         if owner:
-            setattr(_get(sys.modules[what.module], owner), attribute, new)
+            place = _get(sys.modules[what.module], owner)
+            is_static = isinstance(inspect.getattr_static(place, attribute), staticmethod)
+            setattr(place, attribute, staticmethod(new) if is_static else new)
             return
         for module in self._modules():
             for name in [name for name, value in vars(module).items() if value is old]:

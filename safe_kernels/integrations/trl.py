@@ -1,4 +1,4 @@
-"""TRL on these kernels: its GRPO, RLOO, DPO, KTO and SFT trainers, and its functions on logits.
+"""TRL on these kernels: its GRPO, RLOO, DPO, KTO, SFT and distillation trainers, and its functions on logits.
 
     from safe_kernels.integrations import trl as trl_patch
     trl_patch.apply()
@@ -18,20 +18,18 @@ import pkgutil
 import runpy
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import checks, linear
-from ..dispatch import choose_backend
 from ..inputs import Head, LinearInputs, RowStats, StatsGrad, compute_dtype
 from ..logits import flat_inputs, token_stats, token_stats_backward_op, token_stats_op
-from . import trl_exact_kl
+from . import trl_distillation, trl_exact_kl
 from .patch import Patch, Replacement
+from .trl_calls import UTILS, autocast_dtype, fast_backend, gathered
 
-UTILS = "trl.trainer.utils"
 METRICS = ("log_sum_sq_probs", "mean_logits", "is_top1")  # one number a token, without gradient
 TIE = 4  # ulps: two log-probs so close are equal
 MEAN_COLUMNS, MEAN_ROWS = 8192, 4096  # of the weight and of tokens at a time, where a mean over V is taken
@@ -103,9 +101,9 @@ class LinearLogprob(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         head = (hidden, weight, targets, bias, ref_hidden, ref_weight, ref_bias)
         device = hidden.device.type
-        ctx.rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        ctx.backend = _fast_backend(hidden, weight)
-        with _gathered(ref_weight, ref_bias):
+        ctx.rounded = autocast_dtype(hidden)
+        ctx.backend = fast_backend(hidden, weight)
+        with gathered(ref_weight, ref_bias):
             checked = checks.require_head(
                 Head(*head)._replace(temperature=temperature, softcap=final_logit_softcapping, logit_scale=logit_scale)
             )
@@ -130,7 +128,7 @@ class LinearLogprob(torch.autograd.Function):
         dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         found: list[Tensor | None] = [None, None, None]
         if any(needed) and any(x is not None for x in given):
-            with _gathered(weight, bias, ref_weight, ref_bias):
+            with gathered(weight, bias, ref_weight, ref_bias):
                 inputs = _linear_inputs(head, ctx.options, ctx.rounded)
                 found = linear.linear_gradients(inputs, stats, given, needed, None, ctx.backend, dtypes)
         return *found, *[None] * 9
@@ -198,7 +196,7 @@ class SelectedLogprobs(torch.autograd.Function):
         rows = None if live is None else live.any(-1)
         checks.require_logits(logits, token, None, rows)
         ctx.temperature = checks.require_number("temperature", temperature, above=0)
-        ctx.backend = _fast_backend(logits)
+        ctx.backend = fast_backend(logits)
         inputs = flat_inputs(logits, token, None, ctx.temperature, rows)
         logprob, *_, stats = token_stats_op(*inputs, None, None, False, ctx.backend)
         z_best = z.gather(-1, best)
@@ -265,26 +263,10 @@ def _is_top1(logprob: Tensor, stats: Tensor) -> Tensor:
 def _linear_inputs(head: Sequence[Any], options: dict[str, Any], rounded: torch.dtype | None) -> LinearInputs:
     """`rounded` is autocast's dtype, to which hidden states and weights go."""
     given = Head(*head, **options)
-    if rounded is not None and given.hidden.dtype != torch.float64:
+    if rounded is not None:
         factors = {name: getattr(given, name) for name in ("hidden", "weight", "ref_hidden", "ref_weight")}
         given = given._replace(**{name: x.to(rounded) for name, x in factors.items() if x is not None})
     return linear.flat_inputs(given)
-
-
-def _fast_backend(*tensors: Tensor) -> str:
-    name = choose_backend(None, *tensors, has_gradient=None)
-    if name == "reference":
-        raise ValueError(
-            "SAFE_KERNELS_BACKEND is 'reference'; inside TRL it must be 'torch' or 'triton'. TRL's own functions come "
-            "back with SAFE_KERNELS_TRL=0"
-        )
-    return name
-
-
-def _gathered(*parameters: Tensor | None) -> Any:
-    """Under ZeRO-3 the whole parameters, where TRL has not gathered them."""
-    gather = None if parameters[0] is None else getattr(sys.modules[UTILS], "maybe_gather_lm_head_ctx", None)
-    return nullcontext() if gather is None else gather(*parameters)
 
 
 def _live(row_mask: Tensor | None) -> Tensor | None:
@@ -320,16 +302,13 @@ _FROM_LOGITS = [
 ]
 _CHUNKED = (UTILS, "_ChunkedLogProbFunction")
 _OLDER = [("last_hidden", "weight", "bias", *_HEAD), ("last_hidden", "weight", *_HEAD)]
-PATCH = Patch("trl", [Replacement(*_CHUNKED, [_FROM_1_15, *_OLDER], _linear_logprob), *_FROM_LOGITS])
-EXACT_KL = Patch(
-    "trl",
-    [
-        Replacement(*_CHUNKED, [_FROM_1_15], lambda original: trl_exact_kl.HeadCall(LinearLogprob.apply)),
-        *_FROM_LOGITS,
-        *trl_exact_kl.METHODS,
-    ],
-    needs_all=True,
-)
+_SHARED = [*_FROM_LOGITS, *trl_distillation.REPLACEMENTS]
+PATCH = Patch("trl", [Replacement(*_CHUNKED, [_FROM_1_15, *_OLDER], _linear_logprob), *_SHARED])
+_EXACT = [
+    Replacement(*_CHUNKED, [_FROM_1_15], lambda original: trl_exact_kl.HeadCall(LinearLogprob.apply)),
+    *trl_exact_kl.METHODS,
+]
+EXACT_KL = Patch("trl", [*_EXACT, *_SHARED], needs=_EXACT)
 
 
 def main() -> None:
