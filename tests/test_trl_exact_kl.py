@@ -282,7 +282,7 @@ def test_the_expected_gradient_of_rloo_is_that_of_reward_minus_kl(kl, tmp_path):
 
 def test_what_is_replaced_and_how_it_comes_back():
     with patch.apply(kl="exact") as active:
-        assert active.replaced[0] == "trl.trainer.utils._ChunkedLogProbFunction" and len(active.replaced) == 8
+        assert active.replaced[0] == "trl.trainer.utils._ChunkedLogProbFunction" and len(active.replaced) == 12
         assert {f"{what.module}.{what.name}" for what in METHODS} <= set(active.replaced)
         assert patch.apply() is patch.apply(kl="exact") is active
     assert not active.replaced

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks
+from ..dispatch import first_derivative_only
 from ..distillation import distillation_loss, goal_of, require_vocabulary
 from ..linear_distillation import Model, loss_and_gradients
 from ..policy_loss import scaled_op
@@ -107,8 +107,8 @@ class LinearDivergence(torch.autograd.Function):
         return loss, entropy
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivative_only("linear_distillation_loss")
         found = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
         return *(scaled_op(x, grad_loss, dtype) if need else None for x, dtype, need in found), *[None] * 10
 

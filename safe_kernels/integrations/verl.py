@@ -73,8 +73,13 @@ def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) ->
     return entropy_from_logits(logits)
 
 
+def chunked_topk_log_probs(logits: Tensor, topk_ids: Tensor, chunk_size: int = 4096) -> Tensor:
+    """[B, T, K], float32, of logits [B, T, V] and the ids of a teacher's best K. The kernels need no chunks."""
+    return token_stats(logits, topk_ids).logprob
+
+
 FUSED, CROSS_ENTROPY = "verl.utils.experimental.torch_functional", "verl.utils.kernel.linear_cross_entropy"
-LOGITS = "verl.utils.torch_functional"
+LOGITS, DISTILLATION = "verl.utils.torch_functional", "verl.trainer.distillation.fsdp.losses"
 
 PATCH = Patch(
     "verl",
@@ -103,6 +108,12 @@ PATCH = Patch(
             "entropy_from_logits_with_chunking",
             [("logits", "chunk_size")],
             lambda original: entropy_from_logits_with_chunking,
+        ),
+        Replacement(
+            DISTILLATION,
+            "_chunked_topk_log_probs",
+            [("logits", "topk_ids", "chunk_size")],
+            lambda original: chunked_topk_log_probs,
         ),
     ],
 )
