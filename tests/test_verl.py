@@ -25,6 +25,7 @@ FUSED = importlib.import_module("verl.utils.experimental.torch_functional")
 CROSS_ENTROPY = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
 LOGITS = importlib.import_module("verl.utils.torch_functional")
 MODELS = importlib.import_module("verl.models.transformers.monkey_patch")
+DISTILLATION = importlib.import_module("verl.trainer.distillation.fsdp.losses")
 ENGINE = importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -150,6 +151,34 @@ def test_forbidden_tokens_leave_the_entropy_finite():
 
 
 @pytest.mark.slow
+def forward_kl_topk(logits, found, chunked):
+    """verl's loss, what it logs, and the gradient, for the teacher's `found` ids and log-probs [1, N, K]."""
+    settings = types.SimpleNamespace(use_chunked_topk=chunked, chunked_topk_chunk_size=4, log_prob_min_clamp=-3.0)
+    packed = (torch.nested.nested_tensor([x[0, :4], x[0, 4:]], layout=torch.jagged) for x in found)
+    config, leaf = types.SimpleNamespace(distillation_loss=settings), logits.detach().requires_grad_()
+    results = DISTILLATION.compute_forward_kl_topk(leaf, *packed, config, "thd")
+    (gradient,) = torch.autograd.grad((results["distillation_losses"] + results["student_mass"]).sum(), leaf)
+    return {name: x.detach() for name, x in results.items()} | {"d logits": gradient}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_forward_kl_over_a_teacher_s_best_k(calls, dtype):
+    """With `use_chunked_topk=True`. A token of padding may have one id K times."""
+    case = cases.logits_case((1, 9), dtype=dtype)
+    best = case["ref_logits"].float().log_softmax(-1).topk(5)
+    ids = best.indices.clone()
+    ids[0, 0] = 0
+    exact, theirs = (forward_kl_topk(x, (best.values, ids), True) for x in (case["logits"].double(), case["logits"]))
+    with verl.apply():
+        forward_kl_topk(case["logits"], (best.values, ids), False)
+        assert not any(calls.values())
+        ours = forward_kl_topk(case["logits"], (best.values, ids), True)
+    assert calls["token_stats"] == 1 and ours["d logits"].dtype == dtype
+    assert torch.equal(ours["overlap_count"], theirs["overlap_count"])
+    for name in ("distillation_losses", "student_mass", "overlap_token_advantage", "d logits"):
+        cases.hold(name, ours[name], theirs[name], exact[name].double(), 37)
+
+
 def test_the_engine_may_compile_the_entropy(calls):
     """As FSDPEngine does when it is built, if the patch is there by then."""
     logits = cases.logits_case((11,), reference=False)["logits"]
