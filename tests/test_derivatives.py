@@ -295,16 +295,19 @@ def test_compiled_it_is_no_zero_either(way, fullgraph):
 
 
 def test_forward_mode_in_the_functions_for_trl(backend, monkeypatch):
-    from safe_kernels.integrations import trl
+    from safe_kernels.integrations import trl, trl_distillation
 
     monkeypatch.setenv("SAFE_KERNELS_BACKEND", backend)
     logits, head = logits_case(reference=False), linear_case((6,), reference=None)
+    distill = functools.partial(trl_distillation.chunked_divergence_loss, completion_mask=torch.ones(6), beta=0.5)
+    heads = (head["hidden"], head["weight"], head["weight"])
     index = logits["tokens"][..., None].expand(-1, -1, 3)
     functions = [
         (lambda x: trl.selective_log_softmax(x, logits["tokens"]), logits["logits"]),
         (lambda x: trl.selective_log_softmax(x, index), logits["logits"]),
         (trl.entropy_from_logits, logits["logits"]),
         (lambda x: trl.LinearLogprob.apply(x, head["weight"], None, head["tokens"], 1.0, 0)[0], head["hidden"]),
+        (lambda x: distill(x, *heads)[0], head["hidden"]),
     ]
     for function, x in functions:
         for way in (FORWARD["jvp"], dual):
