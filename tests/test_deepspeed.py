@@ -46,7 +46,7 @@ CASES = {
 }  # fmt: skip
 STAGES = (2, 3)
 INSTALLED = importlib.util.find_spec("deepspeed") is not None
-SETTINGS = {"total_steps": 3, "save_every": 1, "keep_checkpoints": 9, "eval_every": 3, "window": 2}
+SETTINGS = {"total_steps": 3, "save_every": 1, "keep_checkpoints": 9, "eval_every": 3, "window": 2, "kl_budget": 0.003}
 
 
 def needs_deepspeed(test):
@@ -193,6 +193,7 @@ def test_steps_under_zero_equal_those_of_one_process(stage, case, alone, on_thre
 def test_a_checkpoint_of_zero_resumes_and_so_does_one_of_a_single_process(stage, alone, on_three, tmp_path):
     first, *others = results(on_three, stage, "resume")
     assert all(first["resumed"] == each["whole"][2:] for each in (first, *others))
+    assert any(row["budget/scale"] < 1 for row in first["resumed"])
     close(first["foreign"], alone["foreign"][2:], "from one process to ZeRO")
     back = trainer_on(tmp_path, total_steps=4, window=2, lora_r=0)
     rows = back.train(resume_from_checkpoint=on_three[1] / str(stage) / "resume" / "foreign" / "checkpoints" / "step-3")

@@ -248,17 +248,17 @@ def test_steps_on_four_processes_equal_those_of_one(case, alone, on_four):
     equal([found[case] for found in on_four], alone[case], case)
 
 
-def stopped_and_resumed(folder, environment, shards_of) -> dict:
+def stopped_and_resumed(folder, environment, budget, shards_of) -> dict:
     """Three steps of real sampling in one go, and three with a resume after the second; then the checkpoint of another
     number of processes, continued on fixed rollouts."""
     with pytest.MonkeyPatch.context() as patch:
         for variable, value in environment.items():
             patch.setenv(variable, value)
-        settings = {"total_steps": 3, "save_every": 1, "keep_checkpoints": 9, "eval_every": 3, "window": 2}
+        settings = {"total_steps": 3, "save_every": 1, "keep_checkpoints": 9, "eval_every": 3, "window": 2, **budget}
         whole = tiny.trainer(folder / "whole", **settings).train()
         tiny.trainer(folder / "cut", **settings | {"total_steps": 2}).train()
         resumed = tiny.trainer(folder / "cut", **settings).train(resume_from_checkpoint=True)
-        trainer = trainer_on(folder / "foreign", total_steps=4, window=2, lora_r=0)
+        trainer = trainer_on(folder / "foreign", total_steps=4, window=2, lora_r=0, **budget)
         foreign = trainer.train(resume_from_checkpoint=shards_of)
     return {
         "whole": [without_clock(row) for row in whole],
@@ -300,16 +300,19 @@ def test_all_processes_draw_the_same_groups_again(tmp_path):
         assert sorted(used) == sorted([text for text in given if int(text.split()[1]) % 2 == 0][:3])
 
 
+@pytest.mark.parametrize("budget", [{}, {"kl_budget": 0.003}], ids=["", "a KL budget"])
 @pytest.mark.parametrize("environment", [{}, FSDP], ids=["DDP", "FSDP2"])
-def test_a_checkpoint_resumes_on_any_number_of_processes(environment, tmp_path):
-    history = trainer_on(tmp_path / "one", total_steps=4, window=2, lora_r=0).train()
+def test_a_checkpoint_resumes_on_any_number_of_processes(environment, budget, tmp_path):
+    history = trainer_on(tmp_path / "one", total_steps=4, window=2, lora_r=0, **budget).train()
     checkpoint = tmp_path / "one" / "checkpoints" / "step-2"
-    outcomes = processes.run(stopped_and_resumed, 2, tmp_path / "two", environment, checkpoint)
+    outcomes = processes.run(stopped_and_resumed, 2, tmp_path / "two", environment, budget, checkpoint)
     assert all(outcome.exit_code == 0 for outcome in outcomes), outcomes[0].error
     first, second = (outcome.result for outcome in outcomes)
     assert first["resumed"] == first["whole"][2:] == second["whole"][2:]
     close(first["foreign"], [without_clock(row) for row in history[2:]], "from one process to two")
-    back = trainer_on(tmp_path / "back", total_steps=4, window=2, lora_r=0)
+    for run in ("resumed", "foreign"):
+        assert any(row.get("budget/scale", 1) < 1 for row in first[run]) == bool(budget)
+    back = trainer_on(tmp_path / "back", total_steps=4, window=2, lora_r=0, **budget)
     rows = back.train(resume_from_checkpoint=tmp_path / "two" / "foreign" / "checkpoints" / "step-3")
     close([without_clock(row) for row in rows], first["foreign"][1:], "from two processes to one")
     close(arrays(back.trainable), first["learned"], "weights")
