@@ -33,6 +33,8 @@ EXIT_STATUSES = (
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if getattr(arguments, "quiet", False):
+        os.environ["SAFE_TRAIN_QUIET"] = "1"  # which safe_train.screen reads
     status = 0
     try:
         check_versions()
@@ -83,12 +85,14 @@ def parser() -> argparse.ArgumentParser:
 
     pairs: dict[str, Any] = {"nargs": "*", "metavar": "key=value"}
     settings = {"help": "YAML file, or the name of a shipped one"}
+    quiet: dict[str, Any] = {"action": "store_true", "help": "no bar, steps or samples: warnings and results only"}
 
     option = add("run", "train", command_run, "Train with settings from a file and key=value pairs.")
     option("--config", **settings)
     option("--resume", action="store_true", help="continue the run in output_dir, with its settings")
     option("--resume-from", type=home_path, metavar="CHECKPOINT", help="continue its run from this checkpoint")
     option("--overwrite", action="store_true", help="replace the run in output_dir")
+    option("--quiet", **quiet)
     option("overrides", **pairs)
 
     option = add("check", "all that a run does before its first step", command_check, CHECK)
@@ -100,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     option("--model", help="a Hub model instead of the one that is installed with the demo")
     option("--control", action="store_true", help="the control experiment: shuffled advantages")
     option("--distill", action="store_true", help="teach a fresh policy what the demo learned, without its reward")
+    option("--quiet", **quiet)
     option("overrides", **pairs)
 
     option = add("eval", "evaluate a run, a checkpoint or any model on held-out prompts", command_eval, EVAL)
@@ -108,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     option("--config", help="settings for what is no run: " + settings["help"])
     option("--kl", metavar="KL,...", help="also moved toward its reference, to these KLs in nats a token")
     option("--output", type=home_path, help="folder to write (default: eval/..., in the run if any)")
+    option("--quiet", **quiet)
     option("overrides", **pairs)
 
     option = add("export", "write a checkpoint as a folder that transformers and vLLM load", command_export, EXPORT)
@@ -150,6 +156,7 @@ def home_path(text: str) -> Path:
 def command_run(arguments: argparse.Namespace) -> None:
     from safe_train import parallel
     from safe_train.paper import make_trainer
+    from safe_train.run import terminal
     from safe_train.run.run_folder import refuse_existing, refuse_foreign, remove_run
 
     resume = arguments.resume_from or arguments.resume
@@ -160,8 +167,9 @@ def command_run(arguments: argparse.Namespace) -> None:
     trainer = make_trainer(args)
     if replaces:
         remove_run(Path(args.output_dir))
-    trainer.train(resume_from_checkpoint=resume)
-    parallel.say(f"report: {Path(args.output_dir) / 'report.png'}")
+    history = trainer.train(resume_from_checkpoint=resume)
+    if parallel.is_main():
+        terminal.finished(history, Path(args.output_dir))
 
 
 def command_check(arguments: argparse.Namespace) -> None:
@@ -211,9 +219,17 @@ def demo_policy(chosen: Sequence[str]) -> Path:
     return found[-1] / "policy"
 
 
+DEMO_NEXT = {
+    "safe-train demo --control": "the control experiment: the same run with shuffled advantages",
+    "safe-train demo --distill": "teaches a fresh model what this one learned, without the reward",
+    "safe-train demo total_steps=24": "trains for longer; `safe-train config` lists the settings",
+}
+
+
 def command_demo(arguments: argparse.Namespace) -> None:
     from safe_train import parallel
     from safe_train.paper import make_trainer
+    from safe_train.run import terminal
     from safe_train.run.evaluation import comparison, save
     from safe_train.run.report import write_report
     from safe_train.run.run_folder import refuse_existing, refuse_foreign, remove_run
@@ -239,10 +255,9 @@ def command_demo(arguments: argparse.Namespace) -> None:
     save(folder / "eval" / f"step-{trainer.step}", evaluations, trainer.step)
     if parallel.is_main():
         write_report([folder], folder / "report.png")
-    print(f"\n{comparison(evaluations)}\n")
-    for prompt, text in list(zip(after.rollout.prompts, after.rollout.texts, strict=True))[:4]:
-        print(f"  {prompt.text!r} ->{text!r}")
-    print(f"\n{perf_counter() - started:.0f} s; report: {folder / 'report.png'}")
+        print(f"\n{comparison(evaluations)}\n")
+        terminal.show(terminal.side_by_side(before.rollout, after.rollout))
+        terminal.show_next(f"{perf_counter() - started:.0f} s; the picture: {folder / 'report.png'}", DEMO_NEXT)
 
 
 def command_eval(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +19,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, patch_environment
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from safe_train.config import ConfigError, SafeConfig
 
@@ -112,9 +114,10 @@ def is_main() -> bool:
 
 
 def say(*lines: str, file: TextIO | None = None) -> None:
-    """Prints the lines that are not empty, on the first process."""
+    """Prints the lines that are not empty, on the first process, above the bars that are on the screen."""
     for line in filter(None, lines if is_main() else ()):
-        print(line, file=file, flush=True)
+        with tqdm.external_write_mode(file=file or sys.stdout):
+            print(line, file=file, flush=True)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from safe_train import parallel
 from safe_train.config import ConfigError, SafeConfig, require_name
 from safe_train.data.chat import Chat, Messages, cut_chat, cut_text, text_tokens, without_nulls
 from safe_train.data.datasets_io import Source, from_python, read
 from safe_train.data.formats import BESIDE, PromptFormat
+from safe_train.screen import bar
 
-QUIET_SECONDS = 3.0  # before there is a progress bar
 SHOWN = 2000  # characters of the first prompt
 
 
@@ -103,8 +102,7 @@ class PromptDataset:
         """Renders the prompts that the run will visit."""
         rows: Iterable[int] = range(len(self.rows)) if self.is_held_out or visits is None else self.order(0)
         wanted = len(self.rows) if visits is None else min(visits, len(self.rows))
-        bar = {"desc": "rendering prompts", "delay": QUIET_SECONDS, "leave": False, "disable": not parallel.is_main()}
-        with tqdm(total=wanted, **bar) as progress:
+        with bar("rendering prompts", wanted, "prompt") as progress:
             for index in rows:
                 if self.seen.prompts == wanted:
                     break

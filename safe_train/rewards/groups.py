@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from safe_train import parallel
 from safe_train.algorithms.grpo import centred, group_advantages
@@ -39,8 +38,8 @@ def refilled(
 
 
 def warn_if_unscored(scores: Scores, step: int, args: SafeConfig) -> None:
-    if scores["reward"].isnan().all() and args.algorithm != "distill" and parallel.is_main():
-        tqdm.write(f"step {step + 1}: every reward is None, so this step learns from KL and entropy alone")
+    if scores["reward"].isnan().all() and args.algorithm != "distill":
+        parallel.say(f"step {step + 1}: every reward is None, so this step learns from KL and entropy alone")
 
 
 def learned_from(scores: Scores, args: SafeConfig) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from safe_train import parallel
 from safe_train.config import ConfigError, SafeConfig, read_yaml
@@ -70,11 +69,6 @@ class RunFolder:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         append(self.metrics, [{"step": step, **metrics}])
         self.accelerator.log({k: v for k, v in metrics.items() if not isinstance(v, str)}, step=step)
-        tqdm.write(
-            f"step {step:4d}  reward {metrics['reward']:7.3f}  KL {metrics['kl']:6.3f}"
-            f" / {metrics['kl_threshold']:.2f}  entropy {metrics['entropy']:5.2f}  KL coefficient"
-            f" {metrics['kl_coef']:.3f}  {metrics['phase']:9s}  {metrics['time/step_s']:5.1f} s"
-        )
 
     @parallel.main_only
     def log_samples(self, step: int, rollout: Rollout, scores: Scores) -> None:

@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from safe_train import parallel
 from safe_train.randomness import python_generators, restore_generators, torch_generators
 from safe_train.rewards.rewards import Scores
-from safe_train.run import events
+from safe_train.run import events, terminal
 from safe_train.run.checkpoints import Checkpoints
 from safe_train.run.run_folder import RunFolder, refuse_existing
 from safe_train.run.self_check import self_check
@@ -38,7 +36,7 @@ class Session:
         self.checkpoints = Checkpoints(args.output_dir, args.keep_checkpoints)
         self.best = Checkpoints(args.output_dir, keep=1, name="best")
         self.history: list[dict[str, Any]] = []
-        self.is_over = False
+        self.is_over, self.progress = False, terminal.Progress(args)
         parallel.meet("train()")
         trainer.folder_lock.acquire()
         self.start_or_resume(resume_from)
@@ -58,10 +56,9 @@ class Session:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a progress bar on the first process, and the events around them."""
-        trainer, total = self.trainer, self.args.total_steps
+        trainer = self.trainer
         events.begin(trainer)
-        bar = {"initial": trainer.step, "total": total, "unit": "step", "disable": not parallel.is_main()}
-        for step in tqdm(range(trainer.step, total), **bar):
+        for step in self.progress.steps(trainer.step):
             with self.keeping():
                 events.begin_step(trainer)
             yield step
@@ -105,6 +102,7 @@ class Session:
             if trainer.step % self.args.samples_every == 0:
                 self.folder.log_samples(trainer.step, rollout, rewards)
             self.folder.log(trainer.step, metrics)
+        self.progress.step({"step": trainer.step, **metrics}, rollout, rewards)
         self.history.append(metrics)
         is_best = self.is_best(metrics)
         with self.keeping():

@@ -33,6 +33,7 @@ from safe_train.models.layout import largest_gap
 from safe_train.models.policy import Policy
 from safe_train.randomness import seeded
 from safe_train.sampling.stopping import StopStrings, stop_tokens
+from safe_train.screen import bar
 from safe_train.settings.limits import PAPER
 
 
@@ -216,18 +217,20 @@ def draw(
     drawn: list[Any] = [None] * len(prompts)
     size = args.generation_batch_size or len(prompts)
     lengths = [len(ids) for ids in prompts]
-    with policy.sampling() as model:
-        for chunk in chunks(lengths, size) if mode.padded else equal_chunks(lengths, size):
+    parts = (chunks if mode.padded else equal_chunks)(lengths, size)
+    with policy.sampling() as model, bar("sampling", len(parts) * args.max_new_tokens, "token") as progress:
+        for at, chunk in enumerate(parts, 1):
             if len(chunk) not in caches:
                 caches[len(chunk)] = static_cache(policy, args) if mode.cached else None
             cache = caches[len(chunk)]
             if cache is not None:
                 cache.reset()
-            drawing = Draw(policy.temperature, filters(args), args.algorithm not in PAPER, greedy)
+            drawing = Draw(policy.temperature, filters(args), args.algorithm not in PAPER, greedy, progress)
             rows = generate(model, [prompts[i] for i in chunk], given, drawing, cache, stops)
             # The last chunk repeats a prompt to be as wide as the others; the first draw counts.
             for i, row in reversed(list(zip(chunk, rows, strict=True))):
                 drawn[i] = row
+            progress.update(at * args.max_new_tokens - progress.n)  # of one that ended early
     tokens, logprobs, kept = ([row[column] for row in drawn] for column in range(3))
     return tokens, logprobs, [sets for sets in kept if sets is not None]
 
@@ -285,8 +288,10 @@ class Draw(LogitsProcessor):
     top k, and their log-probs are those of the whole policy.
     """
 
-    def __init__(self, temperature: float, filters: LogitsProcessorList, renormalise: bool, greedy: bool = False):
-        self.temperature, self.filters, self.greedy = temperature, filters, greedy
+    def __init__(
+        self, temperature: float, filters: LogitsProcessorList, renormalise: bool, greedy: bool, progress: Any
+    ):
+        self.temperature, self.filters, self.greedy, self.progress = temperature, filters, greedy, progress
         self.renormalise = renormalise and len(filters) > 0
         self.logprobs: list[Tensor] = []  # of each step, one a row
         self.kept: list[tuple[Tensor, Tensor]] = []  # of each step, the ids of all rows, and how many each has
@@ -298,6 +303,7 @@ class Draw(LogitsProcessor):
         if self.renormalise:
             is_kept_BV, scores_BV = kept_BV > -torch.inf, kept_BV
             self.kept.append((is_kept_BV.nonzero()[:, 1].cpu(), is_kept_BV.sum(-1).cpu()))
+        self.progress.update()
         self.logprobs.append(scores_BV.gather(-1, token_B1)[:, 0] - scores_BV.logsumexp(-1))
         return torch.full_like(scores_BV, -torch.inf).scatter_(-1, token_B1, 0.0)  # type: ignore[return-value]
 
