@@ -13,6 +13,7 @@ from test_evaluation import run
 
 from safe_train.cli import main
 from safe_train.run.frontier import Evaluated, best_of, draw_frontier, held_out, longest_ruler, moved, ruler
+from safe_train.run.panels import Curve, panels_of, union, values
 from safe_train.run.report import read_evaluations, read_metrics, write_report
 
 
@@ -120,3 +121,46 @@ def test_evaluations_of_the_run_alone_are_drawn(tmp_path, pictures):
     assert read_evaluations(folder, 2) == [] and len(read_metrics(folder)) == 2
     write_report([folder, folder], tmp_path / "both.png")
     assert (tmp_path / "both.png").stat().st_size > 10_000
+
+
+ALL = {"reward", "reward_std", "kl", "kl_short", "kl_threshold", "entropy", "entropy_floor", "kl_coef", "entropy_gate"}
+ALL |= {"value_loss", "value_gap", "explained_variance", "grad_norm", "critic_grad_norm", "budget/scale", "time/step_s"}
+ALL |= {"rewards/a/mean", "rewards/a/std", "rewards/b/mean"}
+
+
+def curves(names=ALL, **settings):
+    return {panel.key: [curve.name for curve in panel.curves] for panel in panels_of(names, settings)}
+
+
+def test_panels_are_those_of_what_the_run_has():
+    safe = curves(controller="safe", critic="soft_min")
+    assert safe["kl"] == ["kl", "kl_short", "kl_threshold"] and safe["entropy"] == ["entropy", "entropy_floor"]
+    assert {"critic", "control"} <= safe.keys() and safe["norms"] == ["grad_norm", "critic_grad_norm"]
+    grpo = curves(controller="fixed", critic="none")
+    assert grpo["kl"] == ["kl"] and grpo["entropy"] == ["entropy"] and grpo["norms"] == ["grad_norm"]
+    assert not {"critic", "control"} & grpo.keys()
+    budgeted = curves(controller="fixed", critic="none", kl_budget=0.3)
+    assert budgeted["kl"] == ["kl", "kl_threshold", "kl_budget"] and "control" in budgeted
+    assert "control" not in curves(controller="fixed", kl_budget=0.3, kl_budget_control=False)
+    assert safe["rewards"] == ["rewards/a/mean", "rewards/b/mean"]
+    assert "rewards" not in curves(ALL - {"rewards/b/mean"}) and list(curves({"kl"}, kl_budget=0.1)) == ["kl"]
+    assert "critic" in curves()  # a run without settings has what it has numbers for
+
+
+def test_several_runs_have_the_panels_of_each():
+    safe, grpo = (
+        {panel.key: panel for panel in panels_of(ALL, settings)}
+        for settings in ({"controller": "safe", "kl_budget": 0.3}, {"controller": "fixed", "critic": "none"})
+    )
+    assert [panel.key for panel in union([grpo, safe])] == [*grpo, *(key for key in safe if key not in grpo)]
+    assert [curve.name for curve in safe["kl"].compared().curves] == ["kl", "kl_threshold", "kl_budget"]
+    assert [curve.name for curve in safe["critic"].compared().curves] == ["value_loss"]
+    assert [safe[key].compared().title for key in ("critic", "reward")] == ["critic: value loss", "reward"]
+
+
+def test_a_curve_is_a_number_a_step():
+    low = Curve("explained_variance", "", floor=-1.0)
+    found = values(low, {"explained_variance": [-3.0, math.nan, 0.5]}, {}, 3)
+    assert found[0] == -1.0 and math.isnan(found[1]) and found[2] == 0.5
+    assert values(Curve("kl_budget", "", "bound"), {}, {"kl_budget": 0.3}, 2) == [0.3, 0.3]
+    assert all(map(math.isnan, values(low, {}, {}, 2)))

@@ -10,13 +10,21 @@ from typing import Any
 
 from safe_train.config import ConfigError, read_yaml
 from safe_train.run.frontier import Evaluated, draw_frontier, draw_path
+from safe_train.run.panels import Curve, Panel, panels_of, union, values
 from safe_train.settings.written import plain
 
 COLORS = ("#2a6fb0", "#d1622b", "#3a8f5c", "#8a5aa8", "#b03a5b", "#6b6b6b")
 PHASE_COLORS = {"warmup": "#d9d9d9", "climbing": "#cfe8d5", "plateau": "#f6e3c5", "converged": "#cfdff2"}
 
-# Of the panels in a grid of two rows: reward against KL takes the first column.
-PLACES = [(slice(None), 0), *((row, column) for row in (0, 1) for column in (1, 2, 3))]
+STYLES: dict[str, dict[str, Any]] = {
+    "line": {},
+    "thin": {"linewidth": 1, "alpha": 0.7},
+    "limit": {"linestyle": "--", "linewidth": 1},
+    "bound": {"linestyle": "-.", "linewidth": 1},
+    "points": {"fmt": "o", "capsize": 2, "markersize": 4},
+}
+LIMITS = ("limit", "bound")
+
 SAME_EVALUATION = ("eval_completions=", "eval_completions_per_prompt=", "eval_pass_at=", "use_cpu=", "model=")
 
 Rows = list[dict[str, Any]]
@@ -94,21 +102,26 @@ def write_report(runs: Sequence[Path], target: Path) -> None:
     short = [run.resolve().name for run in runs]
     names = short if len(set(short)) == len(runs) else [str(run) for run in runs]
     histories = {name: read_metrics(run) for name, run in zip(names, runs, strict=True)}
-    panels = (draw_reward, draw_kl, draw_entropy, draw_value, draw_control, draw_time)
-    figure = plt.figure(figsize=(20, 8), layout="constrained")
-    grid = figure.add_gridspec(2, 4, width_ratios=(1.5, 1, 1, 1))
-    frontier, *axes = [figure.add_subplot(grid[place]) for place in PLACES]
+    settings = {name: settings_of(run) for name, run in zip(names, runs, strict=True)}
+    own = {name: picture_of(rows, settings[name]) for name, rows in histories.items()}
+    shown = union(own.values())
+    figure, frontier, axes = grid_of(plt, len(shown))
     for color, (name, rows), run in zip(COLORS * len(runs), histories.items(), runs, strict=False):
         evaluations = read_evaluations(run, rows[-1]["step"])
         if len(runs) == 1:
-            draw_frontier(frontier, rows, evaluations, color, settings_of(run).get("kl_budget"))
+            draw_frontier(frontier, rows, evaluations, color, settings[name].get("kl_budget"))
         else:
             draw_path(frontier, rows, evaluations, color, name)
-        for axis, draw in zip(axes, panels, strict=True):
-            draw(axis, rows, color, name, alone=len(runs) == 1)
-            axis.set_xlabel("step")
+        for axis, panel in zip(axes, shown, strict=True):
+            if len(runs) == 1:
+                draw(axis, panel, rows, settings[name])
+            elif panel.key in own[name]:
+                draw_compared(axis, own[name][panel.key], rows, settings[name], color, name)
     frontier.set_title("reward against KL", loc="left")
     frontier.set_xlabel("exact KL to the reference, nats per token")
+    for axis, panel in zip(axes, shown, strict=True):
+        axis.set_title((panel if len(runs) == 1 else panel.compared()).title, loc="left")
+        axis.set_xlabel("step")
     for axis in (frontier, *axes):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -122,72 +135,72 @@ def write_report(runs: Sequence[Path], target: Path) -> None:
     plt.close(figure)
 
 
+def grid_of(plt: Any, count: int) -> tuple[Any, Any, list[Any]]:
+    """A figure four panels wide; reward against KL takes the place of four, in its corner."""
+    lines = 2 + max(0, -(-(count - 4) // 4))
+    figure = plt.figure(figsize=(20, 4 * lines), layout="constrained")
+    grid = figure.add_gridspec(lines, 4)
+    places = [(line, column) for line in range(lines) for column in range(4) if line > 1 or column > 1]
+    return figure, figure.add_subplot(grid[:2, :2]), [figure.add_subplot(grid[place]) for place in places[:count]]
+
+
 def steps(rows: Rows) -> list[int]:
     return [row["step"] for row in rows]
 
 
 def series(rows: Rows, name: str) -> list[float]:
-    return [row.get(name, float("nan")) for row in rows]
+    return [row.get(name, math.nan) for row in rows]
 
 
-def draw_reward(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
-    reward, spread = series(rows, "reward"), series(rows, "reward_std")
-    axis.plot(steps(rows), reward, color=color, label=None if alone else name)
-    if alone:
-        low, high = ([r + sign * s for r, s in zip(reward, spread, strict=True)] for sign in (-1, 1))
+def picture_of(rows: Rows, settings: dict[str, Any]) -> dict[str, Panel]:
+    names = {name for row in rows for name in row}
+    return {panel.key: panel for panel in panels_of(names, settings) if not panel.is_detail}
+
+
+def numbers_of(rows: Rows, curve: Curve, settings: dict[str, Any]) -> list[float]:
+    return values(curve, {curve.name: series(rows, curve.name)}, settings, len(rows))
+
+
+def draw(axis: Any, panel: Panel, rows: Rows, settings: dict[str, Any]) -> None:
+    """A panel of one run."""
+    if panel.is_stacked:
+        heights = [numbers_of(rows, curve, settings) for curve in panel.curves]
+        labels = [curve.label for curve in panel.curves]
+        axis.stackplot(steps(rows), heights, labels=labels, colors=COLORS, alpha=0.7)
+        return
+    for color, curve in zip(COLORS, panel.curves, strict=False):
+        draw_curve(axis, curve, rows, settings, COLORS[0] if curve.kind in LIMITS else color, curve.label)
+    if panel.has_phases:
+        draw_phases(axis, rows)
+
+
+def draw_compared(axis: Any, panel: Panel, rows: Rows, settings: dict[str, Any], color: str, name: str) -> None:
+    """A panel of a run that is one of several, in its color."""
+    first, *limits = panel.compared().curves
+    draw_curve(axis, first, rows, settings, color, name)
+    for limit in limits:
+        draw_curve(axis, limit, rows, settings, color, None)
+
+
+def draw_curve(axis: Any, curve: Curve, rows: Rows, settings: dict[str, Any], color: str, label: str | None) -> None:
+    height, style = numbers_of(rows, curve, settings), STYLES[curve.kind]
+    spread = series(rows, curve.spread) if curve.spread else None
+    if curve.kind == "points":
+        axis.errorbar(steps(rows), height, spread, color=color, label=label, **style)
+        return
+    axis.plot(steps(rows), height, color=color, label=label, **style)
+    if spread is not None:
+        low, high = ([y + sign * s for y, s in zip(height, spread, strict=True)] for sign in (-1, 1))
         axis.fill_between(steps(rows), low, high, color=color, alpha=0.15, linewidth=0, label="± std of completions")
-    axis.set_title("reward", loc="left")
 
 
-def draw_kl(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
-    axis.plot(steps(rows), series(rows, "kl"), color=color, label="KL" if alone else name)
-    if alone:
-        axis.plot(steps(rows), series(rows, "kl_short"), color=color, alpha=0.5, linestyle=":", label="short average")
-    draw_limit(axis, rows, "kl_threshold", color, "threshold" if alone else None)
-    axis.set_title("exact KL to the reference, nats per token", loc="left")
-
-
-def draw_entropy(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
-    axis.plot(steps(rows), series(rows, "entropy"), color=color, label="entropy" if alone else name)
-    draw_limit(axis, rows, "entropy_floor", color, "floor" if alone else None)
-    axis.set_title("entropy, nats per token", loc="left")
-
-
-def draw_limit(axis: Any, rows: Rows, name: str, color: str, label: str | None) -> None:
-    axis.plot(steps(rows), series(rows, name), color=color, linestyle="--", linewidth=1, label=label)
-
-
-def draw_value(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
-    axis.plot(steps(rows), series(rows, "value_loss"), color=color, label="value loss" if alone else name)
-    if alone and "value_gap" in rows[-1]:
-        axis.plot(steps(rows), series(rows, "value_gap"), color=COLORS[1], label="|V1 - V2|")
-        explained = [max(-1.0, value) for value in series(rows, "explained_variance")]
-        axis.plot(steps(rows), explained, color=COLORS[2], label="explained variance")
-    axis.set_title("critic", loc="left")
-
-
-def draw_control(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
-    axis.plot(steps(rows), series(rows, "kl_coef"), color=color, label="KL coefficient" if alone else name)
-    if alone:
-        axis.plot(steps(rows), series(rows, "entropy_gate"), color=COLORS[1], linewidth=1, label="entropy gate")
-        shown = set()
-        for row in rows:
-            phase = row["phase"]
-            label = None if phase in shown else phase
-            axis.axvspan(row["step"] - 0.5, row["step"] + 0.5, color=PHASE_COLORS[phase], linewidth=0, label=label)
-            shown.add(phase)
-    axis.set_title("controller", loc="left")
-
-
-def draw_time(axis: Any, rows: Rows, color: str, name: str, alone: bool) -> None:
-    if alone:
-        parts = ("rollout", "reward", "score", "update")
-        heights = [series(rows, f"time/{part}_s") for part in parts]
-        axis.stackplot(steps(rows), heights, labels=parts, colors=COLORS, alpha=0.7)
-    else:
-        axis.plot(steps(rows), series(rows, "time/step_s"), color=color, label=name)
-    axis.set_title("seconds per step", loc="left")
-    axis.set_ylim(bottom=0)
+def draw_phases(axis: Any, rows: Rows) -> None:
+    shown = set()
+    for row in rows:
+        phase = row["phase"]
+        label = None if phase in shown else phase
+        axis.axvspan(row["step"] - 0.5, row["step"] + 0.5, color=PHASE_COLORS[phase], linewidth=0, label=label)
+        shown.add(phase)
 
 
 def idle_mechanisms(run: Path, rows: Rows) -> str:
