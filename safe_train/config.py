@@ -268,7 +268,7 @@ class SafeConfig:
     stop_kl: float | None = option(None, "end the run, saved, when a rollout's mean KL is above this (default: off)")
     save_every: int = option(50, "steps between checkpoints; the last step is always saved")
     keep_checkpoints: int = option(2, "complete checkpoints kept on disk")
-    samples_every: int = option(10, "steps between rows of samples.jsonl")
+    samples_every: int = option(10, "steps between completions in samples.jsonl and tokens.jsonl")
     ddp_timeout: float = option(1800.0, "seconds that a process waits for the others before the run stops")
     report_to: list[str] = option([], "accelerate trackers: tensorboard, wandb, trackio, mlflow")
 

@@ -201,6 +201,7 @@ class SafeTrainer:
             if self.budget is not None:
                 update |= self.budget.hold(experience, update["learning_rate"])
         metrics = step_metrics(rollout, rewards, experience, control, update, self.times)
+        session.note_tokens(rollout, rewards, experience)
         return rollout, rewards, metrics | ({"prompts/drawn": self.drawn} if args.dynamic_sampling else {})
 
     def evaluate(self) -> Evaluation:

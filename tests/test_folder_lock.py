@@ -52,7 +52,7 @@ def test_a_folder_in_use_is_refused_whichever_way_with_its_owners_host_and_pid(h
     run = tmp_path / "run"
     settings = [*prepare(tmp_path, total_steps=2, save_every=1), f"output_dir={run}"]
     assert main(["run", *settings]) == 0
-    files = ["checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl"]
+    files = ["checkpoints", "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "tokens.jsonl"]
     assert sorted(path.name for path in run.iterdir()) == files
     before = metrics(run)
     owner, _ = holder()

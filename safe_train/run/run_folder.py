@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -37,7 +38,7 @@ class RunFolder:
     def __init__(self, args: SafeConfig, accelerator: Accelerator, resume_at: int = 0, layout: str | None = None):
         self.path, self.accelerator = Path(args.output_dir), accelerator
         self.metrics, self.samples = self.path / "metrics.jsonl", self.path / "samples.jsonl"
-        self.evaluations = self.path / "evaluation.jsonl"
+        self.evaluations, self.tokens = self.path / "evaluation.jsonl", self.path / "tokens.jsonl"
         self.open(args, resume_at, layout)
 
     @parallel.main_only
@@ -45,7 +46,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if resume_at == 0:
             self.refuse_to_erase(args)
-        for rows in (self.metrics, self.samples, self.evaluations):
+        for rows in (self.metrics, self.samples, self.tokens, self.evaluations):
             keep_rows(rows, resume_at)
         found = {**environment(self.accelerator.device), "layout": layout}
         (self.path / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
@@ -71,9 +72,10 @@ class RunFolder:
         self.accelerator.log({k: v for k, v in metrics.items() if not isinstance(v, str)}, step=step)
 
     @parallel.main_only
-    def log_samples(self, step: int, rollout: Rollout, scores: Scores) -> None:
-        """A row a completion: each reward, and what the rewards logged beside it."""
+    def log_samples(self, step: int, rollout: Rollout, scores: Scores, tokens: Sequence[dict[str, Any]]) -> None:
+        """A row a completion: each reward, and what the rewards logged beside it; and the tokens of a few."""
         columns = completion_columns(rollout, scores)
+        append(self.tokens, [{"step": step, **row} for row in tokens])
         append(self.samples, as_rows(columns | scores.columns(taken=("step", *columns)), step=step))
 
     @parallel.main_only

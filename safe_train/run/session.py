@@ -17,6 +17,8 @@ from safe_train.run.checkpoints import Checkpoints
 from safe_train.run.run_folder import RunFolder, refuse_existing
 from safe_train.run.self_check import self_check
 from safe_train.run.signals import Stopped, StopSignals
+from safe_train.run.tokens import token_rows
+from safe_train.sampling.experience import Experience
 from safe_train.sampling.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Session:
         self.best = Checkpoints(args.output_dir, keep=1, name="best")
         self.history: list[dict[str, Any]] = []
         self.is_over, self.progress = False, terminal.Progress(args)
+        self.tokens: list[dict[str, Any]] = []  # rows of the step that is being done
         parallel.meet("train()")
         trainer.folder_lock.acquire()
         self.start_or_resume(resume_from)
@@ -88,6 +91,12 @@ class Session:
                 parallel.say(message, file=sys.stderr)
             raise
 
+    def note_tokens(self, rollout: Rollout, rewards: Scores, experience: Experience) -> None:
+        """Keeps what the policy made of a few completions, when the step's completions will be logged."""
+        is_logged = (self.trainer.step + 1) % self.args.samples_every == 0
+        reward_B, tokenizer = rewards["reward"], self.trainer.tokenizer
+        self.tokens = token_rows(rollout, reward_B, experience, tokenizer) if is_logged else []
+
     def record(self, rollout: Rollout, rewards: Scores, metrics: dict[str, Any]) -> None:
         """Counts a step, evaluates and logs it, keeps it if it is the best, and decides how the run goes on."""
         trainer = self.trainer
@@ -100,7 +109,7 @@ class Session:
                 metrics |= self.evaluated()
         finally:  # the step is done even when its evaluation fails
             if trainer.step % self.args.samples_every == 0:
-                self.folder.log_samples(trainer.step, rollout, rewards)
+                self.folder.log_samples(trainer.step, rollout, rewards, self.tokens)
             self.folder.log(trainer.step, metrics)
         self.progress.step({"step": trainer.step, **metrics}, rollout, rewards)
         self.history.append(metrics)
