@@ -153,10 +153,13 @@ def forward_kl(pair: Pair, log_total: Tensor, ref_log_total: Tensor, _: float) -
 
 
 def jsd(pair: Pair, log_total: Tensor, ref_log_total: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """beta sum q (log q - log m) + sum p f with f = (1 - beta) (log p - log m)."""
-    log_m = torch.lerp(pair.p, pair.q, beta, out=pair.spare).log_().clamp_(min=FLOOR)
+    """beta sum q (log q - log m) + sum p f with f = (1 - beta) (log p - log m).
+
+    Both models' parts take the same steps, so that at beta 1/2 exchanging the two leaves the bits as they are.
+    """
+    log_m = torch.mul(pair.q, beta, out=pair.spare).add_(pair.p, alpha=1 - beta).log_().clamp_(min=FLOOR)
     of_teacher = row_sum(pair.y.sub_(ref_log_total).sub_(log_m).mul_(pair.q))
-    torch.sub(pair.x, log_m, out=pair.y).sub_(log_total).mul_(1 - beta)
+    torch.sub(pair.x, log_total, out=pair.y).sub_(log_m).mul_(1 - beta)
     of_student = row_sum(torch.mul(pair.p, pair.y, out=pair.spare))
     return beta * of_teacher + of_student, of_student
 
