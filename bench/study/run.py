@@ -35,6 +35,7 @@ from bench.study import arms, rewards
 from bench.study.arms import ARMS, BASE, BY_REWARD, CHANGES, Settings, Spec, base_of
 from bench.study.report import Row, best, read_rows, write_report
 from safe_train.config import SafeConfig, parse
+from safe_train.run.evaluation import Evaluation
 from safe_train.run.report import read_metrics
 from safe_train.run.run_folder import append, commit, strict_json
 
@@ -200,7 +201,10 @@ def collect(folder: Path, results: Path) -> bool:
 
 def judged(trainer: Any, reward: str) -> dict[str, float]:
     """Numbers on held-out prompts, the gold reward among them."""
-    found = trainer.evaluate()
+    return judgement(trainer.evaluate(), reward)
+
+
+def judgement(found: Evaluation, reward: str) -> dict[str, float]:
     prompts, completions, *_ = found.rollout.for_rewards()
     return found.numbers() | {"gold": statistics.fmean(rewards.GOLD[reward](prompts, completions))}
 

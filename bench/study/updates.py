@@ -1,0 +1,192 @@
+"""Part three of the study: what bounds an update, and the best of n samples as a teacher.
+
+    python bench/study/updates.py --jobs 1         # six runs of 20 steps; run it again to go on
+    python bench/study/updates.py --report         # only the tables, from the rows that are there
+
+The stage `trust_region` takes GRPO far from its rollout, 12 optimizer steps each, and bounds the way by the clip of
+the sampled token's ratio, by the exact KL or total variation to the policy that sampled, or not at all. The stage
+`best_of_n` has GRPO beside the distillation of the best of n samples of the reference. Rows go to
+bench/results/updates.jsonl, tables beside them (docs/study.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout that is not installed
+
+from bench.study import run
+from bench.study.arms import BASE, FRESH, Settings, Spec
+from bench.study.budget_report import Measure, made, table
+from bench.study.report import Row, read_rows
+from safe_kernels import PolicyLoss, linear_token_stats
+from safe_train.algorithms import losses
+from safe_train.algorithms.advantages import per_token
+from safe_train.config import SafeConfig
+from safe_train.models import adapters
+from safe_train.run.frontier import ruler
+from safe_train.trainer import SafeTrainer
+
+SEED, STEPS, N = 0, 20, 4  # N of the best of n, which are all completions of a prompt
+UNCLIPPED: Settings = {"clip_low": math.inf, "clip_high": math.inf}
+COMMON: Settings = BASE | FRESH | {"algorithm": "grpo", "learning_rate": 2e-3, "eval_completions": 128}
+FAR: Settings = {"inner_epochs": 3, "minibatch_size": 4}
+ARMS: dict[str, dict[str, Settings]] = {
+    "trust_region": {
+        "clip 0.2": FAR,
+        "exact KL 0.05": FAR | UNCLIPPED | {"trust_region_kl": 0.05},
+        "exact TV 0.15": FAR | UNCLIPPED | {"trust_region_tv": 0.15},
+        "no bound": FAR | UNCLIPPED,
+    },
+    "best_of_n": {"grpo": {}, "best of n": {"beta": 0.0, "entropy_coef": 0.0, "max_sampler_gap": math.inf}},
+}
+CURVES = ("reward", "kl", "entropy", "clip_fraction", "approx_kl", "ratio_mean", "time/step_s")
+LAST = 5  # rollouts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    if args.worker:
+        return work(args.worker)
+    run.prepare(args)
+    done = {row["key"] for row in read_rows(args.results)}
+    specs = [] if args.report else [spec for spec in planned(args) if spec.key not in done]
+    failed = run.make(specs, args)
+    args.results.with_suffix(".md").write_text(report(read_rows(args.results)))
+    print(args.results.with_suffix(".md").read_text())
+    return 1 if failed else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--stages", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+    top.add_argument("--steps", type=int, default=STEPS)
+    return run.add_options_of_runs(top, __file__, "updates")
+
+
+def planned(args: argparse.Namespace) -> list[Spec]:
+    base = COMMON | args.overrides
+    return [
+        Spec(stage, "vader", name, SEED, args.steps, base, settings)
+        for stage in args.stages
+        for name, settings in ARMS[stage].items()
+    ]
+
+
+class BestOfN(SafeTrainer):
+    """Distils the best of n samples of the reference: the forward KL to that policy, but for a constant.
+
+    KL(best of n || policy) = E[-log p(y)] + constant, y the best of n samples of the reference. With as many
+    completions of a prompt as n the expectation is estimated by the best one.
+    """
+
+    def sample(self, step: int) -> Any:
+        with adapters.disabled(self.policy.model):
+            return super().sample(step)
+
+    def compute_advantages(self, experience: Any, reward_B: Tensor, control: Any) -> None:
+        weight_B = chance_to_be_best(reward_B, self.args.completions_per_prompt).float().to(self.device)
+        for micro in experience:
+            micro.advantage_L = per_token(weight_B[micro.indices], micro.batch.response_cu_seqlens)
+
+    def loss(self, micro: Any, control: Any, totals: losses.Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        weight_L = losses.token_weights(micro, totals, self.args) * micro.advantage_L
+        hidden_LH = self.engine.forward(micro.batch)
+        stats = linear_token_stats(hidden_LH, tokens=micro.batch.targets_L, **self.policy.head())
+        loss = -(weight_L * stats.logprob).sum()
+        seen = (stats.logprob.detach(), stats.entropy.detach(), micro.ref_logprob_L, micro.kl_L, loss.new_zeros(()))
+        return loss, losses.means(PolicyLoss(loss, *seen), torch.zeros_like(loss), micro, totals)
+
+
+def chance_to_be_best(reward_B: Tensor, size: int) -> Tensor:
+    """[B]: 1 for the best of each prompt's `size` completions, shared equally by those that are equal."""
+    reward_PG = reward_B.view(-1, size)
+    is_best_PG = (reward_PG == reward_PG.amax(1, keepdim=True)).double()
+    return (is_best_PG / is_best_PG.sum(1, keepdim=True)).view(-1)
+
+
+def work(folder: Path) -> int:
+    """One run, in a process of its own, judged on held-out prompts before and after."""
+    values = json.loads((folder / "spec.json").read_text())
+    started, error, reward = time.process_time(), None, values["spec"]["reward"]
+    trainer_class = BestOfN if values["spec"]["name"] == "best of n" else SafeTrainer
+    trainer = trainer_class(args=SafeConfig.from_dict(values["settings"]))
+    reference = trainer.evaluate()
+    best = ruler(reference.rows(step=0))[N - 1]
+    try:
+        trainer.train(resume_from_checkpoint=True)
+    except FloatingPointError:
+        error = traceback.format_exc(limit=0).strip()
+    found: Row = {"error": error, "before": run.judgement(reference, reward), "after": run.judged(trainer, reward)}
+    found |= {"best_of_n": best._asdict(), "curves": run.curves(folder, CURVES)}
+    run.write_row(folder, found | {"cpu_s": time.process_time() - started})
+    return 0
+
+
+def mean_of(name: str, part: slice = slice(None)) -> Callable[[Sequence[Row]], float]:
+    return lambda rows: statistics.fmean(rows[0]["curves"][name][part])
+
+
+def after(name: str) -> Callable[[Sequence[Row]], float]:
+    return lambda rows: rows[0]["after"][name]
+
+
+def gain_per_nat(gain: float, kl: float) -> float:
+    """Reward per sqrt(nat) of a completion of the full length."""
+    return gain / math.sqrt(kl * COMMON["max_new_tokens"]) if kl > 0 else math.nan
+
+
+def bought(rows: Sequence[Row]) -> float:
+    return gain_per_nat(rows[0]["after"]["reward"] - rows[0]["before"]["reward"], rows[0]["after"]["kl"])
+
+
+HELD_OUT: tuple[Measure, ...] = (
+    ("held-out reward", after("reward"), ".2f"),
+    ("its standard error", after("reward_error"), ".2f"),
+    ("gold", after("gold"), ".2f"),
+    ("held-out KL", after("kl"), ".3f"),
+    ("gain per sqrt(nat)", bought, ".2f"),
+)
+TRAINING: tuple[Measure, ...] = (
+    (f"reward, last {LAST}", mean_of("reward", slice(-LAST, None)), ".2f"),
+    (f"KL, last {LAST}", mean_of("kl", slice(-LAST, None)), ".3f"),
+    ("largest KL", lambda rows: max(rows[0]["curves"]["kl"]), ".3f"),
+)
+UPDATES: tuple[Measure, ...] = (
+    ("bounded tokens", mean_of("clip_fraction"), ".1%"),
+    ("KL to the rollout", mean_of("approx_kl"), ".4f"),
+)
+
+
+def report(rows: Sequence[Row]) -> str:
+    parts = ["Written by `python bench/study/updates.py --report` from its rows."]
+    for stage, title in (("trust_region", "## What bounds an update"), ("best_of_n", "## The best of n as a teacher")):
+        arms = {row["name"]: [row] for row in rows if row["stage"] == stage}
+        if not arms:
+            continue
+        measures = (*UPDATES, *TRAINING, *HELD_OUT) if stage == "trust_region" else (*TRAINING, *HELD_OUT)
+        first = next(iter(arms.values()))[0]
+        best, before = first["best_of_n"], first["before"]["reward"]
+        parts += [title, made(arms), table(arms, measures, "arm")]
+        of_best = gain_per_nat(best["reward"] - before, best["kl"])
+        parts += [
+            f"The best of {N} samples of the reference: reward {best['reward']:.2f} ({best['error']:.2f}), KL at most "
+            f"{best['kl']:.3f}, {of_best:.2f} per sqrt(nat). Before: reward {before:.2f}."
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
