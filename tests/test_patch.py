@@ -83,6 +83,62 @@ def test_a_function_is_replaced_under_every_name_that_it_has_in_the_package(pack
     assert sys.modules["other_trainer.late"].double is package.maths.double
 
 
+@pytest.fixture
+def downstream(package, monkeypatch):
+    """Two modules of a package that builds on the trainer and of one that does not; both have bound its function."""
+    found = []
+    for name in ("built_on_it", "somebody_else"):
+        module = types.ModuleType(f"{name}.trainer")
+        module.double = module.twice = package.maths.double
+        module.triple = package.maths.triple
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        found.append(module)
+    return found
+
+
+def test_names_that_a_downstream_package_bound_before_are_rebound_and_no_others(package, downstream):
+    theirs, others = downstream
+    original = theirs.double
+    patch = Patch("other_trainer", [DOUBLE], downstream=["built_on_it"])
+    assert patch.status() == []
+    with patch:
+        assert theirs.double(1) == theirs.twice(1) == 200
+        assert others.double is original  # such as the original that a test keeps to compare with
+        assert theirs.triple is package.maths.triple and theirs.triple(1) == 3
+        assert patch.replaced == ["other_trainer.maths.double"]
+        assert sorted(patch.status()) == [
+            "built_on_it.trainer.double",
+            "built_on_it.trainer.twice",
+            "other_trainer.maths.double",
+            "other_trainer.user.double",
+            "other_trainer.user.twice",
+        ]
+    assert theirs.double is theirs.twice is others.double is original
+    assert patch.status() == []
+
+
+def test_names_that_are_bound_while_the_patch_is_active_are_put_back_too(package, downstream):
+    theirs, _ = downstream
+    original = theirs.double
+    with Patch("other_trainer", [DOUBLE], downstream=["built_on_it"]) as patch:
+        theirs.bound_later = package.maths.double
+        assert "built_on_it.trainer.bound_later" in patch.status()
+    assert theirs.bound_later is original
+
+
+def test_what_a_downstream_package_put_in_the_place_of_ours_stays(package, downstream):
+    theirs, _ = downstream
+    with Patch("other_trainer", [DOUBLE], downstream=["built_on_it"]) as patch:
+        theirs.double = own = lambda x: 7 * x
+        assert "built_on_it.trainer.double" not in patch.status()
+    assert theirs.double is own and theirs.twice is package.maths.double
+
+
+def test_methods_are_listed_by_their_class(package):
+    with Patch("other_trainer", [hundredfold("Actor.act", ("x",))]) as patch:
+        assert patch.status() == patch.replaced == ["other_trainer.maths.Actor.act"]
+
+
 def test_originals_come_back_as_the_objects_they_were(package):
     before = {name: dict(vars(module)) for name, module in vars(package).items() if name != "folder"}
     act = package.maths.Actor.act

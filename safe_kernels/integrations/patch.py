@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 logger = logging.getLogger("safe_kernels")
@@ -30,14 +29,23 @@ class Patch:
     """The replacements in one package. `apply`, `revert`, or a `with` block; applying twice has the effect of once,
     and a block inside an applied patch undoes nothing.
 
+    A function is replaced where it is defined and under every name that a loaded module of the package, or of one of
+    the `downstream` packages that build on it, has bound to it. Names elsewhere, such as those of your script, stay.
+
     A function that the package lacks is skipped, unless the patch `needs` it. An unknown signature means an unknown
     version: then nothing is replaced, with one warning. If another library has already replaced a function, `apply`
     raises RuntimeError, since the two together would silently train wrong. SAFE_KERNELS_<PACKAGE>=0 in the environment
     switches the patch off. The replaced names are logged at INFO by the logger "safe_kernels".
     """
 
-    def __init__(self, package: str, replacements: Sequence[Replacement], needs: Sequence[Replacement] = ()):
-        self.package, self.replacements, self.needs = package, replacements, needs
+    def __init__(
+        self,
+        package: str,
+        replacements: Sequence[Replacement],
+        needs: Sequence[Replacement] = (),
+        downstream: Sequence[str] = (),
+    ):
+        self.package, self.replacements, self.needs, self.downstream = package, replacements, needs, downstream
         self.switch = f"SAFE_KERNELS_{package.upper()}"
         self._made: list[tuple[Replacement, Any, Any]] = []  # (what, the original, ours)
         self._said: set[str] = set()
@@ -48,6 +56,11 @@ class Patch:
     def replaced(self) -> list[str]:
         """What is replaced now, by its full name; empty when the patch is not active."""
         return [f"{what.module}.{what.name}" for what, _, _ in self._made]
+
+    def status(self) -> list[str]:
+        """Every name that leads to one of ours now: those of `replaced`, and those bound to them in loaded modules."""
+        names = [f"{place}.{name}" for what, _, ours in self._made for place, _, name in self._places(what, ours)]
+        return list(dict.fromkeys([*self.replaced, *names]))
 
     def apply(self) -> Patch:
         self._is_new = False
@@ -101,21 +114,19 @@ class Patch:
             self.revert()
 
     def _rebind(self, what: Replacement, old: Any, new: Any) -> None:
-        """Where it is defined, and under every name it was imported to inside the package."""
-        owner, _, attribute = what.name.rpartition(".")
-        if owner:
-            place = _get(sys.modules[what.module], owner)
-            is_static = isinstance(inspect.getattr_static(place, attribute), staticmethod)
-            setattr(place, attribute, staticmethod(new) if is_static else new)
-            return
-        for module in self._modules():
-            for name in [name for name, value in vars(module).items() if value is old]:
-                setattr(module, name, new)
+        for _, owner, name in list(self._places(what, old)):
+            is_static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+            setattr(owner, name, staticmethod(new) if is_static else new)
 
-    def _modules(self) -> Iterator[ModuleType]:
+    def _places(self, what: Replacement, value: Any) -> Iterator[tuple[str, Any, str]]:
+        """The name of a module or class, itself, and its attribute: where `value` is defined and was imported to."""
+        path, _, attribute = what.name.rpartition(".")
+        if path:
+            yield f"{what.module}.{path}", _get(sys.modules[what.module], path), attribute
+            return
         for name, module in list(sys.modules.items()):
-            if module is not None and (name == self.package or name.startswith(self.package + ".")):
-                yield module
+            if module is not None and name.partition(".")[0] in (self.package, *self.downstream):
+                yield from ((name, module, bound) for bound, x in list(vars(module).items()) if x is value)
 
     def _warn(self, message: str) -> None:
         if message not in self._said:
