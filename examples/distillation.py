@@ -1,4 +1,4 @@
-"""Distil a model into its own first two thirds: forward KL from hidden states, in one pass. In minutes on two CPU cores.
+"""Distil a model into its own first two thirds: forward KL from hidden states. In minutes on two CPU cores.
 
 python examples/distillation.py
 """
