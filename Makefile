@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -
 
 unexport PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 .NOTPARALLEL:
-.PHONY: help demo test kernels test-integrations check format bench setup clean
+.PHONY: help demo test kernels test-integrations check format bench docs setup clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with SAFE on this machine, and draw a report"
@@ -27,6 +27,7 @@ help:
 	@echo "make check   ruff and mypy"
 	@echo "make format  rewrite the sources as 'make check' wants them"
 	@echo "make bench   time and memory beside plain PyTorch, and other projects that are installed (docs/performance.md)"
+	@echo "make docs    the documentation as a site with search, in build/site"
 	@echo "make setup   only install, into $(VENV)"
 	@echo "make clean   remove $(VENV), $(INTEGRATIONS), caches and build files"
 	@echo
@@ -57,6 +58,11 @@ format: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-demo
 	$(BIN)/python bench/run.py $(ARGS)
+
+docs: $(VENV)/.installed-test
+	$(PIP) sphinx myst-parser furo
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
+	@echo "build/site/README.html"
 
 setup: $(VENV)/.installed-test
 

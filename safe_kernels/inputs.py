@@ -37,7 +37,7 @@ class Head(NamedTuple):
 class KeptIds(NamedTuple):
     """The ids that a sampler kept for each of N tokens, those of one after those of another; repeated ones count once.
 
-    vLLM's SamplingMask(token_ids, offsets) is KeptIds(*map(torch.as_tensor, mask)).
+    vLLM's `SamplingMask(token_ids, offsets)` is `KeptIds(*map(torch.as_tensor, mask))`.
     """
 
     ids: Tensor  # [E], any integer dtype; -1 is none

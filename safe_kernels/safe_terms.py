@@ -96,8 +96,8 @@ def linear_safe_terms(
         safe_terms(logits, tokens, v1, v2, rewards, ref_logits=the same of the reference, ...)
 
     Args:
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, softcap, logit_scale, batch_invariant,
-            max_kept_bytes: as in `linear_token_stats`; ref_hidden is needed.
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias: as in `linear_token_stats`; ref_hidden is needed.
+        softcap, logit_scale, batch_invariant, max_kept_bytes: as there.
 
     The other arguments are those of `safe_terms`.
     """

@@ -106,7 +106,7 @@ def place(row: Row) -> tuple[object, ...]:
 def write_report(results: Path) -> None:
     """`budget.md` beside `budget.jsonl`, and its pictures."""
     rows = read_rows(results)
-    parts = [f"Written by `python bench/study/budget.py --report` from {results.name}."]
+    parts = ["# The tables of part two", f"Written by `python bench/study/budget.py --report` from {results.name}."]
     for stage, section in SECTIONS.items():
         names = dict.fromkeys([*HELD, *(row["name"] for row in rows if row["stage"] == stage)])
         arms = {name: [row for row in rows if (row["stage"], row["name"]) == (stage, name)] for name in names}

@@ -244,7 +244,7 @@ def write_report(results: Path) -> None:
     """`study.md` beside `study.jsonl`, and a picture for each reward."""
     rows = current(read_rows(results))
     written = f"Written by `python bench/study/run.py --report` from {results.name}"
-    parts = [f"{written}; ± is a 95 % confidence interval over seeds."]
+    parts = ["# The study's tables", f"{written}; ± is a 95 % confidence interval over seeds."]
     for reward in dict.fromkeys(row["reward"] for row in rows):
         of_reward = [row for row in rows if row["reward"] == reward]
         parts += section(reward, of_reward)
