@@ -141,10 +141,18 @@ def test_a_missing_peer_and_a_failing_one_are_rows():
     assert (failing.status, failing.reason) == ("cannot run", "NotImplementedError: no such shape")
 
 
-@pytest.mark.parametrize("entrance", ["logits", "hidden", "loss"])
-def test_every_kernel_of_this_project_is_green(entrance):
+@pytest.mark.parametrize(
+    ("entrance", "own"),
+    [
+        *((name, {"kl": True, "masked": 0.3}) for name in ("logits", "hidden", "loss")),
+        *((name, {"divergence": "jsd"}) for name in ("distill", "best")),
+        ("kept", {"kl": True}),
+    ],
+)
+def test_every_kernel_of_this_project_is_green(entrance, own):
     """As `--gate-only` does, in the interpreter where there is no GPU."""
-    workload = dataclasses.replace(TOY, entrance=entrance, N=6, kl=True, masked=0.3)
+    own = own | ({"ids": 7} if entrance in ("kept", "best") else {})
+    workload = dataclasses.replace(TOY, entrance=entrance, N=6, **own)
     case = workloads.make_case(workload, "cpu")
     gated = kernels.Settings("cpu", 0, {}, interpreter=True)
     known = gate.Gate(workload, case)
@@ -162,6 +170,9 @@ def test_counted_work():
     assert cost.cost(hidden, workloads.FROZEN).flops == 3 * u
     assert cost.cost(hidden, workloads.TRAINED).flops == 4 * u
     assert cost.cost(with_kl, workloads.FROZEN).flops == 5 * u
+    kept = dataclasses.replace(hidden, entrance="kept", ids=7)  # 35 rows of the head at most
+    assert cost.cost(kept, workloads.FROZEN) == cost.Cost(3 * 2 * 5 * 4 * 7, 3 * 2 * 4 * (5 + 35))
+    assert cost.cost(dataclasses.replace(hidden, entrance="best", ids=7), workloads.FROZEN).flops == 3 * u
     loss = dataclasses.replace(hidden, entrance="loss")
     assert cost.cost(loss, workloads.FROZEN).flops == 2 * u
     assert cost.cost(dataclasses.replace(loss, kl=True), workloads.FROZEN).flops == 3 * u

@@ -67,6 +67,10 @@ def cost(workload: Workload, part: str) -> Cost:
         count, ratio = products(workload, part), workload.teacher_width / workload.H
         operands = size * workload.H * (live + workload.V)
         return Cost((count + ratio) * u, (count + ratio) * operands)
+    if workload.entrance == "kept":  # each token's own ids, and the rows of the head that anyone kept
+        u, rows = 2.0 * live * workload.H * workload.ids, min(workload.V, live * workload.ids)
+        operands = size * workload.H * (tensors * live + rows)
+        return Cost(products(workload, part) * u, products(workload, part) / tensors * operands)
     operands = size * (tensors * live * workload.H + workload.V * workload.H)
     count = products(workload, part)
     return Cost(count * u, count / tensors * operands)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +22,15 @@ PASSES = {
     "hidden": (FORWARD, FROZEN, TRAINED),
     "loss": (FROZEN, TRAINED),
     "distill": (FROZEN, TRAINED),
+    "kept": (FORWARD, FROZEN, TRAINED),
+    "best": (FROZEN, TRAINED),
     "gae": (FORWARD,),
     "step": ("rollout", "score", "update", "loss part", "budget"),
 }
 WITH_KL = ("logprob", "entropy", "kl")
 POLICY, VALUES = ("loss", *WITH_KL), ("value", "advantage", "returns")
 OUTPUTS = {"logits": WITH_KL, "hidden": WITH_KL, "loss": POLICY, "distill": ("loss", "divergence"), "gae": VALUES}
+OUTPUTS |= {"kept": WITH_KL, "best": ("loss", "divergence")}
 TEACHER_WIDTH = 5 / 3  # of a distillation's teacher, times the student's, as SmolLM2's 360M has it to 135M
 SEED = 0
 
@@ -47,6 +51,7 @@ class Workload:
     field: bool = True  # everyone, or plain PyTorch and this project alone
     inputs: str = "random"  # or SmolLM2: its hidden states of text, its head, the text's tokens
     divergence: str = ""  # of a distillation
+    ids: int = 0  # of each token: what its sampler kept, or the best of a served teacher
 
     @property
     def teacher_width(self) -> int:
@@ -63,7 +68,7 @@ class Workload:
 
     def graded(self, outputs: tuple[str, ...]) -> list[str]:
         """The outputs that receive a gradient."""
-        return [name for name in outputs if name == "loss" or self.entrance in ("logits", "hidden")]
+        return [name for name in outputs if name == "loss" or self.entrance in ("logits", "hidden", "kept")]
 
     def leaves(self, part: str) -> list[str]:
         """The arguments whose gradient is asked for in a pass."""
@@ -75,6 +80,7 @@ class Workload:
         shape = f"[{self.N // self.T}, {self.T}]" if self.T else f"N={self.N} H={self.H} V={self.V}"
         extras = (
             [self.divergence] * bool(self.divergence)
+            + [f"{self.ids} ids"] * bool(self.ids)
             + ["with KL"] * self.kl
             + [f"{self.masked:.0%} masked"] * (self.masked > 0)
         )
@@ -109,6 +115,8 @@ def _on_cpu() -> list[Workload]:
     main += [of("hidden", small, 256, kl=kl, inputs="SmolLM2") for kl in (False, True)]
     main += [of("hidden", small, 256)] + [of("loss", small, 256, kl=kl) for kl in (False, True)]
     main += [of("distill", small, 256, divergence=name) for name in ("reverse_kl", "jsd")]
+    main += [of("kept", small, 256, ids=50, inputs="SmolLM2"), of("kept", small, 256, ids=50, kl=True)]
+    main += [of("best", small, 256, ids=20, divergence="reverse_kl")]
     main += [gae(64, 1024), gae(16, 16_384)]
     entrances = [("hidden", False), ("loss", True)]
     curves = [of(e, small, n, kl=kl, field=False) for n in (1024, 64) for e, kl in entrances]
@@ -121,8 +129,10 @@ def _on_gpu() -> list[Workload]:
     main = [qwen(e, tokens=8192, kl=kl) for e in ("hidden", "loss", "logits") for kl in (False, True)]
     main += [qwen("distill", tokens=8192, divergence=name) for name in ("reverse_kl", "jsd")]
     main += [gae(64, 1024), gae(16, 16_384), qwen("hidden", tokens=8192, masked=0.4)]
+    main += [qwen("best", tokens=8192, ids=20, divergence="reverse_kl"), qwen("kept", tokens=8192, ids=50)]
     others = [of(e, "Llama-3-8B", 8192, kl=kl, dtype="bfloat16") for e in ("hidden", "loss") for kl in (False, True)]
     real = [of("hidden", "SmolLM2-135M", 8192, kl=kl, dtype="bfloat16", inputs="SmolLM2") for kl in (False, True)]
+    real += [of("kept", "SmolLM2-135M", 8192, ids=50, dtype="bfloat16", inputs="SmolLM2")]
     curves = [qwen("hidden", tokens=n, kl=kl) for n in (512, 2048, 32_768) for kl in (False, True)]
     curves += [qwen(e, tokens=n) for e in ("loss", "logits") for n in (512, 2048, 32_768)]
     return main + others + real + curves
@@ -134,6 +144,10 @@ def gate_workloads(dtypes: tuple[str, ...]) -> list[Workload]:
     pairs = [(entrance, kl) for entrance in ("logits", "hidden", "loss") for kl in (False, True)]
     cases = [replace(toy, entrance=e, kl=kl, dtype=dtype) for dtype in dtypes for e, kl in pairs]
     cases += [replace(toy, entrance="distill", divergence=name) for name in ("reverse_kl", "forward_kl", "jsd", "tv")]
+    cases += [replace(toy, entrance="kept", ids=9, kl=kl) for kl in (False, True)]
+    cases += [
+        replace(toy, entrance="best", ids=9, divergence=name) for name in ("reverse_kl", "forward_kl", "jsd", "tv")
+    ]
     masked = [replace(toy, masked=0.4), replace(toy, entrance="logits", masked=0.4)]
     return cases + masked + [Workload("gae", "toy", 4 * 40, 0, 0, T=40, masked=0.1)]
 
@@ -152,7 +166,11 @@ def make_case(workload: Workload, device: str) -> dict[str, Any]:
         return _teacher(workload, _head(workload, normal, device), normal)
     case = _head(workload, normal, device) if workload.entrance != "logits" else _logits(workload, normal)
     case.setdefault("tokens", torch.randint(workload.V, (workload.N,), generator=draw, device=device))
+    if workload.entrance == "best":
+        return case | _best(workload, case, normal)
     case |= _mask(workload, draw, (workload.N,))
+    if workload.entrance == "kept":
+        return case | _kept(workload, case, draw)
     return case | _policy(workload, case, normal) if workload.entrance == "loss" else case
 
 
@@ -192,6 +210,29 @@ def _teacher(workload: Workload, case: dict[str, Any], normal: Any) -> dict[str,
     teacher = {"teacher_hidden": normal(workload.N, width).to(dtype), "teacher_weight": weight.to(dtype)}
     weights = torch.full((workload.N,), 1 / workload.N, device=weight.device)
     return {**case, **teacher, "weights": weights, "divergence": workload.divergence, "reduction": "sum"}
+
+
+def _likeliest(workload: Workload, case: dict[str, Any]) -> Tensor:
+    """[N, ids]: the likeliest ids of each token under the student, a sampler's top-k."""
+    weight = case["weight"].float()
+    rows = (x.float() @ weight.T for x in case["hidden"].split(256))
+    return torch.cat([logits.topk(workload.ids).indices for logits in rows])
+
+
+def _kept(workload: Workload, case: dict[str, Any], draw: torch.Generator) -> dict[str, Tensor]:
+    """Top-k sets, and tokens from them."""
+    kept = _likeliest(workload, case)
+    place = torch.randint(workload.ids, (workload.N, 1), generator=draw, device=draw.device)
+    return {"kept": kept, "tokens": kept.gather(1, place)[:, 0]}
+
+
+def _best(workload: Workload, case: dict[str, Any], normal: Any) -> dict[str, Any]:
+    """Ids and log-probs as a server says them: here of a teacher that shares most of the student's likeliest ids."""
+    ids, vocabulary = _likeliest(workload, case), case["weight"].shape[0]
+    scores = torch.cat([2 * normal(workload.N, workload.ids), math.log(workload.ids) * torch.ones_like(ids[:, :1])], 1)
+    weights = torch.full((workload.N,), 1 / workload.N, device=ids.device)
+    served = {"tokens": ids, "teacher_logprob": scores.log_softmax(-1)[:, :-1].contiguous()}
+    return served | {"vocabulary": vocabulary, "weights": weights, "divergence": workload.divergence}
 
 
 def _policy(workload: Workload, case: dict[str, Any], normal: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 import safe_kernels
 from bench.measurement.workloads import OUTPUTS, WITH_KL
-from bench.providers.provider import KERNELS, OPERATIONS, Compute, Provider, by_name
+from bench.providers.provider import KERNELS, OPERATIONS, Compute, Provider, by_name, from_best
 
 KEPT = {  # of logits, beside the default: max_kept_bytes
     "torch": {"128 MiB": 128 << 20},
@@ -18,7 +19,10 @@ KEPT = {  # of logits, beside the default: max_kept_bytes
 
 
 def ours(entrance: str, backend: str, **options: Any) -> Compute:
-    return lambda case: by_name(getattr(safe_kernels, OPERATIONS[entrance])(**case, **options, backend=backend))
+    function = partial(getattr(safe_kernels, OPERATIONS[entrance]), **options, backend=backend)
+    if entrance == "best":
+        return from_best(function, partial(safe_kernels.truncated_divergence, backend=backend))
+    return lambda case: by_name(function(**case))
 
 
 class Computed(torch.autograd.Function):

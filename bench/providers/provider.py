@@ -16,9 +16,9 @@ Case = dict[str, Any]
 Results = dict[str, Tensor]
 Compute = Callable[[Case], Results]
 OPERATIONS = dict(logits="token_stats", hidden="linear_token_stats", loss="linear_policy_loss", gae="soft_min_gae",
-                  distill="linear_distillation_loss")  # fmt: skip
+                  distill="linear_distillation_loss", kept="linear_token_stats", best="linear_token_stats")  # fmt: skip
 PER_TOKEN = ("logits", "ref_logits", "hidden", "ref_hidden", "tokens", "mask", "old_logprob", "advantage",
-             "loss_weight", "teacher_hidden", "weights", "v1", "v2", "rewards")  # fmt: skip
+             "loss_weight", "teacher_hidden", "weights", "kept", "teacher_logprob", "v1", "v2", "rewards")  # fmt: skip
 STATS = ("logprob", "entropy")
 NO_KL = "no exact KL"
 KERNELS = "Triton kernels, which need a GPU"
@@ -49,6 +49,18 @@ class Provider:
     def version(self) -> str:
         """Raises PackageNotFoundError where the peer is not installed."""
         return torch.__version__ if self.package is None else importlib.metadata.version(self.package)
+
+
+def from_best(stats: Callable[..., Any], divergence: Callable[..., Tensor]) -> Compute:
+    """The loss of a teacher's best ids, on a function that gives the student's log-probs of them."""
+
+    def run(case: Case) -> Results:
+        logprob_NK = stats(case["hidden"], case["weight"], case["tokens"]).logprob
+        served = (case["teacher_logprob"], case["tokens"], case["vocabulary"])
+        divergence_N = divergence(logprob_NK, *served, divergence=case["divergence"])
+        return {"loss": (case["weights"] * divergence_N).sum(), "divergence": divergence_N.detach()}
+
+    return run
 
 
 def by_name(result: Any) -> Results:

@@ -11,12 +11,23 @@ from torch import Tensor
 
 import safe_kernels
 from bench.measurement.workloads import OUTPUTS, POLICY, WITH_KL
-from bench.providers.provider import OPERATIONS, Case, Compute, Provider, Results, by_name
+from bench.providers.provider import OPERATIONS, Case, Compute, Provider, Results, by_name, from_best
 from safe_kernels import reference
 
 
 def plain(entrance: str) -> Compute:
-    return lambda case: by_name(operation(entrance)(**case))
+    if entrance == "best":
+        return from_best(operation(entrance), divergence_of_best)
+    return lambda case: by_name(operation(entrance)(**with_sets(case)))
+
+
+def with_sets(case: Case) -> Case:
+    """The kept ids [N, K] as the reference takes them, which then masks whole rows of logits."""
+    if "kept" not in case:
+        return case
+    ids = case["kept"]
+    starts = torch.arange(len(ids) + 1, device=ids.device) * ids.shape[1]
+    return case | {"kept": safe_kernels.KeptIds(ids.reshape(-1), starts)}
 
 
 def operation(entrance: str) -> Callable[..., Any]:
@@ -27,7 +38,9 @@ def compiled(entrance: str) -> Compute:
     def run(case: Case) -> Results:
         if entrance == "gae":
             return by_name(gae_loop(**case, step=_compiled(gae_step)))
-        return by_name(_compiled(operation(entrance))(**case))
+        if entrance == "best":
+            return from_best(_compiled(operation(entrance)), _compiled(divergence_of_best))(case)
+        return by_name(_compiled(operation(entrance))(**with_sets(case)))
 
     return run
 
@@ -57,6 +70,21 @@ def gae_loop(v1: Tensor, v2: Tensor, rewards: Tensor, mask: Tensor | None, *, ga
         advantage[:, t] = next_advantage
     zeroed = (x.where(live, 0) for x in (value, advantage, advantage + value))
     return safe_kernels.ValueTargets(*zeroed)
+
+
+def divergence_of_best(
+    logprob_NK: Tensor, teacher_logprob_NK: Tensor, tokens_NK: Tensor, vocabulary: int, *, divergence: str
+) -> Tensor:
+    """[N]: over K ids and the rest as one outcome, as its formula is written."""
+    p, q = (torch.cat([x.exp(), 1 - x.exp().sum(-1, keepdim=True)], -1) for x in (logprob_NK, teacher_logprob_NK))
+    m = (p + q) / 2
+    terms = {
+        "reverse_kl": lambda: p * (p / q).log(),
+        "forward_kl": lambda: q * (q / p).log(),
+        "jsd": lambda: (q * (q / m).log() + p * (p / m).log()) / 2,
+        "tv": lambda: (p - q).abs() / 2,
+    }
+    return terms[divergence]().sum(-1)
 
 
 def rounded_logits(case: Case) -> Results:
