@@ -3,6 +3,7 @@ may allocate.
 """
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -293,6 +294,27 @@ def test_the_reverse_kl_is_that_of_linear_token_stats(any_backend):
     torch.testing.assert_close(found.entropy, stats.entropy)
     torch.testing.assert_close(found.logprob, stats.logprob)
     torch.testing.assert_close(torch.autograd.grad(found.loss, leaves), expected)
+
+
+def test_several_teachers_as_the_page_has_them():
+    """docs/divergences.md, of smaller tensors, against float64 on whole logits."""
+    page = (Path(__file__).parents[1] / "docs" / "divergences.md").read_text()
+    code = page.partition("## Several teachers\n")[2].partition("```python\n")[2].partition("```")[0]
+    for large, small in (("49152", "61"), ("128", "5"), ("576", "16"), ("960", "24"), ("2048", "8")):
+        assert large in code
+        code = code.replace(large, small)
+    torch.manual_seed(0)
+    given = {}
+    exec(code, given)
+    hidden = given["hidden"].detach().double().requires_grad_()
+    logp = (hidden @ given["lm_head"].double().T).log_softmax(-1)
+    expected = 0.0
+    for (teacher_hidden, teacher_head), share in zip(given["teachers"], given["shares"], strict=True):
+        logq = (teacher_hidden.double() @ teacher_head.double().T).log_softmax(-1)
+        expected = expected + (share * (logp.exp() * (logp - logq)).sum(-1)).mean()
+    torch.testing.assert_close(sum(given["losses"]).double(), expected, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(expected, hidden)
+    torch.testing.assert_close(given["hidden"].grad.double(), gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
