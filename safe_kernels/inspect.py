@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .inputs import ALL_ROWS, DIVERGENCES
-from .machine_code import GPUS, counts, cuobjdump, hot_loop, instructions, least_seconds, spills_in_loops
+from .machine_code import GPUS, counts, cuobjdump, hot_loops, instructions, least_seconds, spills_in_loops
 from .triton_backend import launch
 from .triton_backend.divergence_rows import divergence_gradient_kernel, divergence_kernel
 from .triton_backend.fused import fused_kernel, merge_kernel
@@ -53,7 +53,7 @@ POINTERS = {
 }
 FLOATS = {"temperature", "logit_scale", "softcap", "gamma", "decay", "alpha", "threshold", "beta"}
 FLOATS |= {"ref_temperature", "ref_logit_scale", "ref_softcap"}
-COUNTED = {  # kernel, and which of its optional arguments are there; `ref_kl` is REF_KL
+COUNTED: dict[str, tuple[Any, tuple[str, ...]]] = {  # kernel, and its optional arguments; `ref_kl` is REF_KL
     "statistics": (statistics_kernel, ()),
     "statistics with a reference": (statistics_kernel, ("ref_logits",)),
     "statistics with both KLs": (statistics_kernel, ("ref_logits", "ref_kl")),
@@ -64,6 +64,17 @@ COUNTED = {  # kernel, and which of its optional arguments are there; `ref_kl` i
         ("ref_logits", "grad_logprob", "grad_entropy", "grad_kl", "grad_ref_kl"),
     ),
     "statistics with a reference and softcap": (statistics_kernel, ("ref_logits", "softcap")),
+}
+WALKS: dict[str, tuple[Any, str, int]] = {  # of the divergences of a teacher: kernel, divergence, which of its loops
+    "reverse KL": (divergence_kernel, "reverse_kl", 0),
+    "forward KL": (divergence_kernel, "forward_kl", 0),
+    "JSD and TV, first walk": (divergence_kernel, "jsd", 0),
+    "JSD, second walk": (divergence_kernel, "jsd", 1),
+    "TV, second walk": (divergence_kernel, "tv", 1),
+    "gradient of the reverse KL": (divergence_gradient_kernel, "reverse_kl", 0),
+    "gradient of the forward KL": (divergence_gradient_kernel, "forward_kl", 0),
+    "gradient of the JSD": (divergence_gradient_kernel, "jsd", 0),
+    "gradient of the TV": (divergence_gradient_kernel, "tv", 0),
 }
 HEAD_OPTIONS = ("bias", "ref_bias", "logit_scale", "softcap")
 GRADIENTS = ("grad_logprob", "grad_entropy", "grad_kl", "grad_ref_kl")
@@ -130,17 +141,22 @@ def main(arguments: list[str] | None = None) -> int:
 def counted(only: str = "", target: str = "sm_90") -> Iterator[dict[str, Any]]:
     """The row kernels on bfloat16 logits: instructions an element, and the times that memory and issue slots allow."""
     choice = launch.ROWS_BY_WARP[TARGETS[target].warp_size]
+    cases = {}
     for name, (kernel, present) in COUNTED.items():
-        if not re.search(only, name):
-            continue
         case = next(x for x in row_cases(choice) if x.kernel is kernel)._replace(required=present)
         case.constants["REF_KL"] = "ref_kl" in present
-        binary = compiled(case, TARGETS[target], False)
-        found: dict[str, Any] = resources(binary)
-        streams = 1 + ("ref_logits" in present)
-        loop = hot_loop(instructions(binary.asm["cubin"]))
-        found |= counts(loop, found, choice.num_warps, logit_bytes=2, streams=streams)
-        yield {"counted": name, "target": target, **found, **least_times(found)}
+        cases[name] = case, 0, 1 + ("ref_logits" in present)
+    for name, (kernel, divergence, walk) in WALKS.items():
+        label = {"divergence": divergence, "reads": "bf16"}
+        case = next(x for x in divergence_cases(choice) if x.kernel is kernel and x.label == label)
+        cases[name] = case, walk, 2
+    for name, (case, walk, streams) in cases.items():
+        if re.search(only, name):
+            binary = compiled(case, TARGETS[target], False)
+            found: dict[str, Any] = resources(binary)
+            loop = hot_loops(instructions(binary.asm["cubin"]))[walk]
+            found |= counts(loop, found, choice.num_warps, logit_bytes=2, streams=streams)
+            yield {"counted": name, "target": target, **found, **least_times(found)}
 
 
 def least_times(found: dict[str, Any]) -> dict[str, dict[str, float]]:

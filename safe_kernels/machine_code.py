@@ -123,14 +123,21 @@ def innermost(found: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def hot_loop(code: list[Instruction], may_mask: bool = False) -> list[Instruction]:
-    """Raises ValueError if no innermost loop loads from global memory, without a mask unless it may have one."""
+    return max(hot_loops(code, may_mask), key=len)
+
+
+def hot_loops(code: list[Instruction], may_mask: bool = False) -> list[list[Instruction]]:
+    """Innermost loops that load from global memory, without a mask unless they may have one; ValueError if none does.
+
+    In the order of the code: a kernel that walks a row twice has two.
+    """
     bodies = [code[a : b + 1] for a, b in innermost(loops(code))]
     loads = [[x for x in body if x.name in ("LDG", "LDGSTS") and x.bytes >= 4] for body in bodies]
     loading = [(body, any(x.predicate for x in load)) for body, load in zip(bodies, loads, strict=True) if load]
     found = [body for body, is_masked in loading if may_mask or not is_masked]
     if not found:
         raise ValueError("no loop loads from global memory without a mask")
-    return max(found, key=len)
+    return found
 
 
 def spills_in_loops(code: list[Instruction]) -> int:

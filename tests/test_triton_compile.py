@@ -89,6 +89,9 @@ def test_row_kernels_need_next_to_no_shared_memory(row_kernels):
     assert max(x["shared"] for x in row_kernels) <= 4 * KB
 
 
+BOUND_BY_INSTRUCTIONS = ("statistics with a reference and softcap", "JSD, second walk", "gradient of the JSD")
+
+
 def test_an_element_costs_few_instructions():
     """So that memory binds: on an H200 about 16 for each bfloat16 logit that is read or written."""
     most = {
@@ -99,6 +102,15 @@ def test_an_element_costs_few_instructions():
         "gradient with KL": 19.5,
         "gradient with both KLs": 21.5,
         "statistics with a reference and softcap": 65,
+        "reverse KL": 24.5,
+        "forward KL": 24.5,
+        "JSD and TV, first walk": 19.5,
+        "JSD, second walk": 50,
+        "TV, second walk": 19,
+        "gradient of the reverse KL": 18,
+        "gradient of the forward KL": 14.5,
+        "gradient of the JSD": 50,
+        "gradient of the TV": 19.5,
     }
     found = {x["counted"]: x for x in inspected("--counts")}
     assert found.keys() == most.keys()
@@ -108,7 +120,7 @@ def test_an_element_costs_few_instructions():
         assert x["instructions"] <= most[name], x
         assert {"spill", "exchange"}.isdisjoint(x["kinds"]), x
         assert x["load_bytes"] == [16] and set(x["store_bytes"]) <= {16} and x["bytes_in_flight"] >= 32 * KB, x
-        if "softcap" not in name:  # memory binds: no pipe, nor the latency of so many warps, takes longer
+        if name not in BOUND_BY_INSTRUCTIONS:  # memory binds: no pipe, nor the latency of so many warps, takes longer
             assert all(max(x[gpu].values()) <= 1.03 * x[gpu]["memory_ms"] for gpu in ("H100", "H200")), x
 
 
