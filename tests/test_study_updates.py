@@ -18,7 +18,7 @@ def test_every_setting_is_one_and_the_best_of_n_has_n_completions():
     args = updates.parser().parse_args([])
     args.overrides = {}
     specs = updates.planned(args)
-    assert len({spec.key for spec in specs}) == len(specs) == 6
+    assert len({spec.key for spec in specs}) == len(specs) == 6 * updates.SEEDS
     for spec in specs:
         found = SafeConfig.from_dict(spec.base | spec.settings | {"reward": [f"{rewards.__file__}:{spec.reward}"]})
         assert found.completions_per_prompt == updates.N

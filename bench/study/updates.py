@@ -1,12 +1,12 @@
 """Part three of the study: what bounds an update, and the best of n samples as a teacher.
 
-    python bench/study/updates.py --jobs 1         # six runs of 20 steps; run it again to go on
+    python bench/study/updates.py --jobs 1         # six runs a seed; run it again to go on
     python bench/study/updates.py --report         # only the tables, from the rows that are there
 
-The stage `trust_region` takes GRPO far from its rollout, 12 optimizer steps each, and bounds the way by the clip of
-the sampled token's ratio, by the exact KL or total variation to the policy that sampled, or not at all. The stage
-`best_of_n` has GRPO beside the distillation of the best of n samples of the reference. Rows go to
-bench/results/updates.jsonl, tables beside them (docs/study.md).
+The model is the small one of the long runs of part two. The stage `trust_region` takes GRPO far from its rollout, 12
+optimizer steps each, and bounds the way by the clip of the sampled token's ratio, by the exact KL or total variation to
+the policy that sampled, or not at all. The stage `best_of_n` has GRPO beside the distillation of the best of n samples
+of the reference. Rows go to bench/results/updates.jsonl, tables beside them (docs/study.md).
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout that is not installed
 
+from bench.measurement.machine import ROOT
 from bench.study import run
-from bench.study.arms import BASE, FRESH, Settings, Spec
+from bench.study.arms import Settings, Spec
 from bench.study.budget_report import Measure, made, table
+from bench.study.design import LONG, SMALL_MODEL
 from bench.study.report import Row, read_rows
+from bench.study.small_model import make_small_model
 from safe_kernels import PolicyLoss, linear_token_stats
 from safe_train.algorithms import losses
 from safe_train.algorithms.advantages import per_token
@@ -39,9 +42,9 @@ from safe_train.models import adapters
 from safe_train.run.frontier import ruler
 from safe_train.trainer import SafeTrainer
 
-SEED, STEPS, N = 0, 20, 4  # N of the best of n, which are all completions of a prompt
+SEEDS, STEPS, N = 2, 150, 4  # N of the best of n, which are all completions of a prompt
 UNCLIPPED: Settings = {"clip_low": math.inf, "clip_high": math.inf}
-COMMON: Settings = BASE | FRESH | {"algorithm": "grpo", "learning_rate": 2e-3, "eval_completions": 128}
+COMMON: Settings = LONG | {"algorithm": "grpo", "learning_rate": 5e-3}
 FAR: Settings = {"inner_epochs": 3, "minibatch_size": 4}
 ARMS: dict[str, dict[str, Settings]] = {
     "trust_region": {
@@ -53,7 +56,7 @@ ARMS: dict[str, dict[str, Settings]] = {
     "best_of_n": {"grpo": {}, "best of n": {"beta": 0.0, "entropy_coef": 0.0, "max_sampler_gap": math.inf}},
 }
 CURVES = ("reward", "kl", "entropy", "clip_fraction", "approx_kl", "ratio_mean", "time/step_s")
-LAST = 5  # rollouts
+LAST = 20  # rollouts
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,6 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     run.prepare(args)
     done = {row["key"] for row in read_rows(args.results)}
     specs = [] if args.report else [spec for spec in planned(args) if spec.key not in done]
+    if specs:
+        make_small_model(ROOT / SMALL_MODEL)
     failed = run.make(specs, args)
     args.results.with_suffix(".md").write_text(report(read_rows(args.results)))
     print(args.results.with_suffix(".md").read_text())
@@ -73,13 +78,15 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--stages", nargs="+", choices=tuple(ARMS), default=list(ARMS))
     top.add_argument("--steps", type=int, default=STEPS)
+    top.add_argument("--seeds", type=int, default=SEEDS)
     return run.add_options_of_runs(top, __file__, "updates")
 
 
 def planned(args: argparse.Namespace) -> list[Spec]:
     base = COMMON | args.overrides
     return [
-        Spec(stage, "vader", name, SEED, args.steps, base, settings)
+        Spec(stage, "vader", name, seed, args.steps, base, settings)
+        for seed in range(args.seeds)
         for stage in args.stages
         for name, settings in ARMS[stage].items()
     ]
@@ -135,12 +142,12 @@ def work(folder: Path) -> int:
     return 0
 
 
-def mean_of(name: str, part: slice = slice(None)) -> Callable[[Sequence[Row]], float]:
-    return lambda rows: statistics.fmean(rows[0]["curves"][name][part])
+def curve(name: str, part: slice = slice(None)) -> Callable[[Sequence[Row]], float]:
+    return lambda rows: statistics.fmean(statistics.fmean(row["curves"][name][part]) for row in rows)
 
 
 def after(name: str) -> Callable[[Sequence[Row]], float]:
-    return lambda rows: rows[0]["after"][name]
+    return lambda rows: statistics.fmean(row["after"][name] for row in rows)
 
 
 def gain_per_nat(gain: float, kl: float) -> float:
@@ -149,41 +156,48 @@ def gain_per_nat(gain: float, kl: float) -> float:
 
 
 def bought(rows: Sequence[Row]) -> float:
-    return gain_per_nat(rows[0]["after"]["reward"] - rows[0]["before"]["reward"], rows[0]["after"]["kl"])
+    gains = (row["after"]["reward"] - row["before"]["reward"] for row in rows)
+    return statistics.fmean(gain_per_nat(gain, row["after"]["kl"]) for gain, row in zip(gains, rows, strict=True))
 
 
-HELD_OUT: tuple[Measure, ...] = (
-    ("held-out reward", after("reward"), ".2f"),
-    ("its standard error", after("reward_error"), ".2f"),
-    ("gold", after("gold"), ".2f"),
+def spread(rows: Sequence[Row]) -> float:
+    """Largest less smallest held-out reward of the seeds."""
+    rewards = [row["after"]["reward"] for row in rows]
+    return max(rewards) - min(rewards)
+
+
+UPDATES: tuple[Measure, ...] = (
+    ("tokens bounded", curve("clip_fraction"), ".1%"),
+    ("k3 to the rollout", curve("approx_kl"), ".4f"),
+)
+SHARED: tuple[Measure, ...] = (
+    ("seeds", len, "d"),
+    (f"reward, last {LAST}", curve("reward", slice(-LAST, None)), ".2f"),
+    (f"KL, last {LAST}", curve("kl", slice(-LAST, None)), ".3f"),
+    ("largest KL", lambda rows: max(max(row["curves"]["kl"]) for row in rows), ".3f"),
+    ("held-out reward", after("reward"), ".3f"),
+    ("its standard error", after("reward_error"), ".3f"),
+    ("seeds apart", spread, ".3f"),
+    ("gold", after("gold"), ".3f"),
     ("held-out KL", after("kl"), ".3f"),
     ("gain per sqrt(nat)", bought, ".2f"),
 )
-TRAINING: tuple[Measure, ...] = (
-    (f"reward, last {LAST}", mean_of("reward", slice(-LAST, None)), ".2f"),
-    (f"KL, last {LAST}", mean_of("kl", slice(-LAST, None)), ".3f"),
-    ("largest KL", lambda rows: max(rows[0]["curves"]["kl"]), ".3f"),
-)
-UPDATES: tuple[Measure, ...] = (
-    ("bounded tokens", mean_of("clip_fraction"), ".1%"),
-    ("KL to the rollout", mean_of("approx_kl"), ".4f"),
-)
+TITLES = {"trust_region": "## What bounds an update", "best_of_n": "## The best of n as a teacher"}
 
 
 def report(rows: Sequence[Row]) -> str:
     parts = ["Written by `python bench/study/updates.py --report` from its rows."]
-    for stage, title in (("trust_region", "## What bounds an update"), ("best_of_n", "## The best of n as a teacher")):
-        arms = {row["name"]: [row] for row in rows if row["stage"] == stage}
+    for stage, title in TITLES.items():
+        own = [row for row in rows if row["stage"] == stage]
+        arms = {name: [row for row in own if row["name"] == name] for name in dict.fromkeys(r["name"] for r in own)}
         if not arms:
             continue
-        measures = (*UPDATES, *TRAINING, *HELD_OUT) if stage == "trust_region" else (*TRAINING, *HELD_OUT)
-        first = next(iter(arms.values()))[0]
-        best, before = first["best_of_n"], first["before"]["reward"]
-        parts += [title, made(arms), table(arms, measures, "arm")]
+        best, before = own[0]["best_of_n"], own[0]["before"]["reward"]
         of_best = gain_per_nat(best["reward"] - before, best["kl"])
+        parts += [title, made(arms), table(arms, (*UPDATES, *SHARED) if stage == "trust_region" else SHARED, "arm")]
         parts += [
-            f"The best of {N} samples of the reference: reward {best['reward']:.2f} ({best['error']:.2f}), KL at most "
-            f"{best['kl']:.3f}, {of_best:.2f} per sqrt(nat). Before: reward {before:.2f}."
+            f"The best of {N} samples of the reference: reward {best['reward']:.3f} ({best['error']:.3f}), KL at most "
+            f"{best['kl']:.3f}, {of_best:.2f} per sqrt(nat). Before: reward {before:.3f}."
         ]
     return "\n\n".join(parts) + "\n"
 
