@@ -42,7 +42,7 @@ from safe_train.models import adapters
 from safe_train.run.frontier import ruler
 from safe_train.trainer import SafeTrainer
 
-SEEDS, STEPS, N = 2, 150, 4  # N of the best of n, which are all completions of a prompt
+SEEDS, STEPS, N = 1, 60, 4  # N of the best of n, which are all completions of a prompt
 UNCLIPPED: Settings = {"clip_low": math.inf, "clip_high": math.inf}
 COMMON: Settings = LONG | {"algorithm": "grpo", "learning_rate": 5e-3}
 FAR: Settings = {"inner_epochs": 3, "minibatch_size": 4}
