@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -35,6 +37,13 @@ from safe_train.randomness import seeded
 from safe_train.sampling.stopping import StopStrings, stop_tokens
 from safe_train.screen import bar
 from safe_train.settings.limits import PAPER
+
+# What `generate` calls the cache: since transformers 5.24 by the second name.
+CACHE = next(
+    name
+    for name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    if name in ("past_key_values", "cache")
+)
 
 
 @dataclass(frozen=True)
@@ -338,7 +347,7 @@ def generate(
         generation_config=settings,
         logits_processor=LogitsProcessorList([drawing]),
         stopping_criteria=StoppingCriteriaList([] if stops is None else [stops.behind(width)]),
-        past_key_values=cache,
+        **({} if cache is None else {CACHE: cache}),
     )
     tokens_BT = output[:, width:]
     # On GPUs `generate` may notice an end one step late, and takes that step back.
