@@ -64,22 +64,17 @@ def test_the_table_of_the_gpu_has_the_numbers_of_the_rows(line, column):
 
 def test_what_the_first_screen_claims_is_in_the_rows():
     first = "\n".join(README.splitlines()[:40])
-    ours, plain = (
-        headline.measured("loss", True, name, headline.COMMIT) for name in ("safe-kernels triton", "pytorch")
-    )
-    claim = re.search(r"takes (\d+) ms and ([\d.]+) GB; plain PyTorch takes (\d+) ms and (\d+) GB", first)
-    expected = (ours["ms"], ours["GB"], plain["ms"], plain["GB"])
-    assert all(text == as_shown(value, text) for text, value in zip(claim.groups(), expected, strict=True))
-    assert "pays 5 GB" in first and round(8192 * 151_936 * 4 / 1e9) == 5
-    for title, (entrance, kl), bars in headline.GROUPS:
-        for name, (provider, commit) in bars.items():
-            found = headline.measured(entrance, kl, provider, commit)
-            told = re.search(
-                rf"{name.removeprefix('plain ')} ([\d.]+) GB and ([\d.]+) ms", first[first.index(title[:12], 700) :]
-            )
-            assert [as_shown(found[unit], text) for unit, text in zip(("GB", "ms"), told.groups(), strict=True)] == [
-                *told.groups()
-            ]
+    providers = ("safe-kernels triton", "trl", "pytorch")
+    expected = [headline.measured("loss", True, name, headline.COMMIT)[unit] for name in providers for unit in UNITS]
+    claim = first[first.index("on one H200:") : first.index("The float32 logits")]
+    texts = [text for pair in re.findall(r"(\d+) ms and ([\d.]+) GB", claim) for text in pair]
+    assert texts == [as_shown(value, text) for text, value in zip(texts, expected, strict=True)]
+    assert "over 151,936 ids are 5 GB" in first and round(8192 * 151_936 * 4 / 1e9) == 5
+    described = re.search(r'alt="([^"]+)"', first).group(1)
+    texts = [text for pair in re.findall(r"([\d.]+) GB and ([\d.]+) ms", described) for text in pair]
+    bars = [headline.measured(*of, *bar) for _, of, bars in headline.GROUPS for bar in bars.values()]
+    drawn = [bar[unit] for bar in bars for unit in ("GB", "ms")]
+    assert texts == [as_shown(value, text) for text, value in zip(texts, drawn, strict=True)]
 
 
 def test_the_note_on_liger_has_the_numbers_of_the_rows():
