@@ -6,12 +6,14 @@ import math
 import random
 import shutil
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from test_evaluation import run
 
 from safe_train.cli import main
+from safe_train.run import report
 from safe_train.run.frontier import Evaluated, best_of, draw_frontier, held_out, longest_ruler, moved, ruler
 from safe_train.run.panels import Curve, panels_of, union, values
 from safe_train.run.report import read_evaluations, read_metrics, write_report
@@ -164,3 +166,54 @@ def test_a_curve_is_a_number_a_step():
     assert found[0] == -1.0 and math.isnan(found[1]) and found[2] == 0.5
     assert values(Curve("kl_budget", "", "bound"), {}, {"kl_budget": 0.3}, 2) == [0.3, 0.3]
     assert all(map(math.isnan, values(low, {}, {}, 2)))
+
+
+def test_a_long_curve_is_smoothed_and_a_short_one_is_not():
+    short, long = [float(i % 2) for i in range(report.LONG - 1)], [float(i % 2) for i in range(6000)]
+    assert report.smooth(short) is short
+    found = report.smooth(long)
+    assert len(found) == 6000 and max(abs(value - 0.5) for value in found) < 0.02
+    half = 6000 // report.PARTS // 2
+    ramp = report.smooth([float(i) for i in range(6000)])
+    assert ramp[3000] == 3000 and ramp[0] == half / 2  # one-sided at its ends
+    assert math.isnan(report.smooth([math.nan] * 300)[7]) and report.smooth([math.nan, *[1.0] * 299])[0] == 1.0
+
+
+def test_runs_that_differ_in_their_seeds_are_one_band():
+    base = {"algorithm": "grpo", "beta": 0.1}
+    runs = {
+        "a": base | {"seed": 0, "output_dir": "a"},
+        "b": base | {"seed": 1, "output_dir": "b"},
+        "c": base | {"beta": 0.2},
+    }
+    assert report.repetitions(runs | {"d": {}, "e": {}}) == {
+        "a, 2 seeds": ["a", "b"],
+        "c": ["c"],
+        "d": ["d"],
+        "e": ["e"],
+    }
+
+
+def test_the_band_over_seeds_is_the_confidence_interval_of_the_mean():
+    drawn = {}
+    axis = SimpleNamespace(
+        plot=lambda x, y, label=None, **style: drawn.setdefault(label, []).append((x, y)),
+        fill_between=lambda x, low, high, **style: drawn.setdefault("band", (x, low, high)),
+    )
+    report.draw_repeated(axis, [[1, 2], [1, 2], [1, 2, 3]], [[1.0, 4.0], [2.0, 4.0], [3.0, 4.0, 9.0]], "red", "arm")
+    assert drawn["arm"] == [([1, 2], [2.0, 4.0])] and len(drawn[None]) == 3
+    at, low, high = drawn["band"]
+    width = 4.303 / 3**0.5  # of a standard deviation of 1 over three
+    assert at == [1, 2] and low == pytest.approx([2 - width, 4]) and high == pytest.approx([2 + width, 4])
+
+
+def test_pictures_of_long_runs_and_of_several_seeds_are_drawn(tmp_path, pictures):
+    for seed in range(2):
+        folder = tmp_path / f"run-{seed}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"algorithm: safe\ncontroller: fixed\nseed: {seed}\n")
+        rows = [{"step": i, "reward": i % 7 + seed, "reward_std": 1, "kl": 0.1, "entropy": 2.0} for i in range(1, 2001)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write_report([tmp_path / "run-0"], tmp_path / "one.png")
+    report.write_report([tmp_path / "run-0", tmp_path / "run-1"], tmp_path / "two.png")
+    assert (tmp_path / "one.png").stat().st_size > 10_000 < (tmp_path / "two.png").stat().st_size

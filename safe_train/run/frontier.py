@@ -110,7 +110,12 @@ def draw_frontier(axis: Any, rows: Rows, evaluations: Sequence[Evaluated], color
 
 
 def draw_path(
-    axis: Any, rows: Rows, evaluations: Sequence[Evaluated], color: str, name: str, held_out_name: str | None = None
+    axis: Any,
+    rows: Rows,
+    evaluations: Sequence[Evaluated],
+    color: str,
+    name: str | None,
+    held_out_name: str | None = None,
 ) -> None:
     kls, rewards = ([row.get(name, math.nan) for row in rows] for name in ("kl", "reward"))
     axis.plot(kls, rewards, color=color, alpha=0.4, linewidth=0.7, marker=".", label=name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,11 @@ STYLES: dict[str, dict[str, Any]] = {
     "points": {"fmt": "o", "capsize": 2, "markersize": 4},
 }
 LIMITS = ("limit", "bound")
+LONG, PARTS = 200, 60  # a curve of so many steps is drawn as means over one of so many parts, with the steps behind
+BEHIND: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.25}
+APART = ("seed", "output_dir")  # settings in which repetitions of one run may differ
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 SAME_EVALUATION = ("eval_completions=", "eval_completions_per_prompt=", "eval_pass_at=", "use_cpu=", "model=")
 
@@ -106,17 +113,26 @@ def write_report(runs: Sequence[Path], target: Path) -> None:
     own = {name: picture_of(rows, settings[name]) for name, rows in histories.items()}
     shown = union(own.values())
     figure, frontier, axes = grid_of(plt, len(shown))
-    for color, (name, rows), run in zip(COLORS * len(runs), histories.items(), runs, strict=False):
-        evaluations = read_evaluations(run, rows[-1]["step"])
-        if len(runs) == 1:
-            draw_frontier(frontier, rows, evaluations, color, settings[name].get("kl_budget"))
-        else:
-            draw_path(frontier, rows, evaluations, color, name)
-        for axis, panel in zip(axes, shown, strict=True):
+    groups = repetitions(settings)
+    for color, (title, members) in zip(COLORS * len(runs), groups.items(), strict=False):
+        for name in members:
+            rows, run = histories[name], runs[names.index(name)]
+            evaluations = read_evaluations(run, rows[-1]["step"])
             if len(runs) == 1:
-                draw(axis, panel, rows, settings[name])
-            elif panel.key in own[name]:
-                draw_compared(axis, own[name][panel.key], rows, settings[name], color, name)
+                draw_frontier(frontier, rows, evaluations, color, settings[name].get("kl_budget"))
+            else:
+                draw_path(frontier, rows, evaluations, color, title if name == members[0] else None)
+        for axis, panel in zip(axes, shown, strict=True):
+            having = [name for name in members if panel.key in own[name]]
+            if len(runs) == 1:
+                draw(axis, panel, histories[title], settings[title])
+            elif len(having) == 1:
+                (name,) = having
+                draw_compared(axis, own[name][panel.key], histories[name], settings[name], color, title)
+            elif having:
+                compared = own[having[0]][panel.key].compared().curves[0]
+                curves = [numbers_of(histories[name], compared, settings[name]) for name in having]
+                draw_repeated(axis, [steps(histories[name]) for name in having], curves, color, title)
     frontier.set_title("reward against KL", loc="left")
     frontier.set_xlabel("exact KL to the reference, nats per token")
     for axis, panel in zip(axes, shown, strict=True):
@@ -133,6 +149,16 @@ def write_report(runs: Sequence[Path], target: Path) -> None:
     figure.supxlabel("\n".join(notes), fontsize=9, color="#555555")
     figure.savefig(target, dpi=110)
     plt.close(figure)
+
+
+def repetitions(settings: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Runs that differ in their seeds alone, under one title; each by itself where settings are not known."""
+    groups: dict[str, list[str]] = {}
+    for name, own in settings.items():
+        what = {key: value for key, value in own.items() if key not in APART}
+        groups.setdefault(json.dumps(what or name, sort_keys=True, default=str), []).append(name)
+    return {members[0] if len(members) == 1 else f"{members[0]}, {len(members)} seeds": members
+            for members in groups.values()}  # fmt: skip
 
 
 def grid_of(plt: Any, count: int) -> tuple[Any, Any, list[Any]]:
@@ -188,18 +214,46 @@ def draw_curve(axis: Any, curve: Curve, rows: Rows, settings: dict[str, Any], co
     if curve.kind == "points":
         axis.errorbar(steps(rows), height, spread, color=color, label=label, **style)
         return
+    if curve.kind in ("line", "thin") and len(rows) >= LONG:
+        axis.plot(steps(rows), height, color=color, **BEHIND)
+        height, spread = smooth(height), None if spread is None else smooth(spread)
     axis.plot(steps(rows), height, color=color, label=label, **style)
     if spread is not None:
         low, high = ([y + sign * s for y, s in zip(height, spread, strict=True)] for sign in (-1, 1))
         axis.fill_between(steps(rows), low, high, color=color, alpha=0.15, linewidth=0, label="± std of completions")
 
 
+def draw_repeated(axis: Any, at: Sequence[list[int]], curves: Sequence[list[float]], color: str, label: str) -> None:
+    """The mean over seeds with its 95 % confidence interval, at the steps that all have, and each seed behind."""
+    for own, curve in zip(at, curves, strict=True):
+        axis.plot(own, curve, color=color, **BEHIND)
+    known = [dict(zip(own, smooth(curve), strict=True)) for own, curve in zip(at, curves, strict=True)]
+    common = sorted(set.intersection(*map(set, known)))
+    means = [statistics.fmean(each[step] for each in known) for step in common]
+    quantile = STUDENT[min(len(known) - 1, len(STUDENT)) - 1] / len(known) ** 0.5
+    widths = [quantile * statistics.stdev(each[step] for each in known) for step in common]
+    low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
+    axis.plot(common, means, color=color, label=label)
+    axis.fill_between(common, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def smooth(height: list[float]) -> list[float]:
+    """Of a long curve the mean around each step, of what is known there; a short one as it is."""
+    if len(height) < LONG:
+        return height
+    half, found = len(height) // PARTS // 2, []
+    for i in range(len(height)):
+        around = [value for value in height[max(0, i - half) : i + half + 1] if not math.isnan(value)]
+        found.append(statistics.fmean(around) if around else math.nan)
+    return found
+
+
 def draw_phases(axis: Any, rows: Rows) -> None:
     shown = set()
-    for row in rows:
-        phase = row["phase"]
+    for phase, stretch in itertools.groupby(rows, key=lambda row: row["phase"]):
+        at = steps(list(stretch))
         label = None if phase in shown else phase
-        axis.axvspan(row["step"] - 0.5, row["step"] + 0.5, color=PHASE_COLORS[phase], linewidth=0, label=label)
+        axis.axvspan(at[0] - 0.5, at[-1] + 0.5, color=PHASE_COLORS[phase], linewidth=0, label=label)
         shown.add(phase)
 
 
