@@ -42,9 +42,9 @@ from safe_train.models import adapters
 from safe_train.run.frontier import ruler
 from safe_train.trainer import SafeTrainer
 
-SEEDS, STEPS, N = 1, 60, 4  # N of the best of n, which are all completions of a prompt
+SEEDS, STEPS, N = 1, 40, 4  # N of the best of n, which are all completions of a prompt
 UNCLIPPED: Settings = {"clip_low": math.inf, "clip_high": math.inf}
-COMMON: Settings = LONG | {"algorithm": "grpo", "learning_rate": 5e-3}
+COMMON: Settings = LONG | {"algorithm": "grpo", "learning_rate": 1e-3}
 FAR: Settings = {"inner_epochs": 3, "minibatch_size": 4}
 ARMS: dict[str, dict[str, Settings]] = {
     "trust_region": {
@@ -56,7 +56,7 @@ ARMS: dict[str, dict[str, Settings]] = {
     "best_of_n": {"grpo": {}, "best of n": {"beta": 0.0, "entropy_coef": 0.0, "max_sampler_gap": math.inf}},
 }
 CURVES = ("reward", "kl", "entropy", "clip_fraction", "approx_kl", "ratio_mean", "time/step_s")
-LAST = 20  # rollouts
+LAST = 10  # rollouts
 
 
 def main(arguments: list[str] | None = None) -> int:
