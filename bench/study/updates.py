@@ -49,9 +49,9 @@ FAR: Settings = {"inner_epochs": 3, "minibatch_size": 4}
 ARMS: dict[str, dict[str, Settings]] = {
     "trust_region": {
         "clip 0.2": FAR,
+        "no bound": FAR | UNCLIPPED,
         "exact KL 0.05": FAR | UNCLIPPED | {"trust_region_kl": 0.05},
         "exact TV 0.15": FAR | UNCLIPPED | {"trust_region_tv": 0.15},
-        "no bound": FAR | UNCLIPPED,
     },
     "best_of_n": {"grpo": {}, "best of n": {"beta": 0.0, "entropy_coef": 0.0, "max_sampler_gap": math.inf}},
 }
