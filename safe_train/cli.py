@@ -1,4 +1,4 @@
-"""The command `safe-train`: check, run, demo, eval, export, report, config."""
+"""The command `safe-train`: check, run, demo, watch, eval, export, report, config."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -92,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     option("--resume", action="store_true", help="continue the run in output_dir, with its settings")
     option("--resume-from", type=home_path, metavar="CHECKPOINT", help="continue its run from this checkpoint")
     option("--overwrite", action="store_true", help="replace the run in output_dir")
+    option("--watch", action="store_true", help="also a local page that shows the run: see `safe-train watch`")
     option("--quiet", **quiet)
     option("overrides", **pairs)
 
@@ -129,6 +131,13 @@ def parser() -> argparse.ArgumentParser:
     option("runs", type=home_path, nargs="+")
     option("--output", type=home_path, help="picture to write (default: report.png in the first run)")
 
+    option = add("watch", "a local page that shows runs while they go on", command_watch, WATCH)
+    option("runs", type=home_path, nargs="+", metavar="RUN", help="run folder, or a folder of runs")
+    option("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)")
+    option("--port", type=int, help="default: 8650, or another if that is taken")
+    option("--allow-host", action="append", default=[], metavar="NAME", help="a name by which browsers reach --host")
+    option("--until-input-ends", action="store_true", help=argparse.SUPPRESS)  # of `run --watch`
+
     option = add("config", "print the settings that people change first, with their defaults", command_config)
     option("--all", action="store_true", help="every setting")
     option("--format", choices=("text", "yaml"), default="text", help="yaml: a file to begin with")
@@ -138,6 +147,10 @@ def parser() -> argparse.ArgumentParser:
 CHECK = (
     "Check settings, folder, prompts, rewards and tokenizer, then the model, as `run` would; print what the run would "
     "do, with the memory that it needs and the reward of one completion; and stop."
+)
+WATCH = (
+    "Show runs on a local web page while they go on: plots, samples token by token, warnings and settings. It only "
+    "reads the run folders; they may be of runs that are over, and on a network disk."
 )
 EVAL = (
     "Evaluate on the prompts of eval_dataset: a run's newest checkpoint, one of its checkpoints, or, without a run, a "
@@ -158,8 +171,11 @@ def command_run(arguments: argparse.Namespace) -> None:
     from safe_train.paper import make_trainer
     from safe_train.run import terminal
     from safe_train.run.run_folder import refuse_existing, refuse_foreign, remove_run
+    from safe_train.watch.beside import require_packages, watched
 
     resume = arguments.resume_from or arguments.resume
+    if arguments.watch:
+        require_packages()
     args = run_settings(arguments)
     replaces = arguments.overwrite and not resume
     if not resume:  # before the model is loaded
@@ -167,7 +183,8 @@ def command_run(arguments: argparse.Namespace) -> None:
     trainer = make_trainer(args)
     if replaces:
         remove_run(Path(args.output_dir))
-    history = trainer.train(resume_from_checkpoint=resume)
+    with watched(Path(args.output_dir)) if arguments.watch and parallel.is_main() else nullcontext():
+        history = trainer.train(resume_from_checkpoint=resume)
     if parallel.is_main():
         terminal.finished(history, Path(args.output_dir))
 
@@ -294,6 +311,15 @@ def command_report(arguments: argparse.Namespace) -> None:
     target = arguments.output or arguments.runs[0] / "report.png"
     write_report(arguments.runs, target)
     print(target)
+
+
+def command_watch(arguments: argparse.Namespace) -> None:
+    from safe_train.watch.runs import find_runs, named
+    from safe_train.watch.server import serve
+
+    is_beside = arguments.until_input_ends  # a run that has written nothing yet
+    runs = named(arguments.runs) if is_beside else find_runs(arguments.runs)
+    serve(runs, arguments.host, arguments.port, arguments.allow_host, is_beside)
 
 
 def command_config(arguments: argparse.Namespace) -> None:

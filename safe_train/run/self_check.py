@@ -24,6 +24,7 @@ from safe_train.models.checks import LARGEST_HEAD_GAP, head_gap
 from safe_train.models.layout import ROWS, largest_gap
 from safe_train.randomness import python_generators, seeded, torch_generators
 from safe_train.run.metrics import sampler_metrics
+from safe_train.settings.limits import LARGEST_SAMPLER_GAP
 
 if TYPE_CHECKING:
     from safe_train.models.policy import Policy
@@ -165,19 +166,13 @@ class SampledElsewhere(ConfigError, parallel.StoppedTogether):
     """Found in a rollout, by all processes at the same place."""
 
 
-# Of the mean over a rollout, in nats: 3e-6 was measured in float32, and 0.04 in bfloat16. vLLM rounds in its own way.
-LARGEST_SAMPLER_GAP = {torch.float32: 0.01, torch.float64: 0.01}
-LARGEST_SAMPLER_GAP_OF_16_BITS = 0.15
-LARGEST_SAMPLER_GAP_OF_VLLM = 0.3
-
-
 def check_sampler_gap(experience: Experience, dtype: torch.dtype, args: SafeConfig) -> None:
     """Stops the run, on all processes together, when a rollout was not sampled from the policy that trains."""
     gap = sampler_metrics(experience.tokens("logprob_L"), experience.tokens("sampler_logprob_L"))["sampler_gap"]
     largest = args.max_sampler_gap
     if largest is None:
-        own = LARGEST_SAMPLER_GAP.get(dtype, LARGEST_SAMPLER_GAP_OF_16_BITS)
-        largest = LARGEST_SAMPLER_GAP_OF_VLLM if args.generation == "vllm" else own
+        own = "float32" if dtype in (torch.float32, torch.float64) else "bfloat16"
+        largest = LARGEST_SAMPLER_GAP["vllm" if args.generation == "vllm" else own]
     if not gap <= largest:
         raise SampledElsewhere(
             f"the rollout's log-probs differ by {gap:.3g} nats on average from the policy's (sampler_gap), at most "
