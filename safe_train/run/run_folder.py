@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from safe_train import parallel
 from safe_train.config import ConfigError, SafeConfig, read_yaml
 from safe_train.rewards.rewards import Scores
-from safe_train.run import folder_lock
+from safe_train.run import folder_lock, trackers
 from safe_train.run.evaluation import Evaluation
 from safe_train.run.hardware import processor
 from safe_train.run.metrics import as_rows, completion_columns
@@ -76,17 +76,21 @@ class RunFolder:
         """A row a completion: each reward, and what the rewards logged beside it; and the tokens of a few."""
         columns = completion_columns(rollout, scores)
         append(self.tokens, [{"step": step, **row} for row in tokens])
-        append(self.samples, as_rows(columns | scores.columns(taken=("step", *columns)), step=step))
+        rows = as_rows(columns | scores.columns(taken=("step", *columns)), step=step)
+        append(self.samples, rows)
+        trackers.send_samples(self.accelerator.trackers, rows, scores["reward"], step)
 
     @parallel.main_only
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
         append(self.evaluations, evaluation.rows(step))
 
     @parallel.main_only
-    def finish(self) -> None:
+    def finish(self, step: int) -> None:
+        write_report([self.path], picture := self.path / "report.png")
+        if self.accelerator.trackers:
+            trackers.send_picture(self.accelerator.trackers, picture, step)
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        write_report([self.path], self.path / "report.png")
 
 
 def refuse_existing(run: Path) -> None:

@@ -184,5 +184,5 @@ class Session:
 
     def finished(self) -> list[dict[str, Any]]:
         """Closes the folder, and returns the metrics of the steps."""
-        self.folder.finish()
+        self.folder.finish(self.trainer.step)
         return self.history
