@@ -19,7 +19,7 @@ from .inputs import Divergence, DivergenceGrad, LinearInputs, LogitsInputs, Scan
 BACKENDS = ("reference", "torch", "triton")
 GPUS = ("cuda", "xpu")  # where Triton is the best, if it is installed
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-LIBRARY = torch.library.Library("safe_kernels", "DEF")
+LIBRARY = torch.library.Library(__name__.rpartition(".")[0].replace(".", "_"), "DEF")  # its own in each copy
 
 
 class Backend(Protocol):
@@ -191,7 +191,7 @@ def register(fake: Callable[..., Any], *, mutates: str = "") -> Callable[[Callab
         schema = torch.library.infer_schema(body, mutates_args=(mutates,) if mutates else ())
         LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        op = getattr(torch.ops.safe_kernels, name).default
+        op = getattr(getattr(torch.ops, LIBRARY.ns), name).default
         torch.library.register_fake(op.name(), fake, lib=LIBRARY)
         if mutates:
             LIBRARY.impl(name, tell_autograd_of_the_write(op), "ADInplaceOrView", with_keyset=True)
