@@ -13,11 +13,12 @@ TORCH_INDEX ?= https://download.pytorch.org/whl
 VENV := .venv
 BIN := $(VENV)/bin
 INTEGRATIONS := .venv-integrations
+PACKAGE := .venv-package
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --no-compile --constraint constraints.txt
 
 unexport PYTHONHOME PYTHONPATH PYTHONDONTWRITEBYTECODE
 .NOTPARALLEL:
-.PHONY: help demo test kernels test-integrations check format bench docs setup clean
+.PHONY: help demo test kernels test-integrations check format bench docs package setup clean
 
 help:
 	@echo "make demo    train SmolLM2-135M with SAFE on this machine, and draw a report"
@@ -28,6 +29,7 @@ help:
 	@echo "make format  rewrite the sources as 'make check' wants them"
 	@echo "make bench   time and memory beside plain PyTorch, and other projects that are installed (docs/performance.md)"
 	@echo "make docs    the documentation as a site with search, in build/site"
+	@echo "make package the wheel and the sdist, checked, in dist; the README's example runs from the wheel"
 	@echo "make setup   only install, into $(VENV)"
 	@echo "make clean   remove $(VENV), $(INTEGRATIONS), caches and build files"
 	@echo
@@ -64,10 +66,22 @@ docs: $(VENV)/.installed-test
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
 	@echo "build/site/README.html"
 
+# In environments of their own: what builds, and an empty one with PyTorch and the wheel alone. SAFE_KERNELS_URL: see setup.py.
+package:
+	rm -rf build dist $(PACKAGE)
+	$(PYTHON) -m venv $(PACKAGE)/tools && $(PACKAGE)/tools/bin/python -m pip install -qq build==1.6.1 twine==7.0.0
+	$(PACKAGE)/tools/bin/python -m build --outdir dist .
+	$(PACKAGE)/tools/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(PACKAGE)/empty
+	$(if $(TORCH),$(PACKAGE)/empty/bin/python -m pip install -qq --constraint constraints.txt --index-url $(TORCH_INDEX)/$(TORCH) --no-deps torch)
+	$(PACKAGE)/empty/bin/python -m pip install -qq --constraint constraints.txt dist/*.whl
+	sed -n '/^```python/,/^```$$/p; /^```$$/q' README.md | sed '/^```/d' > $(PACKAGE)/example.py
+	cd $(PACKAGE) && empty/bin/python example.py
+
 setup: $(VENV)/.installed-test
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(INTEGRATIONS) $(PACKAGE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # The stamp comes last: an interrupted installation is taken up again. The tests' packages include the demo's.
 # The imports prove the installation, and compile what the first run needs (all at once, pip takes a minute more).
