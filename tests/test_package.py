@@ -111,7 +111,7 @@ def test_the_readme_with_an_address_links_to_the_files_of_this_version(wheel, sd
 
 def test_the_readmes_example_runs_from_the_wheel_alone(wheel, tmp_path):
     wheel.extractall(tmp_path)
-    example = (ROOT / "README.md").read_text().partition("## Library\n")[2].partition("```python\n")[2]
+    example = (ROOT / "README.md").read_text().partition("```python\n")[2]
     code = example.partition("```")[0] + "import safe_kernels; print(safe_kernels.__file__, hidden.grad.abs().sum())"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True
