@@ -107,6 +107,9 @@ def test_the_budget_claim_is_in_the_rows_of_the_study():
     ratios = [kl / r["settings"]["kl_budget"] for r in grid for kl in r["curves"]["kl"][1:]]
     said = re.search(r"In (\d+) runs of 20 steps \((\d+) rollouts", README)
     assert said.groups() == (str(len(grid)), str(len(ratios))) and max(ratios) < 1.1
+    long = [r for r in rows if (r["stage"], r["name"]) == ("long", "budget")]
+    assert f"all {len(long)} runs of 1,500 steps ended inside it" in README
+    assert all(r["curves"]["kl"][-1] < r["settings"]["kl_budget"] and len(r["curves"]["kl"]) == 1500 for r in long)
 
 
 def test_the_example_runs():
