@@ -139,7 +139,10 @@ SAMPLES = [
 TOKENS = [
     {"step": step, "row": row, "tokens": ["a", "b"], "logprob": [-1, -2.0], "entropy": [1, 2], "kl": [0, 1]}
     for step, row in ((10, 1), (30, 3))
-] + [{"step": 20, "row": 0, "tokens": ["a", "b"], "logprob": [-1.0], "entropy": [1], "kl": [0]}]
+] + [
+    {"step": 20, "row": 0, "tokens": ["a", "b"], "logprob": [-1.0], "entropy": [1], "kl": [0]},
+    {"step": 20, "row": []},
+]
 
 
 @pytest.fixture
@@ -385,6 +388,8 @@ def test_a_port_that_is_taken_is_left_to_its_owner():
     port = first.getsockname()[1]
     with first, pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1:{port}"):
         listen("127.0.0.1", port)
+    with pytest.raises(ConfigError, match="cannot listen at 127.0.0.1:99999"):
+        listen("127.0.0.1", 99999)
     with listen("127.0.0.1", None) as usual, listen("127.0.0.1", None) as other:
         assert address(usual) != address(other)
 

@@ -142,7 +142,7 @@ class WatchedRun:
 
     def warnings(self, said: str) -> list[str]:
         """What asks for a hand: of the run's state, its files and its numbers."""
-        tails = [self.metrics.tail, *(samples.tail for samples in self.samples.values())]
+        tails = [self.metrics.tail, *(tail for samples in self.samples.values() for tail in samples.tails)]
         files = [f"{tail.path.name} cannot be read: {tail.problem}" for tail in tails if tail.problem]
         files += [
             f"{tail.path.name} has lines that are not JSON rows with a step: {tail.unreadable} are left out."

@@ -53,6 +53,10 @@ class Samples:
         self.token_places: dict[tuple[int, int], Line] = {}
         self.prompts: dict[str, str] = {}  # each is in memory once
 
+    @property
+    def tails(self) -> list[Tail]:
+        return [tail for tail in (self.tail, self.tokens_tail) if tail is not None]
+
     def refresh(self) -> None:
         self.tail.feed(self.add, self.clear)
         if self.tokens_tail is not None:
@@ -62,7 +66,8 @@ class Samples:
         self.places, self.prompts = [], {}
 
     def add_tokens(self, line: Line) -> None:
-        self.token_places[line.row["step"], line.row.get("row", 0)] = line._replace(row={})
+        if type(line.row.get("row")) is int:
+            self.token_places[line.row["step"], line.row["row"]] = line._replace(row={})
 
     def add(self, line: Line) -> None:
         row, last = line.row, self.places[-1] if self.places else None

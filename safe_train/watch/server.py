@@ -185,10 +185,11 @@ def plotly_file() -> Path:
 
 def listen(host: str, port: int | None) -> socket.socket:
     """A socket that listens; without a port at the usual one, or, if that is taken, at any."""
+    reason: Exception | None = None
     for number in (PORT, 0) if port is None else (port,):
         try:
             return socket.create_server((host, number), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # the latter of a number that is no port
             reason = error
     raise ConfigError(f"cannot listen at {host}:{port or PORT}: {reason}") from None
 
