@@ -147,7 +147,8 @@ def _from_logits(original: Any) -> Callable[..., Tensor]:
         call.apply_defaults()
         if not _is_ours(call.arguments):
             return original(*given, **named)
-        student, teacher, labels, beta, temperature, reduction, *_, items = call.arguments.values()
+        student, teacher, labels, beta, temperature, reduction = (call.arguments[name] for name in _LOGITS)
+        items = call.arguments.get("num_items_in_batch")
         mask = None if labels is None else labels != -100
         options = {"divergence": "jsd", "beta": beta, "temperature": temperature, "mask": mask}
         loss = distillation_loss(student, teacher, **options, reduction="sum", backend=fast_backend(student)).loss
@@ -160,7 +161,7 @@ def _from_logits(original: Any) -> Callable[..., Tensor]:
 
 def _is_ours(arguments: dict[str, Any]) -> bool:
     is_other = arguments.get("logits_are_probs", False) or arguments.get("top_k", 0) > 0
-    is_reduced = arguments["num_items_in_batch"] is not None or arguments["reduction"] in ("batchmean", "sum")
+    is_reduced = arguments.get("num_items_in_batch") is not None or arguments["reduction"] in ("batchmean", "sum")
     return is_reduced and not is_other and not (torch.is_grad_enabled() and arguments["teacher_logits"].requires_grad)
 
 
@@ -185,7 +186,7 @@ REPLACEMENTS = [
         Replacement(
             f"trl.experimental.{folder}.{folder}_trainer",
             f"{trainer}.generalized_jsd_loss",
-            [(*_LOGITS, *own, "num_items_in_batch")],
+            [(*_LOGITS, *own, "num_items_in_batch"), (*_LOGITS, *own)],  # without the number: before 1.0
             _from_logits,
         )
         for folder, trainer, own in (
