@@ -1,5 +1,9 @@
 """Causal language models of transformers, in the form the kernels take: the states their head receives, and the head.
 
+    stats = token_stats_of(model, ids, labels, attention_mask=mask)       # of the labels after the first: [B, T - 1]
+
+or, in parts,
+
     hidden_BTH = head_inputs(model, input_ids=ids, attention_mask=mask)   # no logits are made
     stats = linear_token_stats(hidden_BTH, tokens=labels, **output_head(model), **logit_transform(model))
 
@@ -17,14 +21,107 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from safe_kernels import TokenStats, linear_token_stats
+
+IGNORED = -100  # the label of transformers for what is no target
 TOLERANCE = 1e-3  # nats
 PROBE_TOKENS = 4
 LARGEST_LOGIT = 30.0  # of those that are put in place of the head's: above it a softcap shows
+
+
+_checked: WeakKeyDictionary[nn.Module, tuple[list[dict[str, Any]], dict[str, Any]]] = WeakKeyDictionary()
+
+
+def token_stats_of(
+    model: Any,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    ref_model: Any = None,
+    temperature: float | Tensor = 1.0,
+    backend: str | None = None,
+    **inputs: Any,
+) -> TokenStats:
+    """Log-prob and entropy of a causal model at each label but the first of a row, without its logits. Equivalent to
+
+        logits = model(input_ids, **inputs).logits[:, :-1]
+        token_stats(logits, labels[:, 1:], ref_logits=..., temperature=temperature, mask=labels[:, 1:] != -100)
+
+    with the product of the head in float32. The first call for a model runs it twice over a few tokens, to measure what
+    it does to its logits after the head and to compare log-probs with those of its own code.
+
+    Args:
+        input_ids, labels: [B, T]; as in transformers a label stands at the place of its own token, and -100 is none.
+        ref_model: another one, with the same vocabulary, which runs without gradient: `kl` is the exact KL to it.
+        temperature: > 0, a number or [B, T - 1].
+        inputs: other arguments of the models' forward, such as attention_mask and position_ids.
+
+    Returns:
+        TokenStats of shape [B, T - 1], 0 where the label is -100; differentiable in the weights of the model.
+
+    Raises:
+        ValueError: the head or what follows it is nothing that the kernels compute, or `ref_model` follows its head by
+            something else than the model does.
+    """
+    if labels.shape != input_ids.shape or input_ids.dim() != 2:
+        shapes = f"{tuple(input_ids.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"input_ids and labels must have one shape (batch, time); they have {shapes}")
+    options, reference = checked_transform(model), {}
+    if ref_model is not None:
+        if checked_transform(ref_model) != options:
+            raise ValueError(
+                f"ref_model has {checked_transform(ref_model)} after its head, and the model {options}; both must agree"
+            )
+        with torch.no_grad():
+            reference["ref_hidden"] = head_inputs(ref_model, input_ids=input_ids, **inputs)[:, :-1]
+        reference |= {f"ref_{name}": x for name, x in output_head(ref_model).items()}
+    hidden_BTH = head_inputs(model, input_ids=input_ids, **inputs)[:, :-1]
+    targets = labels[:, 1:]
+    given = {**output_head(model), **options, **reference, "temperature": temperature, "backend": backend}
+    return linear_token_stats(hidden_BTH, tokens=targets, mask=targets != IGNORED, **given)
+
+
+def checked_transform(model: Any) -> dict[str, Any]:
+    """`logit_transform`, measured once for a model and its config, after which log-probs were compared.
+
+    Raises:
+        ValueError: as `logit_transform`, or the log-probs are not those of the model's own code within 1e-3 nats.
+    """
+    candidates = readings(text_config(model))
+    if model in _checked and _checked[model][0] == candidates:
+        return _checked[model][1]
+    with in_eval_mode(model), torch.no_grad():
+        found = logit_transform(model)
+        ids = torch.tensor([plain_ids(model, PROBE_TOKENS)], device=model.device)
+        states, logits = own_logits(model, input_ids=ids)
+        stats = linear_token_stats(states, tokens=ids, **output_head(model), **found)
+        own = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    gap = (stats.logprob - own).abs().max().nan_to_num(torch.inf).item()
+    if gap > TOLERANCE:
+        raise ValueError(
+            f"{type(model).__name__}: with {found} after the head the kernels' log-probs differ by {gap:.2g} nats from "
+            f"those of the model's own code, on the same hidden states; at most {TOLERANCE} is rounding"
+        )
+    _checked[model] = (candidates, found)
+    return found
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout; after it each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def text_config(model: Any) -> Any:
