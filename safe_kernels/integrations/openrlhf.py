@@ -180,7 +180,7 @@ PATCH = Patch(
         Replacement(UTILS, "compute_entropy", [("logits",)], lambda original: compute_entropy),
     ],
 )
-apply, revert = PATCH.apply, PATCH.revert
+PATCHES, apply, revert = (PATCH,), PATCH.apply, PATCH.revert
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -38,8 +38,8 @@ MEAN_COLUMNS, MEAN_ROWS = 8192, 4096  # of the weight and of tokens at a time, w
 def apply(kl: str | None = None) -> Patch:
     """Replace what this version of TRL has of these functions, in this process; see `Patch` for what it refuses.
 
-    Call it before or after `import trl`, and before names of TRL's functions are imported elsewhere. The result is a
-    context manager, and its `replaced` lists the names.
+    Call it before or after `import trl` and the packages of DOWNSTREAM, and before your own code imports these names.
+    The result is a context manager; its `replaced` lists the functions, its `status()` every name that leads to ours.
 
     Args:
         kl: None leaves the KL as TRL estimates it. "exact" changes the loss: GRPO and RLOO get the exact KL, see
@@ -303,12 +303,18 @@ _FROM_LOGITS = [
 _CHUNKED = (UTILS, "_ChunkedLogProbFunction")
 _OLDER = [("last_hidden", "weight", "bias", *_HEAD), ("last_hidden", "weight", *_HEAD)]
 _SHARED = [*_FROM_LOGITS, *trl_distillation.REPLACEMENTS]
-PATCH = Patch("trl", [Replacement(*_CHUNKED, [_FROM_1_15, *_OLDER], _linear_logprob), *_SHARED])
+DOWNSTREAM = ("swift", "axolotl")  # packages whose trainers have bound TRL's functions
+PATCH = Patch(
+    "trl",
+    [Replacement(*_CHUNKED, [_FROM_1_15, *_OLDER], _linear_logprob), *_SHARED],
+    downstream=DOWNSTREAM,
+)
 _EXACT = [
     Replacement(*_CHUNKED, [_FROM_1_15], lambda original: trl_exact_kl.HeadCall(LinearLogprob.apply)),
     *trl_exact_kl.METHODS,
 ]
-EXACT_KL = Patch("trl", [*_EXACT, *_SHARED], needs=_EXACT)
+EXACT_KL = Patch("trl", [*_EXACT, *_SHARED], needs=_EXACT, downstream=DOWNSTREAM)
+PATCHES = (PATCH, EXACT_KL)
 
 
 def main() -> None:

@@ -130,4 +130,4 @@ def apply(kl: str | None = None) -> Patch:
     return PATCH.apply()
 
 
-revert = PATCH.revert
+PATCHES, revert = (PATCH,), PATCH.revert
