@@ -1,4 +1,4 @@
-# Needs only make and python3 (3.10 to 3.13). `make help` lists the targets.
+# Needs only make and python3 (3.10 to 3.14). `make help` lists the targets.
 
 PYTHON ?= python3
 TORCH ?=
@@ -81,7 +81,7 @@ package:
 setup: $(VENV)/.installed-test
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) $(PACKAGE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(INTEGRATIONS) $(PACKAGE) .venv-versions build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # The stamp comes last: an interrupted installation is taken up again. The tests' packages include the demo's.
 # The imports prove the installation, and compile what the first run needs (all at once, pip takes a minute more).
@@ -109,9 +109,9 @@ $(INTEGRATIONS)/.installed: $(VENV)/.installed-test tests/integrations.txt
 # A .venv of your own is used as it is; one that was left half made is made anew.
 $(VENV)/.created:
 	@$(PYTHON) -c '' >/dev/null 2>&1 || { echo >&2 \
-	   "'$(PYTHON)' was not found or does not start. Install Python 3.10 to 3.13, or name yours: make PYTHON=/path/to/python3"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { echo >&2 \
-	   "'$(PYTHON)' is `$(PYTHON) -V 2>&1`, and 3.10 to 3.13 is needed. Name another: make PYTHON=python3.12"; exit 1; }
+	   "'$(PYTHON)' was not found or does not start. Install Python 3.10 to 3.14, or name yours: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' || { echo >&2 \
+	   "'$(PYTHON)' is `$(PYTHON) -V 2>&1`, and 3.10 to 3.14 is needed. Name another: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo >&2 \
 	   "'$(PYTHON)' lacks the venv module. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@test -x $(BIN)/python -a ! -e $(VENV)/.unfinished || { rm -rf $(VENV) && mkdir $(VENV) && \

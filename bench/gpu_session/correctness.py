@@ -23,7 +23,7 @@ from safe_kernels import reference
 def check_versions(place: Place) -> Iterator[Record]:
     """Raises where PyTorch or Triton is too old; says what else this machine lacks, and what follows."""
     found = versions()
-    for name, least in (("torch", (2, 9)), ("triton", (3, 5))):
+    for name, least in (("torch", (2, 10)), ("triton", (3, 6))):
         if tuple(int(part) for part in found.get(name, "0.0").split(".")[:2]) < least:
             raise RuntimeError(f"{name} {found.get(name)} is too old: {'.'.join(map(str, least))} or newer is needed")
     if not place.tiny and not torch.cuda.is_available():
