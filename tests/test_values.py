@@ -164,7 +164,7 @@ def test_safe_terms_complete_the_statistics(any_backend):
     case, values = logits_case(), values_case()
     found = safe_terms(**case, **values, kl_threshold=0.2, alpha=0.5, backend=any_backend)
     stats = token_stats(**case, backend=any_backend)
-    assert all(torch.equal(getattr(found, name), x) for name, x in stats._asdict().items())
+    assert all(torch.equal(getattr(found, name), x) for name, x in stats._asdict().items() if name != "ref_kl")
     torch.testing.assert_close(found.kl_penalty, (stats.kl - 0.2).relu() ** 2)
     torch.testing.assert_close(found.value, soft_min(values["v1"], values["v2"], 0.5, backend=any_backend))
     after = torch.cat([found.value[:, 1:], torch.zeros(3, 1)], 1)
@@ -175,7 +175,7 @@ def test_linear_safe_terms_have_the_bits_of_linear_token_stats(backend):
     case = linear_case(mask=some_mask())
     found = linear_safe_terms(**case, **values_case(), kl_threshold=0.2, alpha=0.5, backend=backend)
     stats = linear_token_stats(**case, backend=backend)
-    assert all(torch.equal(getattr(found, name), x) for name, x in stats._asdict().items())
+    assert all(torch.equal(getattr(found, name), x) for name, x in stats._asdict().items() if name != "ref_kl")
 
 
 def test_masked_values_spread_nothing(any_backend):

@@ -157,8 +157,13 @@ def repetitions(settings: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     for name, own in settings.items():
         what = {key: value for key, value in own.items() if key not in APART}
         groups.setdefault(json.dumps(what or name, sort_keys=True, default=str), []).append(name)
-    return {members[0] if len(members) == 1 else f"{members[0]}, {len(members)} seeds": members
-            for members in groups.values()}  # fmt: skip
+    found: dict[str, list[str]] = {}
+    for members in groups.values():
+        are_repetitions = len({settings[name].get("seed") for name in members}) == len(members) > 1
+        found |= (
+            {f"{members[0]}, {len(members)} seeds": members} if are_repetitions else {name: [name] for name in members}
+        )
+    return found
 
 
 def grid_of(plt: Any, count: int) -> tuple[Any, Any, list[Any]]:
