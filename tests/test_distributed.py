@@ -228,7 +228,7 @@ def close(found, expected, where: str, tolerance: float = 2e-5) -> None:
 
 
 def close_after_adam(found, expected, gradients, rate: float, tolerance: float = 2e-5) -> None:
-    """As `close`, of weights. A step of Adam is rate g / |g|: what rounds a small gradient moves its weight by as much."""
+    """As `close`. A step of Adam is rate g / |g|: what rounds a small gradient moves its weight by as much."""
     for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         sizes = [np.abs(step[i]) for step in gradients]
         moved = sum(rate * np.minimum(2.0, 2 * tolerance / np.maximum(size, tolerance)) for size in sizes)
