@@ -81,6 +81,7 @@ NO_TOWERS = IDS | {"vision_config": None, "audio_config": None}
 
 # What a kind wants beside that.
 SPECIAL = {
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 0},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "gemma3": {"image_token_index": 55, "boi_token_index": 56, "eoi_token_index": 57, "mm_tokens_per_image": 4},

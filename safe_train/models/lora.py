@@ -19,11 +19,15 @@ def lora_config(model: Any, args: SafeConfig) -> Any:
 
     with as_published(model):
         silent = tuple(f"{name}." for name in silent_modules(model))
+    try:
+        head = head_module(model)
+    except ValueError as error:
+        raise ConfigError(f"{error}; train another model") from None
     modules = dict(model.named_modules())
     linear = {
         name: m
         for name, m in modules.items()
-        if (isinstance(m, Conv1D) or is_linear(m)) and m is not head_module(model) and not f"{name}.".startswith(silent)
+        if (isinstance(m, Conv1D) or is_linear(m)) and m is not head and not f"{name}.".startswith(silent)
     }
     names = {last(name) for name in linear} - read_without_a_call(model)
     if not names:
