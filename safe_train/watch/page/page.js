@@ -130,7 +130,7 @@ async function showPanels() {
     }
     find("more").hidden = !panels.some((panel) => panel.is_other);
   }
-  await Promise.all([...cards.values()].filter((card) => card.isVisible).map(draw));
+  await drawVisible();
 }
 
 function addCard(panel) {
@@ -149,14 +149,14 @@ function addCard(panel) {
 
 function removeCard(key, card) {
   watcher.unobserve(card.box);
-  Plotly.purge(card.plot);
+  if (hasPlotly()) Plotly.purge(card.plot);
   card.box.remove();
   cards.delete(key);
 }
 
 async function draw(card) {
   const wanted = drawnVersion + find("smooth").value + dark.matches;
-  if (card.drawn === wanted || typeof Plotly === "undefined") return;
+  if (card.drawn === wanted || !hasPlotly()) return;
   card.drawn = wanted;
   try {
     const found = await ask("panel", { key: card.key, runs: asked(), smooth: find("smooth").value });
@@ -167,6 +167,9 @@ async function draw(card) {
     card.drawn = ""; // again with the next look
   }
 }
+
+const hasPlotly = () => typeof Plotly !== "undefined";
+const drawVisible = () => Promise.all([...cards.values()].filter((card) => card.isVisible).map(draw));
 
 function paint(curves) {
   // One run alone: a color a curve. Several: a color a run.
@@ -333,7 +336,8 @@ find("before").addEventListener("click", () => turn(-1));
 find("after").addEventListener("click", () => turn(1));
 find("settings").addEventListener("toggle", showSettings);
 find("changed").addEventListener("change", showSettings);
-find("smooth").addEventListener("change", () => { for (const card of cards.values()) if (card.isVisible) draw(card); });
+find("smooth").addEventListener("change", drawVisible);
+window.addEventListener("load", drawVisible); // Plotly is there; runs, warnings and samples did not wait for it
 dark.addEventListener("change", () => { drawnVersion = ""; look(); });
 
 async function go() {
