@@ -4,7 +4,6 @@ import sys
 
 import hypothesis
 import jinja2
-import numpy
 import pytest
 import torch
 
@@ -45,27 +44,6 @@ def fast_interpreter():
     from bench.measurement.interpreter import patch_language_once_a_launch
 
     patch_language_once_a_launch()
-
-
-class RowByRow:
-    """numpy for Triton's interpreter, whose products have the same bits for a row wherever it stands in its tile.
-
-    A library of matrix products takes the last rows of a tile by another loop, on some processors in another order.
-    """
-
-    def __getattr__(self, name):
-        return getattr(numpy, name)
-
-    @staticmethod
-    def matmul(a_MK, b_KN, dtype):
-        return numpy.matmul(a_MK[..., :, None, :], b_KN[..., None, :, :], dtype=dtype)[..., :, 0, :]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_order_of_products():
-    from triton.runtime import interpreter
-
-    interpreter.np = RowByRow()
 
 
 @pytest.fixture(scope="session", autouse=True)
