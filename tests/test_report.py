@@ -173,9 +173,9 @@ def test_a_long_curve_is_smoothed_and_a_short_one_is_not():
     assert report.smooth(short) is short
     found = report.smooth(long)
     assert len(found) == 6000 and max(abs(value - 0.5) for value in found) < 0.02
-    half = 6000 // report.PARTS // 2
     ramp = report.smooth([float(i) for i in range(6000)])
-    assert ramp[3000] == 3000 and ramp[0] == half / 2  # one-sided at its ends
+    width = 6000 // report.PARTS  # from half before a step to half behind it, less one
+    assert ramp[3000] == 2999.5 and ramp[0] == (width // 2 - 1) / 2
     assert math.isnan(report.smooth([math.nan] * 300)[7]) and report.smooth([math.nan, *[1.0] * 299])[0] == 1.0
 
 
@@ -203,7 +203,7 @@ def test_the_band_over_seeds_is_the_confidence_interval_of_the_mean():
     report.draw_repeated(axis, [[1, 2], [1, 2], [1, 2, 3]], [[1.0, 4.0], [2.0, 4.0], [3.0, 4.0, 9.0]], "red", "arm")
     assert drawn["arm"] == [([1, 2], [2.0, 4.0])] and len(drawn[None]) == 3
     at, low, high = drawn["band"]
-    width = 4.303 / 3**0.5  # of a standard deviation of 1 over three
+    width = 4.30 / 3**0.5  # of a standard deviation of 1 over three
     assert at == [1, 2] and low == pytest.approx([2 - width, 4]) and high == pytest.approx([2 + width, 4])
 
 

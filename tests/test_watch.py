@@ -19,8 +19,9 @@ from watching import metrics, served, write_rows, write_run
 from safe_train.cli import main
 from safe_train.config import ConfigError
 from safe_train.run.advice import advice
+from safe_train.run.panels import smoothed
 from safe_train.watch import plots
-from safe_train.watch.curves import smoothed, thinned
+from safe_train.watch.curves import thinned
 from safe_train.watch.runs import LOCK, SILENT_SECONDS, Metrics, WatchedRun, find_runs
 from safe_train.watch.samples import PAGE, Query, Samples
 

@@ -13,7 +13,7 @@ from typing import Any
 from bench.study.arms import CHANGES, MAIN, PUBLISHED, REPLAYED, Settings, base_of
 from safe_train.algorithms.controller import Controller, Moments
 from safe_train.config import SafeConfig
-from safe_train.run.report import numbers
+from safe_train.run.report import numbers, student
 from safe_train.run.report import read_rows as read_json_lines
 
 Row = dict[str, Any]
@@ -23,7 +23,6 @@ SMOOTH = 5  # steps
 CRASH_WINDOW, CRASH_KL = 10, 1.0
 SWEEP_KL = 0.7  # nats per token; a setting that passes it in the sweep may well pass CRASH_KL in a run twice as long
 SPIKE = 2.0  # times the value loss of the steps before
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t for 1, 2, ... degrees of freedom
 PAPER = {"safe_paper": 0.725, "ppo_paper": 0.689}  # training-average rewards it reports, of 3B models
 
 
@@ -166,10 +165,6 @@ def difference(values: Sequence[float], base: Sequence[float]) -> tuple[float, f
     total = sum(square for square, _ in squares)
     freedom = total**2 / sum(square**2 / count for square, count in squares) if total else 1
     return mean, student(int(freedom)) * math.sqrt(total)
-
-
-def student(freedom: int) -> float:
-    return T_95[min(freedom, len(T_95)) - 1]
 
 
 def cell(rows: Sequence[Row], column: Column, base: Sequence[Row] | None = None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 Settings = Mapping[str, Any]  # of config.yaml; empty where a run has none
@@ -149,3 +151,19 @@ def values(curve: Curve, columns: Mapping[str, list[float]], settings: Settings,
         return [float(settings[curve.name])] * count
     found = columns.get(curve.name, [float("nan")] * count)
     return found if curve.floor is None else [curve.floor if value < curve.floor else value for value in found]
+
+
+def smoothed(y: Sequence[float], width: int) -> list[float]:
+    """The mean over the `width` numbers around each, fewer at the ends; nan is left out."""
+    if width <= 1:
+        return list(y)
+    known = [not math.isnan(value) for value in y]
+    sums = [0.0, *accumulate(value if is_known else 0.0 for value, is_known in zip(y, known, strict=True))]
+    counts = [0, *accumulate(known)]
+    before = width // 2
+    found = []
+    for i in range(len(y)):
+        low, high = max(0, i - before), min(len(y), i - before + width)
+        count = counts[high] - counts[low]
+        found.append((sums[high] - sums[low]) / count if count else math.nan)
+    return found

@@ -12,7 +12,7 @@ from typing import Any
 
 from safe_train.config import ConfigError, read_yaml
 from safe_train.run.frontier import Evaluated, draw_frontier, draw_path
-from safe_train.run.panels import Curve, Panel, panels_of, union, values
+from safe_train.run.panels import Curve, Panel, panels_of, smoothed, union, values
 from safe_train.settings.written import plain
 
 COLORS = ("#2a6fb0", "#d1622b", "#3a8f5c", "#8a5aa8", "#b03a5b", "#6b6b6b")
@@ -29,8 +29,7 @@ LIMITS = ("limit", "bound")
 LONG, PARTS = 200, 60  # a curve of so many steps is drawn as means over one of so many parts, with the steps behind
 BEHIND: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.25}
 APART = ("seed", "output_dir")  # settings in which repetitions of one run may differ
-# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t for 1, 2, ... degrees of freedom
 
 SAME_EVALUATION = ("eval_completions=", "eval_completions_per_prompt=", "eval_pass_at=", "use_cpu=", "model=")
 
@@ -130,9 +129,11 @@ def write_report(runs: Sequence[Path], target: Path) -> None:
                 (name,) = having
                 draw_compared(axis, own[name][panel.key], histories[name], settings[name], color, title)
             elif having:
-                compared = own[having[0]][panel.key].compared().curves[0]
-                curves = [numbers_of(histories[name], compared, settings[name]) for name in having]
+                first, *limits = own[having[0]][panel.key].compared().curves
+                curves = [numbers_of(histories[name], first, settings[name]) for name in having]
                 draw_repeated(axis, [steps(histories[name]) for name in having], curves, color, title)
+                for limit in limits:
+                    draw_curve(axis, limit, histories[having[0]], settings[having[0]], color, None)
     frontier.set_title("reward against KL", loc="left")
     frontier.set_xlabel("exact KL to the reference, nats per token")
     for axis, panel in zip(axes, shown, strict=True):
@@ -235,7 +236,7 @@ def draw_repeated(axis: Any, at: Sequence[list[int]], curves: Sequence[list[floa
     known = [dict(zip(own, smooth(curve), strict=True)) for own, curve in zip(at, curves, strict=True)]
     common = sorted(set.intersection(*map(set, known)))
     means = [statistics.fmean(each[step] for each in known) for step in common]
-    quantile = STUDENT[min(len(known) - 1, len(STUDENT)) - 1] / len(known) ** 0.5
+    quantile = student(len(known) - 1) / len(known) ** 0.5
     widths = [quantile * statistics.stdev(each[step] for each in known) for step in common]
     low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
     axis.plot(common, means, color=color, label=label)
@@ -243,14 +244,13 @@ def draw_repeated(axis: Any, at: Sequence[list[int]], curves: Sequence[list[floa
 
 
 def smooth(height: list[float]) -> list[float]:
-    """Of a long curve the mean around each step, of what is known there; a short one as it is."""
-    if len(height) < LONG:
-        return height
-    half, found = len(height) // PARTS // 2, []
-    for i in range(len(height)):
-        around = [value for value in height[max(0, i - half) : i + half + 1] if not math.isnan(value)]
-        found.append(statistics.fmean(around) if around else math.nan)
-    return found
+    """Of a long curve the mean around each step; a short one as it is."""
+    return height if len(height) < LONG else smoothed(height, len(height) // PARTS)
+
+
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t."""
+    return T_95[min(freedom, len(T_95)) - 1]
 
 
 def draw_phases(axis: Any, rows: Rows) -> None:

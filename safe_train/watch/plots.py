@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from safe_train.run.frontier import Point, held_out, longest_ruler, moved
-from safe_train.run.panels import Curve, Panel, union, values
-from safe_train.watch.curves import MOST, smoothed, thinned
+from safe_train.run.panels import Curve, Panel, smoothed, union, values
+from safe_train.watch.curves import MOST, thinned
 from safe_train.watch.runs import WatchedRun
 
 FRONTIER = Panel("frontier", "reward against KL", (Curve("reward", "rollouts"),))
