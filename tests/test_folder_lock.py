@@ -1,10 +1,12 @@
 """One run a folder, with real processes."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import processes
@@ -76,6 +78,24 @@ def test_a_new_folder_in_use_is_refused_before_its_first_step(holder, tmp_path, 
     for options in ([], ["--overwrite"]):
         assert main(["run", *prepare(tmp_path), f"output_dir={tmp_path / 'run'}", *options]) == 2
         assert "belongs to a run that is going on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left_behind", ["", "killed"])
+def test_a_refused_run_waits_until_the_owner_has_signed(left_behind, holder, tmp_path):
+    run = tmp_path / "run"
+    if left_behind:
+        killed, _ = holder()
+        killed.kill()
+        killed.wait()
+    run.mkdir(exist_ok=True)
+    descriptor = os.open(run / folder_lock.NAME, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    signing = threading.Timer(0.2, folder_lock.sign, [descriptor])
+    signing.start()
+    with pytest.raises(ConfigError, match=f"of process {os.getpid()} on {os.uname().nodename}, since 20"):
+        FolderLock(run).acquire()
+    signing.join()
+    os.close(descriptor)
 
 
 def test_a_forked_child_does_not_keep_the_folder_when_its_parent_is_killed(holder, tmp_path):

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import socket
+import time
 import weakref
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -102,11 +103,11 @@ def locked(path: Path) -> int:
             return locked(path)
         sign(descriptor)
     except BlockingIOError:
-        owner = os.pread(descriptor, 1000, 0).decode()
+        owner = owner_of(descriptor)
         os.close(descriptor)
         raise ConfigError(
-            f"{path.parent} belongs to a run that is going on, of {described(owner)}: wait for it, stop it, or choose "
-            "another output_dir"
+            f"{path.parent} belongs to a run that is going on, of {owner}: wait for it, stop it, or choose another "
+            "output_dir"
         ) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
@@ -129,12 +130,26 @@ def sign(descriptor: int) -> None:
     os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}).encode(), 0)
 
 
-def described(owner: str) -> str:
+def owner_of(descriptor: int) -> str:
+    """In words. It signs right after it locked: until then the file is empty, or names a process that was killed."""
+    for _ in range(100):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            found = json.loads(os.pread(descriptor, 1000, 0))
+            owner = f"process {found['pid']} on {found['host']}, since {found['since']}"
+            if found["host"] != socket.gethostname() or is_alive(found["pid"]):
+                return owner
+        time.sleep(0.01)
+    return "another process"
+
+
+def is_alive(pid: int) -> bool:
     try:
-        found = json.loads(owner)
-        return f"process {found['pid']} on {found['host']}, since {found['since']}"
-    except (ValueError, KeyError, TypeError):  # it has not signed yet
-        return "another process"
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def leave(path: Path, descriptor: int, made: list[Path]) -> None:
