@@ -22,8 +22,8 @@ TOKENS, PART = 8192, "forward+backward, head frozen"
 # title, of the rows: entrance and whether with KL, and the bars: provider and commit
 GROUPS = (
     (
-        "PPO loss with exact KL",
-        ("loss", True),
+        "log-prob, entropy and exact KL",
+        ("hidden", True),
         {"plain PyTorch": ("pytorch", COMMIT), "TRL": ("trl", COMMIT), "safe_kernels": ("safe-kernels triton", COMMIT)},
     ),
     (

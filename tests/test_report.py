@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from test_evaluation import run
 
 from safe_train.cli import main
@@ -217,3 +218,17 @@ def test_pictures_of_long_runs_and_of_several_seeds_are_drawn(tmp_path, pictures
     report.write_report([tmp_path / "run-0"], tmp_path / "one.png")
     report.write_report([tmp_path / "run-0", tmp_path / "run-1"], tmp_path / "two.png")
     assert (tmp_path / "one.png").stat().st_size > 10_000 < (tmp_path / "two.png").stat().st_size
+
+
+def test_a_band_over_seeds_keeps_the_budget(tmp_path, monkeypatch, pictures):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
+    for seed in range(2):
+        folder = tmp_path / f"run-{seed}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"algorithm: grpo\ncontroller: budget\nkl_budget: 0.3\nseed: {seed}\n")
+        rows = [{"step": i, "reward": 0.1 * i + seed, "kl": 0.01 * i, "entropy": 2.0} for i in range(1, 9)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.write_report([tmp_path / "run-0", tmp_path / "run-1"], tmp_path / "two.png")
+    (panel,) = (axis for axis in drawn if axis.get_title(loc="left").startswith("KL"))
+    assert [0.3] * 8 in [list(line.get_ydata()) for line in panel.lines]
