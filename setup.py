@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent
 URL = os.environ.get("SAFE_KERNELS_URL", "").rstrip("/")
 TAG = "v" + re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[0]
 TO_A_FILE = re.compile(r"(!?)\[([^]]*)]\((?!https?://|#)([^)\s]+)\)")
+PICTURE = re.compile(r"<picture>.*?alt=\"([^\"]+)\" src=\"([^\"]+)\".*?</picture>", re.DOTALL)  # in two themes
 
 
 def absolute(link):
@@ -21,8 +22,10 @@ def absolute(link):
     return f"{mark}[{text}]({URL}/{'raw' if mark else 'blob'}/{TAG}/{path})" if URL else text
 
 
+README = PICTURE.sub(r"![\1](\2)", (ROOT / "README.md").read_text(encoding="utf-8"))
+
 setup(
-    long_description=TO_A_FILE.sub(absolute, (ROOT / "README.md").read_text(encoding="utf-8")),
+    long_description=TO_A_FILE.sub(absolute, README),
     long_description_content_type="text/markdown",
     project_urls={"Source": URL} if URL else {},
 )

@@ -24,12 +24,19 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
     named = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
     print(f"device: {device.type if named is None else named.get_device_name(0)}")
-    print(f"backend: {dispatch.choose_backend(None, torch.empty(0, device=device))}")
+    print(f"backend: {backend(device)}")
     switches = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(SWITCHES)]
     print(f"environment: {', '.join(switches) or 'no switch is set'}")
     active = [f"{package} ({', '.join(names)})" for package, names in integrations.status().items() if names]
     others = "none in this process; safe_kernels.integrations.status() tells those of yours"
     print(f"patches: {'; '.join(active) or others}")
+
+
+def backend(device: torch.device) -> str:
+    try:
+        return dispatch.choose_backend(None, torch.empty(0, device=device))
+    except ValueError as error:
+        return f"none: {error}"
 
 
 def version(distribution: str) -> str:

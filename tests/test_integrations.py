@@ -75,3 +75,10 @@ def test_the_report_for_a_bug():
     assert lines["device"] == "cpu" and lines["backend"] == "torch"
     assert lines["environment"] == "SAFE_KERNELS_DEBUG=1" and lines["patches"].startswith("none in this process")
     assert "torch " in done.stdout and "triton " in lines["beside it"]
+
+
+def test_the_report_for_a_bug_ends_though_the_setting_is_the_bug():
+    command = [sys.executable, "-m", "safe_kernels"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"SAFE_KERNELS_BACKEND": "tritn"})
+    assert "backend: none: the environment variable SAFE_KERNELS_BACKEND is 'tritn'" in done.stdout
+    assert "environment: SAFE_KERNELS_BACKEND=tritn" in done.stdout

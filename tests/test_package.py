@@ -66,7 +66,7 @@ def metadata(wheel):
 
 
 def links(text):
-    return re.findall(r"]\(([^)\s]+)\)", text)
+    return re.findall(r"]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
 
 
 def test_a_wheel_has_the_packages_with_their_types_and_settings_and_the_licence(wheel):
@@ -94,6 +94,7 @@ def test_the_readme_without_an_address_has_no_link_into_the_repository(wheel):
     found = links(about.get_payload())
     assert all(link.startswith("https://") for link in found)
     assert "Architecture: where a call goes" in about.get_payload()  # the text of a link that was one
+    assert "Memory and time of log-prob" in about.get_payload()  # what the picture shows
 
 
 def test_the_readme_with_an_address_links_to_the_files_of_this_version(wheel, sdist):
@@ -103,7 +104,7 @@ def test_the_readme_with_an_address_links_to_the_files_of_this_version(wheel, sd
     tag = "v" + metadata(wheel)["Version"]
     own = [link for link in links(about.get_payload()) if not link.startswith("https://arxiv.org/")]
     kinds = {link.removeprefix(f"{URL}/").split("/")[0] for link in own}
-    assert kinds == {"blob", "raw"}
+    assert kinds == {"blob", "raw"} and any("headline-light.png" in link for link in own)
     for link in own:
         kind, path = link.removeprefix(f"{URL}/").partition(f"/{tag}/")[::2]
         assert (ROOT / path.partition("#")[0]).exists() and (kind == "raw") == path.endswith(".png"), link

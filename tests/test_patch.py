@@ -5,6 +5,7 @@ import importlib
 import logging
 import sys
 import textwrap
+import threading
 import types
 import warnings
 
@@ -216,6 +217,18 @@ def test_one_unknown_signature_leaves_everything_alone_and_warns_once(package, n
     patch.revert()
 
 
+@pytest.mark.parametrize(("oldest", "is_known"), [("1.2", True), ("1.1.9", True), ("1.2.1", False), ("1.10", False)])
+def test_a_version_before_the_oldest_that_was_compared_is_left_alone(oldest, is_known, package):
+    patch = Patch("other_trainer", [DOUBLE], oldest=oldest)
+    if is_known:
+        assert patch.apply().replaced
+        patch.revert()
+        return
+    with pytest.warns(UserWarning, match=f"version it does not know: it is 1.2, and {oldest} is the oldest"):
+        patch.apply()
+    assert package.maths.double(1) == 2 and not patch.replaced
+
+
 def test_what_a_version_does_not_have_is_left_out(package):
     missing = [hundredfold("quadruple", ("x",)), hundredfold("double", ("x",), module="other_trainer.kernels.triton")]
     with Patch("other_trainer", [DOUBLE, *missing]) as patch:
@@ -276,10 +289,42 @@ def test_a_patch_over_ours_is_refused_when_ours_is_undone(package):
     package.maths.double = theirs = lambda x: 5 * x
     with pytest.raises(RuntimeError, match=r"maths\.double was replaced again after safe_kernels"):
         patch.revert()
-    assert package.maths.double is theirs and package.maths.triple(1) == 300 and len(patch.replaced) == 2
+    assert package.maths.double is theirs and package.maths.triple(1) == 300
+    assert patch.replaced == ["other_trainer.maths.triple"] and "other_trainer.maths.double" not in patch.status()
     package.maths.double = ours
     patch.revert()
     assert package.maths.double(1) == 2 and package.maths.triple(1) == 3
+
+
+def test_a_method_that_another_replaced_after_us_is_not_listed(package, monkeypatch):
+    with Patch("other_trainer", [hundredfold("Actor.act", ("x",))]) as patch, monkeypatch.context() as theirs:
+        assert patch.status() == ["other_trainer.maths.Actor.act"]
+        theirs.setattr(package.maths.Actor, "act", lambda self, x: x)
+        assert patch.status() == patch.replaced == []
+
+
+def test_threads_may_apply_and_revert_at_once(package):
+    patch, failed = Patch("other_trainer", [DOUBLE, TRIPLE]), []
+
+    def often():
+        try:
+            for _ in range(200):
+                patch.apply()
+                patch.revert()
+        except Exception as error:  # noqa: BLE001 (whatever it is)
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=often) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed and package.maths.double(1) == 2
 
 
 def test_nothing_is_replaced_when_a_replacement_cannot_be_made(package):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from architectures import tiny_kind
+from architectures import SPECIAL, tiny_config, tiny_kind
 from cases import temperatures
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from safe_kernels.integrations import transformers as hf
 from safe_kernels.integrations.transformers import token_stats_of
@@ -65,6 +66,29 @@ def test_statistics_of_its_own_logits(kind):
             torch.testing.assert_close(x, ordinary[name], **tiny.FORWARDS)
             assert (x[labels[:, 1:] == -100] == 0).all()
     assert actual["kl"].max() > 1e-3
+
+
+def test_under_autocast_an_ordinary_model_is_an_ordinary_model():
+    """Whose logits are rounded to bfloat16, which the check does not take for something that it does to them."""
+    model, (ids, labels, mask) = tiny.model().eval(), batch()
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    expected = plain(model, model, torch.ones(3, 7), torch.float32)["logprob"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = token_stats_of(model, ids, labels, attention_mask=mask).logprob
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
+
+
+def test_a_composite_model_in_training_gets_the_types_that_its_caller_gives():
+    """Those of text alone give what they give by default, and others give something else."""
+    torch.manual_seed(0)
+    config = tiny_config(type(AutoConfig.for_model("gemma3")), SPECIAL.get("gemma3", {}))
+    model, (ids, labels, mask) = AutoModelForImageTextToText.from_config(config).train(), batch()
+    expected, *found = (
+        token_stats_of(model, ids, labels, attention_mask=mask, **given).logprob
+        for given in ({}, {"token_type_ids": torch.zeros_like(ids)}, {"token_type_ids": torch.ones_like(ids)})
+    )
+    assert torch.equal(found[0], expected) and not torch.equal(found[1], expected)
 
 
 def test_no_logits_are_made(monkeypatch):

@@ -179,6 +179,7 @@ PATCH = Patch(
         ),
         Replacement(UTILS, "compute_entropy", [("logits",)], lambda original: compute_entropy),
     ],
+    oldest="0.11.1",  # before it the temperature did not divide the logits of the entropy, with the same signatures
 )
 PATCHES, apply, revert = (PATCH,), PATCH.apply, PATCH.revert
 

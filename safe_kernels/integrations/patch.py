@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import logging
 import os
+import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 logger = logging.getLogger("safe_kernels")
 DECORATORS = ("torch", "contextlib")  # whose wrappers a package may put around its own functions
+ONE_AT_A_TIME = threading.RLock()
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def one_at_a_time(method: F) -> F:
+    """Of all patches: they look for their names in the same modules."""
+
+    @functools.wraps(method)
+    def locked(*arguments: Any) -> Any:
+        with ONE_AT_A_TIME:
+            return method(*arguments)
+
+    return locked  # type: ignore[return-value]
 
 
 class Replacement(NamedTuple):
@@ -33,7 +51,7 @@ class Patch:
     the `downstream` packages that build on it, has bound to it. Names elsewhere, such as those of your script, stay.
 
     A function that the package lacks is skipped, unless the patch `needs` it. An unknown signature means an unknown
-    version: then nothing is replaced, with one warning. If another library has already replaced a function, `apply`
+    version, and so does one before `oldest`: then nothing is replaced, with one warning. If another library has already replaced a function, `apply`
     raises RuntimeError, since the two together would silently train wrong. SAFE_KERNELS_<PACKAGE>=0 in the environment
     switches the patch off. The replaced names are logged at INFO by the logger "safe_kernels".
     """
@@ -44,8 +62,10 @@ class Patch:
         replacements: Sequence[Replacement],
         needs: Sequence[Replacement] = (),
         downstream: Sequence[str] = (),
+        oldest: str = "0",
     ):
         self.package, self.replacements, self.needs, self.downstream = package, replacements, needs, downstream
+        self.oldest = oldest
         self.switch = f"SAFE_KERNELS_{package.upper()}"
         self._made: list[tuple[Replacement, Any, Any]] = []  # (what, the original, ours)
         self._said: set[str] = set()
@@ -54,14 +74,15 @@ class Patch:
 
     @property
     def replaced(self) -> list[str]:
-        """What is replaced now, by its full name; empty when the patch is not active."""
-        return [f"{what.module}.{what.name}" for what, _, _ in self._made]
+        """What leads to ours now, by its full name; empty when the patch is not active."""
+        return [f"{what.module}.{what.name}" for what, _, ours in self._made if _find(what) == ours]
 
     def status(self) -> list[str]:
         """Every name that leads to one of ours now: those of `replaced`, and those bound to them in loaded modules."""
         names = [f"{place}.{name}" for what, _, ours in self._made for place, _, name in self._places(what, ours)]
         return list(dict.fromkeys([*self.replaced, *names]))
 
+    @one_at_a_time
     def apply(self) -> Patch:
         self._is_new = False
         if self._made:
@@ -79,6 +100,8 @@ class Patch:
         unknown = [_unknown(what, original) for what, original in found if _parameters(original) not in what.signatures]
         there = [what for what, _ in found]
         unknown += [f"{x.module}.{x.name} is not there" for x in self.needs if x not in there]
+        if _numbers(version := _version(self.package)) < _numbers(self.oldest):
+            unknown.append(f"it is {version}, and {self.oldest} is the oldest that was compared")
         if unknown or not found:
             reason = "; ".join(unknown) or "none of the functions that it would replace is there"
             self._warn(f"safe_kernels leaves {self.package} as it is, whose version it does not know: {reason}")
@@ -87,13 +110,13 @@ class Patch:
         for what, original, ours in made:
             self._rebind(what, original, ours)
         self._made, self._is_new = made, True
-        version = getattr(sys.modules[self.package], "__version__", "?")
         logger.info("in %s %s these are now of safe_kernels: %s", self.package, version, ", ".join(self.replaced))
         return self
 
+    @one_at_a_time
     def revert(self) -> None:
         for what, _, ours in self._made:
-            if _find(what) is not ours:
+            if _find(what) != ours:
                 raise RuntimeError(
                     f"{what.module}.{what.name} was replaced again after safe_kernels had replaced it; "
                     "undo that first, then this"
@@ -122,7 +145,9 @@ class Patch:
         """The name of a module or class, itself, and its attribute: where `value` is defined and was imported to."""
         path, _, attribute = what.name.rpartition(".")
         if path:
-            yield f"{what.module}.{path}", _get(sys.modules[what.module], path), attribute
+            owner = _get(sys.modules[what.module], path)
+            if getattr(owner, attribute) == value:
+                yield f"{what.module}.{path}", owner, attribute
             return
         for name, module in list(sys.modules.items()):
             if module is not None and name.partition(".")[0] in (self.package, *self.downstream):
@@ -146,6 +171,18 @@ def _find(what: Replacement) -> Any:
         return _get(module, what.name)
     except AttributeError:
         return None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(sys.modules[package], "__version__", "?"))
+
+
+def _numbers(version: str) -> list[int]:
+    """The leading ones; none of a version that has none, which counts as new."""
+    return [int(x) for x in re.findall(r"\d+", version)[:3]] or [sys.maxsize]
 
 
 def _get(module: Any, path: str) -> Any:

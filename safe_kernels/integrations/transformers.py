@@ -167,13 +167,13 @@ def head_inputs(model: Any, **inputs: Any) -> Tensor:
         return hidden.new_zeros(*hidden.shape[:-1], 1)  # where logits would be: the model may go on with them
 
     with head_replaced(model, keep):
-        model(**inputs, **text_only(model, inputs["input_ids"]), use_cache=False)
+        model(**text_only(model, inputs["input_ids"]) | inputs, use_cache=False)
     check_states(model, states, inputs["input_ids"])
     return states[0]
 
 
 def text_only(model: Any, input_ids: Tensor) -> dict[str, Tensor]:
-    """The argument a composite model requires in training; it says that no token belongs to an image."""
+    """What a composite model requires in training, unless it is given: that no token belongs to an image."""
     if not model.training or text_config(model) is model.config:
         return {}
     names = inspect.signature(model.forward).parameters.keys() & {"token_type_ids", "mm_token_type_ids"}
@@ -214,10 +214,11 @@ def own_logits(model: Any, **inputs: Any) -> tuple[Tensor, Tensor]:
 
     def in_float32(hidden: Tensor) -> Tensor:
         states.append(hidden)
-        return linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 
     with head_replaced(model, in_float32):
-        logits = model(**inputs, **text_only(model, inputs["input_ids"]), use_cache=False).logits
+        logits = model(**text_only(model, inputs["input_ids"]) | inputs, use_cache=False).logits
     check_states(model, states, inputs["input_ids"])
     return states[0], logits.float()
 
