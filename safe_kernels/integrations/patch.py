@@ -51,9 +51,10 @@ class Patch:
     the `downstream` packages that build on it, has bound to it. Names elsewhere, such as those of your script, stay.
 
     A function that the package lacks is skipped, unless the patch `needs` it. An unknown signature means an unknown
-    version, and so does one before `oldest`: then nothing is replaced, with one warning. If another library has already replaced a function, `apply`
-    raises RuntimeError, since the two together would silently train wrong. SAFE_KERNELS_<PACKAGE>=0 in the environment
-    switches the patch off. The replaced names are logged at INFO by the logger "safe_kernels".
+    version, and so does one before `oldest`: then nothing is replaced, with one warning. If another library has already
+    replaced a function, `apply` raises RuntimeError, since the two together would silently train wrong.
+    SAFE_KERNELS_<PACKAGE>=0 in the environment switches the patch off. The replaced names are logged at INFO by the
+    logger "safe_kernels".
     """
 
     def __init__(
