@@ -46,6 +46,8 @@ def require_kept(kept: Any, tokens: Tensor, vocabulary: int, mask: Tensor | None
     """As tensors beside the tokens. Values are checked on a CPU, elsewhere only with SAFE_KERNELS_DEBUG=1."""
     if kept is None:
         return None
+    if isinstance(kept, KeptIds):
+        kept = KeptIds(*map(torch.as_tensor, kept))
     if isinstance(kept, Tensor):
         sets = from_dense(kept, tokens)
     elif isinstance(kept, tuple) and len(kept) == 2 and all(isinstance(x, Tensor) for x in kept):
@@ -95,6 +97,8 @@ def require_values(kept: KeptIds, vocabulary: int, mask: Tensor | None) -> None:
     """Ids of the vocabulary, or -1 for none; and no live token without any."""
     count, ids = len(kept.offsets) - 1, kept.ids
     bounds_of(kept)
+    if mask is not None:  # what a masked token has is not read
+        ids = ids.masked_fill(~mask.reshape(-1).repeat_interleave(kept.offsets.diff().long()), -1)
     low, high = (0, 0) if len(ids) == 0 else (int(x) for x in ids.aminmax())
     if low < -1 or high >= vocabulary:
         wrong = low if low < -1 else high

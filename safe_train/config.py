@@ -20,7 +20,7 @@ from safe_train.settings.options import Followed, FollowedNumber, FollowedText, 
 
 CONFIGS = Path(__file__).parent / "configs"
 
-PATHS = "model dataset eval_dataset reward output_dir tools chat_template".split()  # where ~ is the home folder
+PATHS = "model teacher dataset eval_dataset reward output_dir tools chat_template".split()  # where ~ is the home folder
 
 # What people change first.
 FIRST = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
@@ -36,6 +36,7 @@ from safe_train.engines.projection import make_budget, make_preview
 from safe_train.models.determinism import check_torch_state
 from safe_train.models.policy import Policy
 from safe_train.models.reference import identity
+from safe_train.models.teacher import Teaches
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards.calls import RewardFunction
 from safe_train.rewards.groups import learned_from, refilled, warn_if_unscored, without_spread
@@ -44,9 +45,9 @@ from safe_train.run import events, start
 from safe_train.run.evaluation import Evaluation, evaluate
 from safe_train.run.folder_lock import FolderLock, releasing
 from safe_train.run.metrics import step_metrics
-from safe_train.run.self_check import check_deterministic, check_sampler_gap, sampled_prompts
+from safe_train.run.self_check import check_bad_steps, check_deterministic, check_sampler_gap, sampled_prompts
 from safe_train.run.session import Session
-from safe_train.sampling.experience import Experience, gathered
+from safe_train.sampling.experience import Experience, check_trust_region, gathered
 from safe_train.sampling.rollout import Rollout, choose_mode, end_tokens
 from safe_train.sampling.samplers import make_sampler
 from safe_train.sampling.stopping import described
@@ -138,7 +139,6 @@ class SafeTrainer:
             self.eval_prompts = load_prompts(eval_rows, "eval_dataset", self.tokenizer, args)
         self.rewards = start.make_rewards(rewards, args, self.device, self.prompts.at(0, 2), self.state)
         self.policy: Policy = start.load_policy(model, self.tokenizer, args, self.device, peft_config)
-        self.teacher = start.make_teacher(args, self.policy, self.tokenizer, self.device)
         self.identity = identity(self.policy, self.tokenizer, args.reference)  # while the weights are whole
 
     def build(self) -> None:
@@ -146,6 +146,7 @@ class SafeTrainer:
         args = self.args
         self.engine = make_engine(self.policy, self.device, args)
         check_deterministic(self.policy, self.device)
+        check_trust_region(self.policy, args)
         self.trainable = self.engine.parameters
         with self.engine.gathered():
             self.mode = choose_mode(self.policy, args, sampled_prompts(self.prompts))
@@ -171,6 +172,10 @@ class SafeTrainer:
             parallel.broadcast(self.critic.parameters())
             self.critic_optimizer = torch.optim.AdamW(self.critic.heads.parameters(), lr=args.critic_learning_rate)
 
+    @cached_property
+    def teacher(self) -> Teaches | None:
+        return start.make_teacher(self.args, self.policy, self.tokenizer, self.device)
+
     @releasing(always=True)
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> list[dict[str, Any]]:
         """Runs to `total_steps` and returns the metrics of the steps it ran; the run folder holds everything else.
@@ -192,7 +197,7 @@ class SafeTrainer:
             with session.keeping():
                 rollout, rewards = self.collect(step)
                 with self.timed("score"):
-                    experience = Experience(self.policy, self.critic, rollout, args, self.device, self.teacher)
+                    experience = Experience(self.policy, self.critic, rollout, args, self.device, session.teacher)
                 check_sampler_gap(experience, self.policy.compute_dtype, args)
             control = self.update_controller(experience, rewards["reward"])
             self.compute_advantages(experience, self.training_rewards(learned_from(rewards, args), rollout), control)
@@ -373,12 +378,7 @@ class SafeTrainer:
         self.engine.zero_grad()
         if self.critic_optimizer is not None:
             self.critic_optimizer.zero_grad()
-        if self.bad_steps >= args.max_bad_steps:
-            raise FloatingPointError(
-                f"{self.bad_steps} optimizer steps in a row had a non-finite loss or gradient (loss {loss:.4g}, "
-                f"policy gradient {norm:.4g}, critic gradient {critic_norm:.4g}); none of them reached the weights. "
-                f"The last checkpoint in {args.output_dir} is intact; a lower learning_rate may help."
-            )
+        check_bad_steps(self.bad_steps, args, loss, norm, critic_norm)
         return {"grad_norm": float(norm), "critic_grad_norm": float(critic_norm), "bad_steps": float(not finite)}
 
     def take_step(self) -> None:

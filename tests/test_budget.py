@@ -9,7 +9,7 @@ import torch
 from test_adapters import METHODS, base
 from test_checkpoint import metrics
 
-from safe_train.algorithms.budget import FIRST, START_MARGIN, TARGET, BudgetLaw
+from safe_train.algorithms.budget import FIRST, ROUNDING, START_MARGIN, TARGET, BudgetLaw
 from safe_train.algorithms.controller import Controller
 from safe_train.config import ConfigError, SafeConfig
 from safe_train.engines.projection import OverBudget, mean_kl, secant, to_reference, walk_back
@@ -92,6 +92,15 @@ def test_a_kl_that_is_not_finite_says_nothing_of_the_pace():
     law.record(0.05, 0.05)
     law.observe(0.05, 1e-3)
     assert law.pace == 0.0
+
+
+def test_a_kl_that_rounding_made_negative_is_none():
+    law = BudgetLaw(SafeConfig(kl_budget=0.1))
+    for kl in (0.0, -1.3e-9, 4e-8, -2.3e-8, 1e-7, -1e-9, 2e-7):
+        law.observe(kl, 1e-7)
+        assert law.is_near == (law.rollouts <= FIRST) and law.pace == 0
+    law.observe(ROUNDING + 0.04, 0.1)
+    assert law.pace == pytest.approx(0.2 / 1e-7) and law.is_near
 
 
 def test_a_step_is_walked_back_on_a_straight_line_from_the_kl_before_it():

@@ -11,7 +11,10 @@ import torch
 
 from safe_train import SafeTrainer
 from safe_train.algorithms import losses
+from safe_train.cli import main
+from safe_train.commands.check import check, memory
 from safe_train.config import ConfigError, SafeConfig
+from safe_train.engines.projection import mean_kl
 
 
 def save(model, folder, tokenizer=None):
@@ -25,11 +28,11 @@ def wide(seed=5, **changes):
     return tiny.model(seed, hidden_size=48, num_attention_heads=6, **changes)
 
 
-def trainer(tmp_path, model=None, name="run", reward=None, **settings):
+def trainer(tmp_path, model=None, name="run", reward=None, policy=None, **settings):
     teacher = save(wide() if model is None else model, tmp_path / "teacher")
     args = tiny.settings(tmp_path / name, algorithm="distill", teacher=teacher, **settings)
     given = {"train_dataset": tiny.PROMPTS, "eval_dataset": tiny.PROMPTS, "processing_class": tiny.tokenizer()}
-    return SafeTrainer(tiny.model(), reward, args, **given)
+    return SafeTrainer(tiny.model() if policy is None else policy, reward, args, **given)
 
 
 def logp(model, batch, temperature, size=None):
@@ -116,8 +119,30 @@ def test_a_kl_budget_holds_while_the_teacher_pulls(tmp_path):
     assert all(row["budget/kl"] <= 0.05 for row in held if "budget/kl" in row)
 
 
+def test_a_step_is_bounded_by_the_kl_of_now(tmp_path, monkeypatch):
+    """Not by that of the rollout, which later steps of the update have left."""
+    run = trainer(tmp_path, inner_epochs=3, learning_rate=0.02, max_preview_kl=0.02, total_steps=1)
+    told, apply = [], run.preview.apply
+
+    def noted(minibatch, kl_before):
+        line, now = run.preview.line, [p.detach().clone() for p in run.trainable]
+        with torch.no_grad():
+            for parameter, before in zip(run.trainable, line.origins, strict=True):
+                parameter.copy_(before)
+            told.append((kl_before, mean_kl(run.policy, minibatch)))
+            for parameter, after in zip(run.trainable, now, strict=True):
+                parameter.copy_(after)
+        return apply(minibatch, kl_before)
+
+    monkeypatch.setattr(run.preview, "apply", noted)
+    run.train()
+    assert len(told) > 3 and max(true for _, true in told) > 1e-3
+    assert all(kl == pytest.approx(true, rel=1e-3, abs=1e-6) for kl, true in told)
+
+
 def test_a_head_with_more_rows_is_cut_to_the_ids_of_both(tmp_path, capsys):
     run = trainer(tmp_path, wide(vocab_size=len(tiny.WORDS) + 5), lora_r=0, max_tokens_per_microbatch=10_000)
+    assert run.teacher.shared_vocabulary == len(tiny.WORDS)
     size = len(tiny.WORDS)
     assert f"have {size} and {size + 5} rows for one tokenizer: the divergence is over the first {size}" in (
         capsys.readouterr().out
@@ -152,7 +177,42 @@ def test_another_tokenizer_is_refused_by_name(tmp_path):
     folder = save(wide(vocab_size=len(tiny.WORDS) + 1), tmp_path / "other", other)
     args = tiny.settings(tmp_path / "run", algorithm="distill", teacher=folder)
     with pytest.raises(ConfigError, match=r"other' has another tokenizer .*: 1 tokens have other ids, such as 'horse'"):
-        SafeTrainer(tiny.model(), None, args, tiny.PROMPTS, processing_class=tiny.tokenizer())
+        SafeTrainer(tiny.model(), None, args, tiny.PROMPTS, processing_class=tiny.tokenizer()).train()
+    assert not list((tmp_path / "run").glob("*"))
+    adapter = tiny.trained_adapter()  # peft writes no tokenizer beside it: that of its base counts
+    adapter.peft_config["default"].base_model_name_or_path = folder
+    adapter.save_pretrained(tmp_path / "adapter")
+    args = tiny.settings(tmp_path / "run", algorithm="distill", teacher=str(tmp_path / "adapter"))
+    with pytest.raises(ConfigError, match=r"adapter' has another tokenizer .*: 1 tokens have other ids"):
+        SafeTrainer(tiny.model(), None, args, tiny.PROMPTS, processing_class=tiny.tokenizer()).train()
+
+
+def test_a_teacher_with_fewer_rows_than_the_policy_is_refused(tmp_path):
+    policy = tiny.model()
+    policy.resize_token_embeddings(len(tiny.WORDS) + 3)
+    size = len(tiny.WORDS)
+    with pytest.raises(ConfigError, match=rf"head has {size + 3} rows and the teacher's {size}: .*sample an id"):
+        trainer(tmp_path, model=wide(), policy=policy).train()
+
+
+def test_an_evaluation_and_an_export_ask_no_teacher(served, tmp_path):
+    base = save(tiny.model(), tmp_path / "base")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.PROMPTS))
+    prompts, run = str(tmp_path / "prompts.jsonl"), tmp_path / "run"
+    settings = {"model": base, "dataset": prompts, "eval_dataset": prompts, "eval_completions": 4, "total_steps": 2}
+    SafeTrainer(args=tiny.settings(run, algorithm="distill", teacher=served.url, **settings)).train()
+    served.shutdown()
+    served.server_close()
+    assert main(["eval", str(run), "--kl", "0.001"]) == 0
+    assert main(["export", str(run), str(tmp_path / "moved"), "--kl", "0.001"]) == 0
+
+
+def test_a_check_counts_and_names_the_teacher(tmp_path):
+    run = trainer(tmp_path, wide())
+    without, policy = memory(tiny.trainer(tmp_path / "grpo", algorithm="grpo")), memory(run)
+    teacher = sum(p.nbytes for p in run.teacher.parameters())
+    assert policy.weights - teacher == without.weights
+    assert f"teacher: {run.args.teacher}; divergence reverse_kl" in check(run)
 
 
 class Served(BaseHTTPRequestHandler):
@@ -248,7 +308,7 @@ def test_a_run_learns_from_a_server_that_is_busy_at_times(served, tmp_path, monk
 def test_a_server_of_another_kind_is_refused(served, tmp_path, monkeypatch):
     served.names = ["wide", "other"]
     with pytest.raises(ConfigError, match="has the models wide, other, and teacher names none: name one behind a #"):
-        pupil(tmp_path, served.url)
+        pupil(tmp_path, served.url).train()
     assert pupil(tmp_path, f"{served.url}#wide").teacher.model == "wide"
     served.tokenizer = tiny.tokenizer()
     served.tokenizer.decode = lambda ids: f"word {ids[0]}"
@@ -256,10 +316,15 @@ def test_a_server_of_another_kind_is_refused(served, tmp_path, monkeypatch):
         collected(pupil(tmp_path, f"{served.url}#wide", "tokenizer"))
     with pytest.raises(ConfigError, match="temperature must be 1 with a served teacher"):
         pupil(tmp_path, served.url, temperature=0.7)
-    run = pupil(tmp_path, f"{served.url}#wide", "silent")
+    served.tokenizer = tiny.tokenizer()
+    run, scores = pupil(tmp_path, f"{served.url}#wide", "partly"), Served.scores
+    assert run.teacher is not None
+    monkeypatch.setattr(Served, "scores", lambda *a: [None if i < 3 else x for i, x in enumerate(scores(*a))])
+    with pytest.raises(ValueError, match="answered null for a token of a response; only the first of a prompt"):
+        collected(run)
     monkeypatch.setattr(Served, "scores", lambda *_: None)
     with pytest.raises(ValueError, match="it must score prompts, as vLLM's server does"):
-        collected(run)
+        pupil(tmp_path, f"{served.url}#wide", "silent").train()
 
 
 @pytest.mark.parametrize(
@@ -286,7 +351,7 @@ def test_what_is_missing_is_named(tmp_path):
         SafeTrainer(tiny.model(), None, tiny.settings(tmp_path, algorithm="distill"), **given)
     with pytest.raises(ConfigError, match="cannot load the model .*nothing"):
         args = tiny.settings(tmp_path, algorithm="distill", teacher=str(tmp_path / "nothing"))
-        SafeTrainer(tiny.model(), None, args, **given)
+        SafeTrainer(tiny.model(), None, args, **given).train()
 
 
 def test_the_records_of_a_run_have_no_reward(tmp_path):

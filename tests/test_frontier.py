@@ -1,6 +1,7 @@
 """A policy at KLs of one's choice: what `eval --kl` evaluates and `export --kl` writes, and what both refuse."""
 
 import math
+import os
 import shutil
 
 import peft
@@ -222,15 +223,50 @@ def test_an_adapter_that_cannot_be_scaled_is_refused_by_name(case, tmp_path, cap
     assert main(["eval", str(tmp_path / "run")]) == 0
 
 
-def at_half(folder):
-    trainer = tiny.trainer(folder, **AT_ONCE, learning_rate=0.1, total_steps=2)
+@pytest.mark.parametrize(("reference", "name"), [("initial", "before"), ("base", "base")])
+def test_what_stands_before_a_run_from_a_trained_adapter_is_called_what_it_is(reference, name, tmp_path, capsys):
+    """Of the adapter that was handed over a copy is kept where it is the reference, and beside the base none."""
+    settings = dict(pair.split("=", 1) for pair in files(tmp_path))
+    args = tiny.settings(
+        tmp_path / "run", learning_rate=0.01, total_steps=2, eval_dataset=settings["eval_dataset"], reference=reference
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    trainer = SafeTrainer(
+        tiny.trained_adapter(model), settings["reward"], args, tiny.PROMPTS, processing_class=tiny.tokenizer()
+    )
+    began = trainer.evaluate()
     trainer.train()
-    mover = Mover(trainer)
+    assert main(["eval", str(tmp_path / "run"), f"model={tmp_path}/model", "--kl", "0"]) == 0
+    (folder,) = (tmp_path / "run" / "eval").iterdir()
+    numbers, rows = results(folder)
+    assert list(numbers)[1:4] == [name, "kl 0", "after"] and name in capsys.readouterr().out
+    assert (numbers[name]["reward"] == began.numbers()["reward"]) == (reference == "initial")
+    assert (
+        numbers[name]["scale"] == 0
+        and numbers[name]["kl"] == pytest.approx(0, abs=1e-6)
+        and numbers["after"]["kl"] > 1e-3
+    )
+    assert {row["step"] for row in rows} == {0, 2}
+
+
+def at_half(folder, environment, settings):
+    os.environ.update(environment)
+    trainer = tiny.trainer(folder, **AT_ONCE, **settings, total_steps=2)
+    trainer.train()
+    mover = Mover(trainer, trainer.evaluate().kl)  # whose sampling leaves a sharded policy gathered
     return mover.reached, tuple(mover.move(mover.reached / 2)), trainer.evaluate().kl
 
 
-def test_processes_move_the_policy_to_one_place(tmp_path):
-    first, second = processes.run(at_half, 2, tmp_path / "two")
+@pytest.mark.parametrize(
+    ("environment", "settings"),
+    [
+        ({}, {"learning_rate": 0.1}),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, {"learning_rate": 0.01, "lora_r": 0}),
+    ],
+    ids=["DDP, LoRA", "FSDP2, full"],
+)
+def test_processes_move_the_policy_to_one_place(environment, settings, tmp_path):
+    first, second = processes.run(at_half, 2, tmp_path / "two", environment, settings)
     assert first.error == second.error == "" and first.result == second.result
     reached, place, kl = first.result
     assert place[1] == kl == pytest.approx(reached / 2, rel=TOLERANCE)

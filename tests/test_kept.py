@@ -45,6 +45,23 @@ def sets_of(sets):
     return [sets.ids[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
+def test_the_set_of_a_masked_token_may_hold_anything():
+    op, case = case_of("logits")
+    case["mask"] = some_mask()
+    expected = op(**case, backend="torch")
+    ids, offsets = case["kept"].ids.clone(), case["kept"].offsets
+    ids[~case["mask"].reshape(-1).repeat_interleave(offsets.diff())] = -100
+    found = op(**case | {"kept": KeptIds(ids, offsets)}, backend="torch")
+    torch.testing.assert_close(found[:2], expected[:2])  # in chunks of other ids, so rounded otherwise
+
+
+def test_sets_of_two_tokens_as_lists_in_csr_are_no_list_a_token():
+    op, case = case_of("logits", shape=(2,))
+    expected = op(**case, backend="torch")
+    found = op(**case | {"kept": KeptIds(*(x.tolist() for x in case["kept"]))}, backend="torch")
+    assert torch.equal(found.logprob, expected.logprob)
+
+
 @pytest.mark.parametrize("reference", [None, "shared", "own"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_from_hidden_states(backend, reference, masked):

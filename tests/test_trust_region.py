@@ -1,13 +1,16 @@
 """A trust region on the exact divergence from the policy that sampled, in the place of the ratio's clip."""
 
 import math
+import os
 
+import processes
 import pytest
 import tiny
 import torch
 
 from safe_train.algorithms import losses
 from safe_train.config import ConfigError, SafeConfig
+from safe_train.run.evaluation import Judge
 
 UNCLIPPED = {"clip_low": math.inf, "clip_high": math.inf}
 
@@ -98,6 +101,28 @@ def test_a_run_within_it_is_the_run_without(algorithm, tmp_path):
     bound = tiny.trainer(tmp_path / "bound", trust_region_kl=50.0, **settings).train()
     for name in ("policy_loss", "kl", "clip_fraction"):
         assert [row[name] for row in bound] == pytest.approx([row[name] for row in plain], abs=1e-5)
+
+
+def test_an_evaluation_remembers_no_head(tmp_path, monkeypatch):
+    """Each chunk would hold a copy of a trained one."""
+    trainer = tiny.trainer(tmp_path, algorithm="grpo", lora_r=0, trust_region_kl=0.1)
+    made, sample = [], Judge.sample
+    monkeypatch.setattr(Judge, "sample", lambda *a, **how: made.append(sample(*a, **how)) or made[-1])
+    trainer.evaluate()
+    parts = [micro for _, parts in made for part in parts for micro in part]
+    assert parts and not any(micro.sampled_from for micro in parts)
+    assert all(micro.sampled_from for micro in tiny.experience_of(trainer)[0])
+
+
+def refused(folder):
+    os.environ.update({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+    with pytest.raises(ConfigError, match="a trained head is in parts here: train LoRA without the head"):
+        tiny.trainer(folder, algorithm="grpo", lora_r=0, trust_region_kl=0.1)
+    return sorted(set(os.listdir(folder)) - {"run.lock"}) if os.path.isdir(folder) else []
+
+
+def test_a_trained_head_in_parts_is_refused_before_anything_is_written(tmp_path):
+    assert [(each.error, each.result) for each in processes.run(refused, 2, tmp_path / "run")] == [("", [])] * 2
 
 
 def test_a_bound_holds_a_policy_that_would_run_away(tmp_path):

@@ -21,6 +21,12 @@ TARGET = 0.9  # the controller's target, as a part of what the margin leaves
 START_COEF, COEF_MIN, COEF_MAX = 1.0, 1e-3, 10.0
 SLOPE = 2.0  # d log KL / d log coefficient of a tilted policy, whose KL a completion is var(A) / (2 coefficient^2)
 ERROR_MAX = 2.0
+ROUNDING = 1e-6  # nats: a KL near 0 is as large, or negative, by float32 alone
+
+
+def distance(kl: float) -> float:
+    """How far a KL is from the reference, in the units of a step: its square root, without what is rounding."""
+    return max(0.0, kl - ROUNDING) ** 0.5
 
 
 def start_ratios() -> list[float]:
@@ -85,7 +91,7 @@ class BudgetLaw:
     def is_near(self) -> bool:
         """Whether the update may have left the limit, by the furthest that any has moved the policy."""
         assert self.kl is not None
-        furthest = self.kl**0.5 + SAFETY * self.pace * self.learning_rate
+        furthest = distance(self.kl) + SAFETY * self.pace * self.learning_rate
         return self.rollouts <= FIRST or not furthest**2 <= self.limit
 
     def record(self, reached: float, kept: float) -> None:
@@ -98,7 +104,7 @@ class BudgetLaw:
         assert self.kl is not None
         if not (math.isfinite(kl) and math.isfinite(self.kl)):
             return
-        rise = max(0.0, kl) ** 0.5 - max(0.0, self.kl) ** 0.5
+        rise = distance(kl) - distance(self.kl)
         if self.learning_rate > 0:
             self.pace = max(self.pace, rise / self.learning_rate)
 

@@ -120,7 +120,7 @@ def distillation_loss(
 ) -> PolicyLoss:
     """The divergence of the policy and its teacher, with entropy bonus and KL to the reference where they count.
 
-    Entropy and log-prob are those of now, and so is the KL if it is charged; otherwise it is the rollout's.
+    Entropy and log-prob are those of now, and so is the KL if it is charged or bounded; else it is the rollout's.
     """
     if "teacher_hidden" not in micro.teacher:
         return served_distillation_loss(hidden_LH, head, micro, weight_L, control, args)
@@ -136,7 +136,8 @@ def distillation_loss(
         **divergence,
     )
     loss, kl_L = found.loss, micro.kl_L
-    if control.kl_coef != 0 or args.kl_penalty_coef != 0 or args.entropy_coef != 0:
+    costs = (control.kl_coef, args.kl_penalty_coef, args.entropy_coef)
+    if any(costs) or args.max_preview_kl is not None:
         stats = linear_token_stats(hidden_LH, tokens=micro.batch.targets_L, ref_hidden=micro.ref_hidden_LH, **head)
         assert stats.kl is not None
         kl_L = stats.kl.detach()

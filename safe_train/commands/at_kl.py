@@ -97,7 +97,8 @@ def one_kl(text: str | None) -> float | None:
 def evaluate(found: Subject, trainer: SafeTrainer, kls: Sequence[float]) -> tuple[dict[str, Evaluation], list[Place]]:
     """The policy that a run began with, that of its checkpoint, and this moved to some KLs; of no run only the policy.
 
-    `trainer.step` is then the checkpoint's.
+    Of an adapter that began trained, beside the base as the reference, no copy is kept: the first is then the base, and
+    called so. `trainer.step` is then the checkpoint's.
     """
     if kls:
         to_reference(trainer.engine, "--kl")  # what cannot be moved is refused at once
@@ -106,7 +107,8 @@ def evaluate(found: Subject, trainer: SafeTrainer, kls: Sequence[float]) -> tupl
         now, (path, contents) = "after", found.contents(trainer.policy)
         if contents.handed_over:
             restore_start(trainer, path, contents)
-        before = {"before": trainer.evaluate()}
+        is_base = trainer.args.reference == "base" and contents.state.get("began_trained", False)
+        before = {"base" if is_base else "before": trainer.evaluate()}
         restore_policy(trainer, path, contents)
         trainer.step = contents.state["step"]  # which rewards are told
     trained = trainer.evaluate()

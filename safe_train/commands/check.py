@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safe_kernels.integrations.transformers import plain_ids, text_config
 from safe_train import parallel
@@ -21,6 +21,7 @@ from safe_train.engines.engine import learning_rate
 from safe_train.engines.launched import cuts_weights
 from safe_train.models.policy import Policy
 from safe_train.models.reference import stored
+from safe_train.models.teacher import Teacher
 from safe_train.randomness import guest, seeded
 from safe_train.run.self_check import self_check
 from safe_train.run.start import needed_bytes
@@ -32,7 +33,7 @@ PROBE_TOKENS = {"cpu": 64, "cuda": 1024}  # of the sequence whose activations ar
 class Memory(NamedTuple):
     """Estimated bytes of one process; None for what is not estimated."""
 
-    weights: int  # of the policy and its reference
+    weights: int  # of the policy, its reference and a teacher in memory
     training: int  # gradients, Adam's moments, the critic
     rollout: int | None  # KV cache and logits, when the longest prompts and completions come together
     update: int | None  # what a micro-batch keeps for its backward
@@ -63,6 +64,7 @@ def described(trainer: SafeTrainer) -> list[str]:
         f"{trainer.mode}; processes: {parallel.size()}",
         f"algorithm: {args.algorithm}; critic {args.critic}, controller {args.controller}, beta {args.beta:g}, "
         f"learning rate {learning_rate(policy, args):g}",
+        *([] if args.teacher is None else [f"teacher: {args.teacher}; divergence {args.divergence}"]),
         f"a step: {args.prompts_per_step} prompts x {args.completions_per_prompt} completions, {steps} optimizer "
         f"steps; at most {completions * longest:,} tokens ({longest - new} + {new} each)",
         f"the run: {args.total_steps} steps{epochs} on {args.dataset}, in {args.output_dir}",
@@ -116,7 +118,9 @@ def total_memory(device: torch.device) -> int:
 
 def memory(trainer: SafeTrainer) -> Memory:
     policy, critic = trainer.policy, trainer.critic
-    models = (policy, *policy.frozen_copies)
+    models: list[nn.Module] = [policy, *policy.frozen_copies]
+    if isinstance(trainer.teacher, Teacher):  # which a server is not
+        models.append(trainer.teacher)
     weights = {id(p): stored(p) for model in models for p in model.parameters()}.values()
     kept = policy.handed_over.values if policy.handed_over is not None else []
     # A gradient as wide as its weight, and two moments in float32.

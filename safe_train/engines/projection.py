@@ -159,6 +159,7 @@ def to_reference(engine: Engine, asked_by: str = "kl_budget") -> Line:
     reference keeps: those handed over of an adapter, the frozen copy for full fine-tuning.
     """
     policy = engine.policy
+    sharding.reshard(policy)  # what was gathered for a rollout is under the parameters' names until then
     if policy.is_lora and method_of(policy.model) == "DELORA":
         raise ConfigError(
             f"{asked_by} cannot be used with the peft method DELORA, which normalises its factors: no scale of theirs "

@@ -46,8 +46,8 @@ class Policy(nn.Module):
         self.logit_transform: dict[str, Any] = {}
         # In a list, so that the frozen copy is neither trained nor saved with the policy.
         self.frozen_copies = [] if self.is_lora else [copy.deepcopy(model).eval().requires_grad_(False)]
-        is_kept = self.is_lora and reference == "initial" and not adapters.adds_nothing(model)
-        self.handed_over = HandedOver(model) if is_kept else None
+        self.began_trained = self.is_lora and not adapters.adds_nothing(model)
+        self.handed_over = HandedOver(model) if self.began_trained and reference == "initial" else None
         self.resized_vocabulary = self.is_lora and adapters.vocabulary_is_resized(model)
 
     def fingerprint(self, tensors: Callable[[nn.Module], NamedTensors] = nn.Module.named_parameters) -> Fingerprint:

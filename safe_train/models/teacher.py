@@ -33,7 +33,7 @@ class Teacher(Policy):
         prepare_backbone(model, args, device, model.dtype)
         switch_off_randomness(model)
         self.model, self.temperature, self.compute_dtype = model, args.temperature, model.dtype
-        self.is_lora, self.frozen_copies, self.handed_over = False, [], None
+        self.is_lora, self.frozen_copies, self.began_trained, self.handed_over = False, [], False, None
         self.logit_transform: dict[str, Any] = {}
         with seeded(0):
             check_head(self)
@@ -52,22 +52,31 @@ def load_teacher(args: SafeConfig, policy: Policy, tokenizer: Any, device: torch
     """The model that `teacher` names, whole on each process; None without one.
 
     Raises:
-        ConfigError: it cannot be loaded, or has another tokenizer than the policy.
+        ConfigError: it cannot be loaded, has another tokenizer than the policy, or fewer rows in its head.
     """
     if args.teacher is None:
         return None
     named = dataclasses.replace(args, model=args.teacher, revision=args.teacher_revision)
+    base = base_of(named) if is_adapter(args.teacher) else named
+    has_tokenizer = (Path(args.teacher) / "tokenizer_config.json").is_file()
+    check_tokenizer(tokenizer, load_tokenizer(named if has_tokenizer else base), args.teacher)
     with loading(args.teacher, "teacher"):
-        model = with_adapter(named, device) if is_adapter(args.teacher) else load_model(named, device)
-    if (Path(args.teacher) / "tokenizer_config.json").is_file() or not is_adapter(args.teacher):
-        check_tokenizer(tokenizer, load_tokenizer(named), args.teacher)
+        model = load_model(base, device)
+        if base is not named:
+            model = merged(model, args.teacher)
     teacher = Teacher(model.to(device), args, device)
-    sizes = [len(each.head()["weight"]) for each in (policy, teacher)]
-    if sizes[0] != sizes[1]:
-        teacher.shared_vocabulary = min(sizes)
+    own, others = (len(each.head()["weight"]) for each in (policy, teacher))
+    if own > others:
+        raise ConfigError(
+            f"the policy's head has {own} rows and the teacher's {others}: the policy could sample an id that the "
+            f"teacher has no embedding for. Take a teacher with as many, or give the policy {others} by its "
+            "resize_token_embeddings"
+        )
+    if own < others:
+        teacher.shared_vocabulary = own
         parallel.say(
-            f"the heads of policy and teacher have {sizes[0]} and {sizes[1]} rows for one tokenizer: the divergence is "
-            f"over the first {min(sizes)}"
+            f"the heads of policy and teacher have {own} and {others} rows for one tokenizer: the divergence is over "
+            f"the first {own}"
         )
     return teacher
 
@@ -76,14 +85,18 @@ def is_adapter(name: str) -> bool:
     return (Path(name) / "adapter_config.json").is_file()
 
 
-def with_adapter(args: SafeConfig, device: torch.device) -> Any:
-    """The model that an adapter is for, with the adapter merged into it."""
+def base_of(adapter: SafeConfig) -> SafeConfig:
+    """The settings with the model that an adapter is for."""
     import peft
 
-    assert args.model is not None
-    base = peft.PeftConfig.from_pretrained(args.model).base_model_name_or_path
-    model = load_model(dataclasses.replace(args, model=base, revision=None), device)
-    return peft.PeftModel.from_pretrained(model, args.model).merge_and_unload()
+    base = peft.PeftConfig.from_pretrained(str(adapter.model)).base_model_name_or_path
+    return dataclasses.replace(adapter, model=base, revision=None)
+
+
+def merged(model: Any, adapter: str) -> Any:
+    import peft
+
+    return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def check_tokenizer(own: Any, other: Any, name: str) -> None:

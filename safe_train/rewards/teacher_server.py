@@ -22,10 +22,13 @@ from safe_train.data.batches import TokenBatch
 from safe_train.rewards.server import Server
 
 Position = dict[str, dict[str, Any]]
+TRIED = "The weather was fine, and we went out for a walk."
 
 
 class TeacherServer(Server):
     """Gives what `truncated_divergence` takes of a teacher. The URL may name the server's model behind a #.
+
+    It scores one sentence at once, so that a server that cannot be used is known before a rollout.
 
     Raises:
         ConfigError: the server has no such model, or another tokenizer.
@@ -37,7 +40,6 @@ class TeacherServer(Server):
         url, self.model = urldefrag(args.teacher.rstrip("/"))
         super().__init__(url, args, **how)
         self.top_k, self.tokenizer, self.vocabulary = args.teacher_top_k, tokenizer, vocabulary
-        self.is_checked = False
         names = [each.get("id") for each in self.answer("/models", None, "data")]
         if not self.model and len(names) == 1:
             self.model = names[0]
@@ -46,6 +48,7 @@ class TeacherServer(Server):
                 f"the teacher's server {url} has the models {', '.join(map(str, names))}, and teacher names "
                 f"{self.model or 'none'}: name one behind a #, such as {url}#{names[0] if names else 'NAME'}"
             )
+        self.check_tokenizer(self.scored([tokenizer.encode(TRIED)])[0])
 
     def teach(self, batch: TokenBatch) -> dict[str, Any]:
         """Ids and log-probs [L, K] for the response tokens of a batch, padded with -1."""
@@ -56,8 +59,10 @@ class TeacherServer(Server):
             for scored in self.scored(sequences[first : first + self.batch_size]):
                 positions += scored
         found = [positions[i + 1] for i in batch.predict_L.tolist()]  # what stands at i predicts i + 1
-        if not self.is_checked and found:
-            self.check_tokenizer(found)
+        if not all(found):
+            raise ValueError(
+                f"{self.url} answered null for a token of a response; only the first of a prompt may be null"
+            )
         width = max(map(len, found), default=1)
         rows = [[int(token) for token in each] + [-1] * (width - len(each)) for each in found]
         logprobs = [[x["logprob"] for x in each.values()] + [0.0] * (width - len(each)) for each in found]
@@ -92,7 +97,6 @@ class TeacherServer(Server):
                 f"{known[other[0]]!r} there and {self.tokenizer.decode([other[0]])!r} here. Serve a model of the "
                 "policy's family"
             )
-        self.is_checked = True
 
     def answer(self, path: str, body: bytes | None, name: str) -> list[Any]:
         content = self.post(body, path)

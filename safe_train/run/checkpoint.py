@@ -201,6 +201,7 @@ def restore(trainer: SafeTrainer, path: Path, contents: Contents) -> None:
     trainer.known_position = values["step"], position(trainer, values)
     trainer.step, trainer.bad_steps = values["step"], values["bad_steps"]
     trainer.best_reward = values.get("best_reward")
+    trainer.policy.began_trained = values.get("began_trained", trainer.policy.began_trained)
     events.load_state_dict(trainer, values.get("callbacks", {}))
     trainer.reward_moments = trainer.make_moments(**values["reward_moments"])
     trainer.controller.load_state_dict(values["controller"])
@@ -273,6 +274,7 @@ def state_text(trainer: SafeTrainer) -> str:
         "reward_moments": asdict(trainer.reward_moments),
         "controller": trainer.controller.state_dict(),
         "budget": None if trainer.budget is None else trainer.budget.law.state_dict(),
+        "began_trained": trainer.policy.began_trained,
         "random": python_generators(),
     }
     return json.dumps(state, indent=2)

@@ -82,7 +82,8 @@ class Judge:
         chosen = [prompt for prompt in prompts.in_turn(parallel.rank() * own, own) for _ in range(of_each)]
         with own_random_numbers(EVALUATION_SEED, 0):
             rollouts = [self.sampler(chosen[i : i + size], greedy=greedy) for i in range(0, len(chosen), size)]
-        parts = [Experience(self.policy, None, gathered(part), self.args, self.device) for part in rollouts]
+        how: Any = {"args": self.args, "device": self.device, "is_update": False}
+        parts = [Experience(self.policy, None, gathered(part), **how) for part in rollouts]
         return joined(rollouts), parts
 
     def kl(self, prompts: PromptDataset) -> float:
@@ -229,5 +230,5 @@ def save(folder: Path, evaluations: Mapping[str, Evaluation], step: int, overrid
     numbers = {"step": step, **{name: each.numbers() for name, each in evaluations.items()}}
     numbers |= {"overrides": list(overrides)} if overrides else {}
     (folder / "evaluation.json").write_text(strict_json(numbers, indent=2) + "\n")
-    rows = [row for name, each in evaluations.items() for row in each.rows(0 if name == "before" else step)]
+    rows = [row for name, each in evaluations.items() for row in each.rows(0 if name in ("before", "base") else step)]
     (folder / "evaluation.jsonl").write_text("\n".join(map(strict_json, rows)) + "\n")

@@ -83,7 +83,7 @@ def held_out(rows: Rows, evaluations: Iterable[Evaluated]) -> list[Point]:
         for row in rows
         if "eval/kl" in row and "eval/reward" in row
     ]
-    named = (each.numbers[name] for each in evaluations for name in ("before", "after") if name in each.numbers)
+    named = (each.numbers[name] for each in evaluations for name in ("before", "base", "after") if name in each.numbers)
     return [*own, *map(point, named)]
 
 

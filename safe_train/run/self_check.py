@@ -71,6 +71,16 @@ def self_check(trainer: SafeTrainer) -> None:
             )
 
 
+def check_bad_steps(count: int, args: SafeConfig, loss: Tensor, norm: Tensor, critic_norm: Tensor) -> None:
+    """Raises FloatingPointError after `max_bad_steps` optimizer steps in a row that were not finite."""
+    if count >= args.max_bad_steps:
+        raise FloatingPointError(
+            f"{count} optimizer steps in a row had a non-finite loss or gradient (loss {loss:.4g}, "
+            f"policy gradient {norm:.4g}, critic gradient {critic_norm:.4g}); none of them reached the weights. "
+            f"The last checkpoint in {args.output_dir} is intact; a lower learning_rate may help."
+        )
+
+
 HEAD = (
     "the head of {model}: on the same hidden states its own log-probs differ by {gap:.2g} nats from the kernels', at "
     "most {largest:g} is rounding; take a model whose logits are a scale or softcap of its head's"

@@ -45,6 +45,7 @@ class Session:
         self.start_or_resume(resume_from)
         parallel.check_same({"step": trainer.step})
         self_check(trainer)
+        self.teacher = trainer.teacher  # made here, before a rollout: an evaluation needs none
         self.folder = RunFolder(args, trainer.accelerator, resume_at=trainer.step, layout=trainer.policy.layout)
 
     def start_or_resume(self, resume_from: bool | str | Path | None) -> None:

@@ -38,11 +38,12 @@ class Experience:
         args: SafeConfig,
         device: torch.device,
         teacher: Teaches | None = None,
+        is_update: bool = True,
     ):
         self.args, self.critic, self.device = args, critic, device
         count = self.count = len(rollout.completions)
         size = args.minibatch_size or count
-        order, kept_head = torch.randperm(count).tolist(), trained_head(policy, args)
+        order, kept_head = torch.randperm(count).tolist(), trained_head(policy, args) if is_update else None
         self.minibatches = [
             [
                 score(policy, critic, rollout, group, args, device, teacher, kept_head)
@@ -71,14 +72,21 @@ def trained_head(policy: Policy, args: SafeConfig) -> dict[str, Any] | None:
     """What a trust region has to keep of the head that samples: copies of what is trained. None without a bound."""
     if kind_of(args) is None:
         return None
-    tensors = {name: x for name, x in policy.head().items() if isinstance(x, Tensor) and not name.startswith("ref_")}
-    trained = {f"teacher_{name}": x.detach().clone() for name, x in tensors.items() if x.requires_grad}
-    if trained and is_cut_up(policy.causal_lm):
+    return {f"teacher_{name}": x.detach().clone() for name, x in trained_of(policy).items()}
+
+
+def trained_of(policy: Policy) -> dict[str, Tensor]:
+    """The tensors of the head that are trained."""
+    head = {name: x for name, x in policy.head().items() if isinstance(x, Tensor) and not name.startswith("ref_")}
+    return {name: x for name, x in head.items() if x.requires_grad}
+
+
+def check_trust_region(policy: Policy, args: SafeConfig) -> None:
+    if kind_of(args) is not None and is_cut_up(policy.causal_lm) and trained_of(policy):
         raise ConfigError(
             "a trust region remembers the head that sampled, and a trained head is in parts here: train LoRA without "
             "the head, or keep whole weights on each process (DDP)"
         )
-    return trained
 
 
 def gathered(rollout: Rollout) -> Rollout:

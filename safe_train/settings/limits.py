@@ -120,7 +120,10 @@ def check(c: SafeConfig) -> None:
     low, high = c.kl_threshold_min, c.kl_threshold_max
     require(low <= c.kl_threshold <= high, "kl_threshold", f"from kl_threshold_min {low} to kl_threshold_max {high}")
     is_steered = c.kl_budget_control and c.kl_budget is not None and c.controller == "safe"
-    require(c.kl_threshold > 0 or not is_steered, "kl_threshold", "positive with kl_budget, whose target it scales")
+    for name in ("kl_threshold", "kl_threshold_min"):
+        require(getattr(c, name) > 0 or not is_steered, name, "positive with kl_budget, whose target it scales")
+    if c.kl_budget_control and c.kl_budget is not None:
+        require(c.kl_integral_coef == 0, "kl_integral_coef", "0 with kl_budget, whose controller has its own integral")
     require(c.gate_min <= c.gate_max, "gate_min", "at most gate_max")
     require(
         c.stop_strings is None or c.generation == "hf", "stop_strings", "null with generation vllm; set stop_tokens"
