@@ -48,6 +48,8 @@ def start(args: SafeConfig) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
         )
     check_launch()
+    if not is_main():
+        silence_bars()
     if accelerator.distributed_type not in SUPPORTED:
         known = ", ".join(kind.value for kind in SUPPORTED)
         raise ConfigError(f"distributed_type must be one of {known}, got {accelerator.distributed_type.value}")
@@ -56,6 +58,15 @@ def start(args: SafeConfig) -> Accelerator:
             f"prompts_per_step must be at least the {size()} processes: each samples some, got {args.prompts_per_step}"
         )
     return accelerator
+
+
+def silence_bars() -> None:
+    """Those of transformers and datasets, which all processes would draw over one another."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def leave() -> None:

@@ -143,7 +143,13 @@ def test_panels_are_those_of_what_the_run_has():
     assert grpo["kl"] == ["kl"] and grpo["entropy"] == ["entropy"] and grpo["norms"] == ["grad_norm"]
     assert not {"critic", "control"} & grpo.keys()
     budgeted = curves(controller="fixed", critic="none", kl_budget=0.3)
-    assert budgeted["kl"] == ["kl", "kl_threshold", "kl_budget"] and "control" in budgeted
+    assert budgeted["kl"] == ["kl", "kl_threshold", "kl_budget"] and budgeted["control"] == ["kl_coef"]
+    assert safe["control"] == ["kl_coef", "entropy_gate"]
+    pictured = [
+        {panel.key for panel in panels_of(ALL | {"policy_loss"}, {"algorithm": name}) if not panel.is_detail}
+        for name in ("distill", "grpo")
+    ]
+    assert "loss" in pictured[0] and "loss" not in pictured[1]
     assert "control" not in curves(controller="fixed", kl_budget=0.3, kl_budget_control=False)
     assert safe["rewards"] == ["rewards/a/mean", "rewards/b/mean"]
     assert "rewards" not in curves(ALL - {"rewards/b/mean"}) and list(curves({"kl"}, kl_budget=0.1)) == ["kl"]
@@ -230,5 +236,5 @@ def test_a_band_over_seeds_keeps_the_budget(tmp_path, monkeypatch, pictures):
         rows = [{"step": i, "reward": 0.1 * i + seed, "kl": 0.01 * i, "entropy": 2.0} for i in range(1, 9)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.write_report([tmp_path / "run-0", tmp_path / "run-1"], tmp_path / "two.png")
-    (panel,) = (axis for axis in drawn if axis.get_title(loc="left").startswith("KL"))
+    (panel,) = (axis for axis in drawn if axis.get_title(loc="left").startswith("exact KL"))
     assert [0.3] * 8 in [list(line.get_ydata()) for line in panel.lines]

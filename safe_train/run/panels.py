@@ -63,6 +63,7 @@ def outcome(names: Iterable[str], settings: Settings) -> list[Panel]:
     """What the policy earned, and what it paid."""
     own = sorted(name for name in names if re.fullmatch(r"rewards/.+/mean", name))
     each = [Curve(name, name[len("rewards/") : -len("/mean")]) for name in own]
+    threshold = "target" if is_held(settings) else "threshold"
     held_out = Curve("eval/reward", "held out", "points", spread="eval/reward_error")
     return [
         Panel("reward", "reward", (Curve("reward", "reward", spread="reward_std"), held_out)),
@@ -73,7 +74,7 @@ def outcome(names: Iterable[str], settings: Settings) -> list[Panel]:
             (
                 Curve("kl", "KL"),
                 *([Curve("kl_short", "short average", "thin")] if is_safe(settings) else []),
-                *([Curve("kl_threshold", "threshold", "limit")] if is_steered(settings) else []),
+                *([Curve("kl_threshold", threshold, "limit")] if is_steered(settings) else []),
                 Curve("kl_budget", "budget", "bound"),
                 Curve("eval/kl", "held out", "points"),
             ),
@@ -92,7 +93,8 @@ def outcome(names: Iterable[str], settings: Settings) -> list[Panel]:
 
 def mechanisms(settings: Settings) -> list[Panel]:
     """What acted on the way."""
-    control = Curve("kl_coef", "KL coefficient"), Curve("entropy_gate", "entropy gate")
+    gate = [Curve("entropy_gate", "entropy gate")] if is_safe(settings) else []
+    control = Curve("kl_coef", "KL coefficient"), *gate
     critic = (
         Curve("value_loss", "value loss"),
         Curve("value_gap", "|V1 - V2|"),
@@ -104,13 +106,14 @@ def mechanisms(settings: Settings) -> list[Panel]:
         Curve("budget/margin", "margin"),
     )
     clip = Curve("clip_fraction", "tokens clipped"), Curve("approx_kl", "KL to the rollout's policy")
-    loss = "distillation loss" if settings.get("algorithm") == "distill" else "policy loss"
+    distils = settings.get("algorithm") == "distill"
+    loss = "distillation loss" if distils else "policy loss"
     return [
         Panel("critic", "critic", critic if settings.get("critic") != "none" else ()),
         Panel("control", "controller", control if is_steered(settings) else (), has_phases=is_safe(settings)),
         Panel("budget", "KL budget, as parts of 1", budget),
-        Panel("loss", loss, (Curve("policy_loss", loss),), is_detail=True),
-        Panel("clip", "update", clip, is_detail=True),
+        Panel("loss", loss, (Curve("policy_loss", loss),), is_detail=not distils),
+        Panel("clip", "update", () if distils else clip, is_detail=True),
     ]
 
 
@@ -141,8 +144,12 @@ def is_safe(settings: Settings) -> bool:
 
 def is_steered(settings: Settings) -> bool:
     """Whether a controller sets the KL coefficient: SAFE's, or a budget's."""
-    has_budget = settings.get("kl_budget") is not None and settings.get("kl_budget_control", True)
-    return is_safe(settings) or has_budget
+    return is_safe(settings) or is_held(settings)
+
+
+def is_held(settings: Settings) -> bool:
+    """Whether a budget's controller does."""
+    return settings.get("kl_budget") is not None and bool(settings.get("kl_budget_control", True))
 
 
 def values(curve: Curve, columns: Mapping[str, list[float]], settings: Settings, count: int) -> list[float]:

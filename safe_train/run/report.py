@@ -12,7 +12,7 @@ from typing import Any
 
 from safe_train.config import ConfigError, read_yaml
 from safe_train.run.frontier import Evaluated, draw_frontier, draw_path
-from safe_train.run.panels import Curve, Panel, panels_of, smoothed, union, values
+from safe_train.run.panels import Curve, Panel, is_held, panels_of, smoothed, union, values
 from safe_train.settings.written import plain
 
 COLORS = ("#2a6fb0", "#d1622b", "#3a8f5c", "#8a5aa8", "#b03a5b", "#6b6b6b")
@@ -266,12 +266,17 @@ def idle_mechanisms(run: Path, rows: Rows) -> str:
     """The mechanisms that were switched on and never acted in this run; they cannot have made a difference."""
     settings = settings_of(run)
     # name: whether it is switched on, whether it acted
-    mechanisms = {"clip": (True, any(row.get("clip_fraction", 0) > 0 for row in rows))}
+    mechanisms = {
+        "clip": (settings.get("algorithm") != "distill", any(row.get("clip_fraction", 0) > 0 for row in rows))
+    }
     if settings.get("controller") == "safe":
         excess, rise, gate = (settings[name] for name in ("kl_excess_coef", "kl_momentum_coef", "entropy_gate"))
         gains = any(settings[name] for name in ("pid_kp", "pid_ki", "pid_kd"))
         mechanisms |= {
-            "KL threshold": (excess > 0, any(row["kl_short"] > row["kl_threshold"] for row in rows)),
+            "KL threshold": (
+                excess > 0 and not is_held(settings),
+                any(row["kl_short"] > row["kl_threshold"] for row in rows),
+            ),
             "KL momentum": (rise > 0, any(row["kl_momentum"] > 0 for row in rows)),
             "KL integral": (
                 settings.get("kl_integral_coef", 0) > 0,
