@@ -63,7 +63,7 @@ bench: $(VENV)/.installed-demo
 
 docs: $(VENV)/.installed-test
 	$(PIP) sphinx myst-parser furo
-	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs . build/site
 	@echo "build/site/README.html"
 
 # In environments of their own: what builds, and an empty one with PyTorch and the wheel alone. SAFE_KERNELS_URL: see setup.py.

@@ -25,8 +25,8 @@ lexers["mermaid"] = TextLexer()  # GitHub draws it
 PAGES = {
     "Library": ["docs/kernels", "docs/divergences", "docs/integrations", "docs/performance", "docs/api"],
     "Trainer": ["docs/trainer", "docs/algorithm", "docs/rewards", "docs/scaling", "docs/write-an-algorithm"],
-    "Measured": ["docs/study", "bench/results/README", "bench/results/study", "bench/results/budget"],
-    "Project": ["docs/architecture", "CONTRIBUTING", "CHANGELOG"],
+    "Measured": ["docs/study", "bench/results/README", "bench/results/study", "bench/results/budget", "bench/results/updates"],
+    "Project": ["docs/architecture", "docs/versions", "CONTRIBUTING", "CHANGELOG"],
 }
 
 

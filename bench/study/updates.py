@@ -186,7 +186,7 @@ TITLES = {"trust_region": "## What bounds an update", "best_of_n": "## The best 
 
 
 def report(rows: Sequence[Row]) -> str:
-    parts = ["Written by `python bench/study/updates.py --report` from its rows."]
+    parts = ["# The tables of part three", "Written by `python bench/study/updates.py --report` from its rows."]
     for stage, title in TITLES.items():
         own = [row for row in rows if row["stage"] == stage]
         arms = {name: [row for row in own if row["name"] == name] for name in dict.fromkeys(r["name"] for r in own)}

@@ -201,4 +201,7 @@ def test_areal_s_vocabulary_on_two_ranks(name, own):
     for rank, outcome in enumerate(found):
         for key, x in outcome.result.items():
             parts = [y.chunk(2, -1)[rank] if key == "d logits" else y for y in (single[key], exact[key])]
-            hold(f"{key} of rank {rank}", torch.from_numpy(x), *parts, 36)
+            if own:  # whose entropy is the small difference of large numbers, by its formula
+                torch.testing.assert_close(torch.from_numpy(x).double(), parts[1], rtol=1e-4, atol=1e-5)
+            else:
+                hold(f"{key} of rank {rank}", torch.from_numpy(x), *parts, 36)
