@@ -25,7 +25,13 @@ lexers["mermaid"] = TextLexer()  # GitHub draws it
 PAGES = {
     "Library": ["docs/kernels", "docs/divergences", "docs/integrations", "docs/performance", "docs/api"],
     "Trainer": ["docs/trainer", "docs/algorithm", "docs/rewards", "docs/scaling", "docs/write-an-algorithm"],
-    "Measured": ["docs/study", "bench/results/README", "bench/results/study", "bench/results/budget", "bench/results/updates"],
+    "Measured": [
+        "docs/study",
+        "bench/results/README",
+        "bench/results/study",
+        "bench/results/budget",
+        "bench/results/updates",
+    ],
     "Project": ["docs/architecture", "docs/versions", "CONTRIBUTING", "CHANGELOG"],
 }
 

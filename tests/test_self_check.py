@@ -4,12 +4,14 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import datasets
 import processes
 import pytest
 import tiny
 import torch
 from architectures import tiny_kind
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import is_progress_bar_enabled
 
 from safe_train import parallel
 from safe_train.config import ConfigError
@@ -155,6 +157,7 @@ def on_process(folder, broken_rank):
     trainer = tiny.trainer(folder)
     if parallel.rank() == broken_rank:
         trainer.policy.logit_transform["logit_scale"] = 1.01
+    assert is_progress_bar_enabled() is parallel.is_main() is not datasets.are_progress_bars_disabled()  # of one alone
     try:
         trainer.train()
     except ConfigError as error:
