@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +18,15 @@ KEPT = {  # of logits, beside the default: max_kept_bytes
 
 
 def ours(entrance: str, backend: str, **options: Any) -> Compute:
-    function = partial(getattr(safe_kernels, OPERATIONS[entrance]), **options, backend=backend)
-    if entrance == "best":
-        return from_best(function, partial(safe_kernels.truncated_divergence, backend=backend))
-    return lambda case: by_name(function(**case))
+    """The functions are looked up when they are called: an older revision has fewer."""
+
+    def function(**case: Any) -> Any:
+        return getattr(safe_kernels, OPERATIONS[entrance])(**case, **options, backend=backend)
+
+    def divergence(*best: Any, **how: Any) -> Tensor:
+        return safe_kernels.truncated_divergence(*best, **how, backend=backend)
+
+    return from_best(function, divergence) if entrance == "best" else lambda case: by_name(function(**case))
 
 
 class Computed(torch.autograd.Function):
