@@ -20,8 +20,8 @@ KEPT = {  # of logits, beside the default: max_kept_bytes
 def ours(entrance: str, backend: str, **options: Any) -> Compute:
     """The functions are looked up when they are called: an older revision has fewer."""
 
-    def function(**case: Any) -> Any:
-        return getattr(safe_kernels, OPERATIONS[entrance])(**case, **options, backend=backend)
+    def function(*given: Any, **case: Any) -> Any:
+        return getattr(safe_kernels, OPERATIONS[entrance])(*given, **case, **options, backend=backend)
 
     def divergence(*best: Any, **how: Any) -> Tensor:
         return safe_kernels.truncated_divergence(*best, **how, backend=backend)
