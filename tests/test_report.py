@@ -15,7 +15,7 @@ from test_evaluation import run
 
 from safe_train.cli import main
 from safe_train.run import report
-from safe_train.run.frontier import Evaluated, best_of, draw_frontier, held_out, longest_ruler, moved, ruler
+from safe_train.run.frontier import Evaluated, best_of, draw_frontier, draw_path, held_out, longest_ruler, moved, ruler
 from safe_train.run.panels import Curve, panels_of, union, values
 from safe_train.run.report import read_evaluations, read_metrics, write_report
 
@@ -238,3 +238,19 @@ def test_a_band_over_seeds_keeps_the_budget(tmp_path, monkeypatch, pictures):
     report.write_report([tmp_path / "run-0", tmp_path / "run-1"], tmp_path / "two.png")
     (panel,) = (axis for axis in drawn if axis.get_title(loc="left").startswith("exact KL"))
     assert [0.3] * 8 in [list(line.get_ydata()) for line in panel.lines]
+
+
+def test_the_path_of_a_long_run_is_one_of_means():
+    drawn = []
+    axis = SimpleNamespace(plot=lambda x, y, *form, **style: drawn.append((len(x), form)))
+    draw_path(axis, [{"kl": 0.1, "reward": 1.0}] * (report.LONG - 1), [], "blue", "rollouts")
+    assert drawn == [(report.LONG - 1, ())]
+    draw_path(axis, [{"kl": 0.1, "reward": 1.0}] * 6000, [], "blue", "rollouts")
+    assert drawn[1:] == [(6000, (".",)), (report.PARTS, ())]
+
+
+@pytest.mark.parametrize(
+    ("totals", "top"), [([1.0, 2.0, 3.0], None), ([1.0] * 999 + [2700.0], 1.2), ([math.nan] * 3, None), ([0.0], None)]
+)
+def test_a_step_in_which_the_machine_slept_does_not_flatten_the_others(totals, top):
+    assert report.top_of(totals) == top

@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from safe_train.run.panels import LONG, PARTS, smoothed
+
 MOVED, RULER = "#d1622b", "#6b6b6b"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -118,6 +120,10 @@ def draw_path(
     held_out_name: str | None = None,
 ) -> None:
     kls, rewards = ([row.get(name, math.nan) for row in rows] for name in ("kl", "reward"))
+    if len(rows) >= LONG:  # means of some rollouts each, on top of all
+        axis.plot(kls, rewards, ".", color=color, alpha=0.1, markersize=3)
+        width = len(rows) // PARTS
+        kls, rewards = (smoothed(each, width)[width // 2 :: width] for each in (kls, rewards))
     axis.plot(kls, rewards, color=color, alpha=0.4, linewidth=0.7, marker=".", label=name)
     draw_points(axis, held_out(rows, evaluations), color, "o", held_out_name)
 

@@ -8,6 +8,8 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+LONG, PARTS = 200, 60  # a curve of so many steps is drawn as means over one of so many parts, with the steps behind
+
 Settings = Mapping[str, Any]  # of config.yaml; empty where a run has none
 
 

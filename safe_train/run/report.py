@@ -12,7 +12,7 @@ from typing import Any
 
 from safe_train.config import ConfigError, read_yaml
 from safe_train.run.frontier import Evaluated, draw_frontier, draw_path
-from safe_train.run.panels import Curve, Panel, is_held, panels_of, smoothed, union, values
+from safe_train.run.panels import LONG, PARTS, Curve, Panel, is_held, panels_of, smoothed, union, values
 from safe_train.settings.written import plain
 
 COLORS = ("#2a6fb0", "#d1622b", "#3a8f5c", "#8a5aa8", "#b03a5b", "#6b6b6b")
@@ -26,7 +26,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "points": {"fmt": "o", "capsize": 2, "markersize": 4},
 }
 LIMITS = ("limit", "bound")
-LONG, PARTS = 200, 60  # a curve of so many steps is drawn as means over one of so many parts, with the steps behind
 BEHIND: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.25}
 APART = ("seed", "output_dir")  # settings in which repetitions of one run may differ
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t for 1, 2, ... degrees of freedom
@@ -199,11 +198,19 @@ def draw(axis: Any, panel: Panel, rows: Rows, settings: dict[str, Any]) -> None:
         heights = [numbers_of(rows, curve, settings) for curve in panel.curves]
         labels = [curve.label for curve in panel.curves]
         axis.stackplot(steps(rows), heights, labels=labels, colors=COLORS, alpha=0.7)
+        axis.set_ylim(0, top_of([math.fsum(each) for each in zip(*heights, strict=True)]))
         return
     for color, curve in zip(COLORS, panel.curves, strict=False):
         draw_curve(axis, curve, rows, settings, COLORS[0] if curve.kind in LIMITS else color, curve.label)
     if panel.has_phases:
         draw_phases(axis, rows)
+
+
+def top_of(totals: Sequence[float]) -> float | None:
+    """Where an axis ends: above all but a hundredth, if the rest is far beyond, such as a step in which a laptop slept."""
+    known = sorted(x for x in totals if math.isfinite(x))
+    usual = known[int(0.99 * (len(known) - 1))] if known else 0.0
+    return 1.2 * usual if known and known[-1] > 5 * usual > 0 else None
 
 
 def draw_compared(axis: Any, panel: Panel, rows: Rows, settings: dict[str, Any], color: str, name: str) -> None:
