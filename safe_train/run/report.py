@@ -207,7 +207,7 @@ def draw(axis: Any, panel: Panel, rows: Rows, settings: dict[str, Any]) -> None:
 
 
 def top_of(totals: Sequence[float]) -> float | None:
-    """Where an axis ends: above all but a hundredth, if the rest is far beyond, such as a step in which a laptop slept."""
+    """Where an axis ends: above all but a hundredth, if the rest is far beyond, such as a step that slept."""
     known = sorted(x for x in totals if math.isfinite(x))
     usual = known[int(0.99 * (len(known) - 1))] if known else 0.0
     return 1.2 * usual if known and known[-1] > 5 * usual > 0 else None
