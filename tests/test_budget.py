@@ -261,3 +261,16 @@ def test_a_kl_that_the_trained_tokens_understate_neither_breaks_the_budget_nor_l
         law.record(reached, min(reached, law.limit))
     assert max(kls[30:]) <= 0.1 < 1.25 * min(kls[100:])
     assert max(coefs) < 3
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"kl_threshold_min": 0.0}, "kl_threshold_min must be positive"),
+        ({"kl_integral_coef": 1.0}, "kl_integral_coef must be 0"),
+    ],
+)
+def test_settings_that_a_budget_replaces_or_divides_by_are_refused(setting, message):
+    SafeConfig(**setting)
+    with pytest.raises(ConfigError, match=message):
+        SafeConfig(kl_budget=0.1, **setting)
