@@ -37,7 +37,7 @@ PAGES = {
 
 
 def on_the_site(app, name: str, source: list[str]) -> None:
-    """A link to a folder is no page here; the README is the first page, and gets the contents."""
+    """A link to a folder is no page here; the README is the first page: it loses its badges and gets the contents."""
     page = Path(app.srcdir) / f"{name}.md"
 
     def link(found: re.Match[str]) -> str:
@@ -45,6 +45,7 @@ def on_the_site(app, name: str, source: list[str]) -> None:
 
     source[0] = re.sub(r"\[([^]]+)\]\(([^)#:]+)\)", link, source[0])
     if name == root_doc:
+        source[0] = re.sub(r"^\[!\[.*\n", "", source[0], flags=re.MULTILINE)  # badges are GitHub's
         for title, pages in PAGES.items():
             there = [each for each in pages if (Path(app.srcdir) / f"{each}.md").is_file()]
             source[0] += "\n```{toctree}\n:hidden:\n:caption: " + "\n".join([title, "", *there, "```", ""])

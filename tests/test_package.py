@@ -92,7 +92,7 @@ def test_the_readme_without_an_address_has_no_link_into_the_repository(wheel):
     about = metadata(wheel)
     assert about["Description-Content-Type"] == "text/markdown" and about.get_all("Project-URL") is None
     found = links(about.get_payload())
-    assert all(link.startswith("https://") for link in found)
+    assert all(link.startswith("https://") for link in found) and "shields.io" not in about.get_payload()
     assert "Architecture: where a call goes" in about.get_payload()  # the text of a link that was one
     assert "Memory and time of log-prob" in about.get_payload()  # what the picture shows
 
@@ -102,9 +102,13 @@ def test_the_readme_with_an_address_links_to_the_files_of_this_version(wheel, sd
     about = email.message_from_bytes(sdist.extractfile(name).read())
     assert about.get_all("Project-URL") == [f"Source, {URL}"]
     tag = "v" + metadata(wheel)["Version"]
-    own = [link for link in links(about.get_payload()) if not link.startswith("https://arxiv.org/")]
+    others = ("https://arxiv.org/", "https://img.shields.io/badge/", f"{URL}/actions/workflows/ci.yml")
+    own = [link for link in links(about.get_payload()) if not link.startswith(others)]
     kinds = {link.removeprefix(f"{URL}/").split("/")[0] for link in own}
     assert kinds == {"blob", "raw"} and any("headline-light.png" in link for link in own)
+    assert (
+        f"[![tests]({URL}/actions/workflows/ci.yml/badge.svg)]({URL}/actions/workflows/ci.yml)" in about.get_payload()
+    )
     for link in own:
         kind, path = link.removeprefix(f"{URL}/").partition(f"/{tag}/")[::2]
         assert (ROOT / path.partition("#")[0]).exists() and (kind == "raw") == path.endswith(".png"), link

@@ -121,5 +121,9 @@ def test_the_example_runs():
 def test_it_is_short_and_its_links_lead_somewhere():
     assert len(README.splitlines()) <= 150
     assert README.index("<picture>") < README.index("## Two commands") < README.index("## In the trainer you have")
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+    assert f"[![version {version}](https://img.shields.io/badge/version-{version}-blue)]" in README
     for target in re.findall(r"\]\(([^)#]+)", README) + re.findall(r'(?:src|srcset)="([^"]+)"', README):
-        assert "://" in target or (ROOT / target).exists(), target
+        workflow = target.removeprefix("../../actions/workflows/").removesuffix("/badge.svg")
+        path = f".github/workflows/{workflow}" if workflow.endswith(".yml") else target
+        assert "://" in target or (ROOT / path).exists(), target
