@@ -337,6 +337,10 @@ def test_a_server_of_another_kind_is_refused(served, tmp_path, monkeypatch):
         ({"top_p": 0.9}, "top_p must be 1 for distill"),
         ({"kl_gradient": "return"}, "kl_gradient must be token for distill"),
         ({"kl_estimator": "k3"}, "kl_estimator must be exact for distill"),
+        ({"missing_eos_penalty": 1.0}, "missing_eos_penalty must be left alone for distill"),
+        ({"clip_low": 0.1}, "clip_low must be left alone for distill"),
+        ({"importance_cap": 2.0}, "importance_cap must be left alone for distill"),
+        ({"shuffle_advantages": True}, "shuffle_advantages must be left alone for distill"),
     ],
 )
 def test_what_it_cannot_be_is_refused(changes, message):

@@ -51,6 +51,8 @@ loss_aggregation importance_sampling_level top_p min_p
 trust_region_kl trust_region_tv trust_region_level
 """.split()
 
+# What acts through a reward or a ratio, and distill has neither in its loss.
+NOT_IN_DISTILL = "clip_low clip_high importance_cap missing_eos_penalty shuffle_advantages".split()
 
 # Of the mean over a rollout, in nats: 3e-6 was measured in float32, and 0.04 in bfloat16. vLLM rounds in its own way.
 LARGEST_SAMPLER_GAP = {"float32": 0.01, "bfloat16": 0.15, "vllm": 0.3}
@@ -163,6 +165,9 @@ def check(c: SafeConfig) -> None:
         require(c.critic == "none", "critic", "none for distill, which has no critic")
         require(c.kl_estimator == "exact", "kl_estimator", "exact for distill")
         require(c.kl_gradient == "token", "kl_gradient", "token for distill, which has no advantages")
+        for field in dataclasses.fields(c):
+            is_own = field.name not in NOT_IN_DISTILL or getattr(c, field.name) == field.default
+            require(is_own, field.name, "left alone for distill, whose loss has neither rewards nor a ratio")
         for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
             require(getattr(c, name) == off, name, f"{off} for distill, whose teacher has a say on every token")
     else:

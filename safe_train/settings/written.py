@@ -90,8 +90,8 @@ def typed(name: str, value: Any, hint: Any, choices: Sequence[str] = ()) -> Any:
     if type(None) in options and (value is None or isinstance(value, Written) and value == "~"):
         return None
     kind = options[0]
-    if typing.get_origin(kind) is list and value is not None:
-        items = value if isinstance(value, (list, tuple)) else [value]
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
         return [typed(name, item, typing.get_args(kind)[0]) for item in items]
     readers = {bool: as_bool, int: as_int, float: as_float, str: as_text}
     found = readers[kind](value) if kind in readers else plain(value)
