@@ -8,6 +8,7 @@ import peft
 import pytest
 import tiny
 import torch
+from architectures import IS_CURRENT
 from test_checkpoint import prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -115,7 +116,8 @@ def test_adapters_of_other_kinds(kind, options, tmp_path, capsys):
     args = tiny.settings(tmp_path / "run", total_steps=2, learning_rate=0.1, save_every=2)
     trainer = SafeTrainer(f"{tmp_path}/model", tiny.good_words, args, tiny.PROMPTS, peft_config=config)
     trainer.train()
-    if kind == "dora" and not options:  # transformers itself leaves out the magnitudes
+    # transformers itself leaves out the magnitudes, and that of before 5.24 modules_to_save
+    if not options and (kind == "dora" or kind == "norms" and not IS_CURRENT):
         assert export(tmp_path) == 2 and "gets other log-probs than peft: --merge" in capsys.readouterr().err
         return
     assert export(tmp_path, *options) == 0

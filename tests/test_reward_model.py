@@ -207,7 +207,7 @@ def ending(make):
 
 def test_a_classifier_that_cannot_score_is_refused_before_the_run(tmp_path):
     """BART reads the state of the end token, which this tokenizer does not write."""
-    with pytest.raises(ConfigError, match="'model' cannot score a text: Each example must contain .* <eos> token"):
+    with pytest.raises(ConfigError, match="'model' cannot score a text: .*(must contain .* <eos> token|out of bounds)"):
         load_reward(saved(tmp_path / "model", bart()))
 
 
