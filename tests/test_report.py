@@ -139,6 +139,8 @@ def test_panels_are_those_of_what_the_run_has():
     safe = curves(controller="safe", critic="soft_min")
     assert safe["kl"] == ["kl", "kl_short", "kl_threshold"] and safe["entropy"] == ["entropy", "entropy_floor"]
     assert {"critic", "control"} <= safe.keys() and safe["norms"] == ["grad_norm", "critic_grad_norm"]
+    assert safe["critic"] == ["value_loss", "value_gap", "explained_variance"]
+    assert curves(critic="single")["critic"] == ["value_loss", "explained_variance"]
     grpo = curves(controller="fixed", critic="none")
     assert grpo["kl"] == ["kl"] and grpo["entropy"] == ["entropy"] and grpo["norms"] == ["grad_norm"]
     assert not {"critic", "control"} & grpo.keys()

@@ -97,9 +97,10 @@ def mechanisms(settings: Settings) -> list[Panel]:
     """What acted on the way."""
     gate = [Curve("entropy_gate", "entropy gate")] if is_safe(settings) else []
     control = Curve("kl_coef", "KL coefficient"), *gate
+    gap = [] if settings.get("critic") == "single" else [Curve("value_gap", "|V1 - V2|")]
     critic = (
         Curve("value_loss", "value loss"),
-        Curve("value_gap", "|V1 - V2|"),
+        *gap,
         Curve("explained_variance", "explained variance", floor=-1.0),
     )
     budget = (
