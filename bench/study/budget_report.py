@@ -128,11 +128,14 @@ def grid_section(arms: dict[str, list[Row]], _: Sequence[Row]) -> list[str]:
     parts = ["## Does the budget hold?", made(arms)]
     parts += [table({TITLES[name]: rows for name, rows in arms.items()}, HOLDS, "all runs")]
     budget = arms.get("budget", [])
-    others = {name: rows for name, rows in arms.items() if name != "budget"}
-    shared = set.intersection(*({place(row) for row in rows} for rows in arms.values()))
-    if others and shared:
-        same = {TITLES[name]: [row for row in rows if place(row) in shared] for name, rows in arms.items()}
-        parts += ["The runs that every arm made:", table(same, (*HOLDS, *REWARDS), "same runs")]
+    same: dict[str, list[Row]] = {}
+    for name, rows in arms.items():
+        shared = {place(row) for row in rows} & {place(row) for row in budget}
+        if name != "budget" and shared:
+            same[TITLES[name]] = [row for row in rows if place(row) in shared]
+            same[f"the same runs as {TITLES[name]}, `kl_budget`"] = [row for row in budget if place(row) in shared]
+    if same:
+        parts += ["Each arm, and the budget on the same runs:", table(same, (*HOLDS, *REWARDS), "same runs")]
     if budget:
         parts += ["The budget's runs, by the levels of each factor:"]
         parts += [table(levels(budget, factor), (*HOLDS, *COSTS), factor) for factor in FACTORS]
