@@ -20,6 +20,7 @@ from safe_train.data.batches import TokenBatch
 from safe_train.models.lora import lora_config
 from safe_train.models.policy import apply_liger, make_policy, use_tensor_cores
 from safe_train.models.pretrained import load_model, load_tokenizer
+from safe_train.run.start import outline
 
 SEQUENCES = ([[5, 6, 7, 2], [8], [9, 10]], [[11, 12], [13, 14, 3, 1], [1]])
 
@@ -415,3 +416,13 @@ def test_a_revision_is_that_of_the_model_and_of_its_tokenizer(tmp_path, monkeypa
         args = SafeConfig(model=str(tmp_path), revision=revision)
         load_tokenizer(args), load_model(args, torch.device("cpu"))
     assert asked == ["main", "main", "v1.2", "v1.2"]
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_outline_of_a_model_counts_its_head_as_the_model_does(is_tied, tmp_path):
+    """What the disk must hold is known before the weights are loaded."""
+    model = tiny.model(tie_word_embeddings=is_tied)
+    model.config.save_pretrained(tmp_path)
+    made = outline(SafeConfig(model=str(tmp_path)))
+    assert [p.shape for p in made.parameters()] == [p.shape for p in model.parameters()]
+    assert all(p.is_meta for p in made.parameters())

@@ -133,7 +133,7 @@ def grid_section(arms: dict[str, list[Row]], _: Sequence[Row]) -> list[str]:
         shared = {place(row) for row in rows} & {place(row) for row in budget}
         if name != "budget" and shared:
             same[TITLES[name]] = [row for row in rows if place(row) in shared]
-            same[f"the same runs as {TITLES[name]}, `kl_budget`"] = [row for row in budget if place(row) in shared]
+            same[f"`kl_budget`, on the runs of {TITLES[name]}"] = [row for row in budget if place(row) in shared]
     if same:
         parts += ["Each arm, and the budget on the same runs:", table(same, (*HOLDS, *REWARDS), "same runs")]
     if budget:

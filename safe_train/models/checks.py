@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,14 @@ def check_head(policy: Policy) -> None:
         )
 
 
+def on_meta(make: Callable[[], Any]) -> Any:
+    """The model that `make` makes, without memory for its weights; tied, which transformers 5.0 leaves to loading."""
+    with seeded(0), torch.device("meta"):
+        model = make()
+        model.tie_weights()
+    return model
+
+
 def check_saved_class(model: Any) -> None:
     """Refuses weights or ties that a checkpoint of all weights would lose: it loads as the class makes its config.
 
@@ -142,9 +151,7 @@ def check_saved_class(model: Any) -> None:
     kind, config = type(model), copy.deepcopy(model.config)
     config._attn_implementation = "eager"
     try:
-        with seeded(0), torch.device("meta"):
-            loaded = kind(config)
-            loaded.tie_weights()  # transformers 5.0 leaves that to whoever loads
+        loaded = on_meta(lambda: kind(config))
     except Exception as error:  # code of any model, which may read numbers that a meta device does not have
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         parallel.say(f"not checked that a checkpoint has all weights: no {kind.__name__} on meta ({reason})")

@@ -20,11 +20,11 @@ from safe_train.data.prompts import Prompt
 from safe_train.engines import sharding
 from safe_train.engines.launched import cuts_weights, place_model
 from safe_train.models.adapters import untrained_experts, unwrapped
-from safe_train.models.checks import check_positions, check_vocabulary
+from safe_train.models.checks import check_positions, check_vocabulary, on_meta
 from safe_train.models.policy import Policy, make_policy, use_tensor_cores
 from safe_train.models.pretrained import config_of, load_model, load_tokenizer, loading, model_class
 from safe_train.models.teacher import Teaches, load_teacher
-from safe_train.randomness import guest, seeded
+from safe_train.randomness import guest
 from safe_train.rewards.calls import Batch, NotANumber, RewardFunction, ask, check_columns, check_signature
 from safe_train.rewards.rewards import NO_REWARD, Rewards, is_classifier, is_server, load_reward, reward_name
 from safe_train.rewards.teacher_server import TeacherServer
@@ -103,8 +103,7 @@ def outline(args: SafeConfig) -> Any:
         config = config_of(args)
     kind = model_class(config)
     try:
-        with seeded(0), torch.device("meta"):
-            return kind.from_config(config, trust_remote_code=args.trust_remote_code)
+        return on_meta(lambda: kind.from_config(config, trust_remote_code=args.trust_remote_code))
     except Exception:  # code of any model
         return None
 

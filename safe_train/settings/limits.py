@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from safe_train.algorithms.registry import ALGORITHMS, PUBLISHED
@@ -165,9 +165,7 @@ def check(c: SafeConfig) -> None:
         require(c.critic == "none", "critic", "none for distill, which has no critic")
         require(c.kl_estimator == "exact", "kl_estimator", "exact for distill")
         require(c.kl_gradient == "token", "kl_gradient", "token for distill, which has no advantages")
-        for field in dataclasses.fields(c):
-            is_own = field.name not in NOT_IN_DISTILL or getattr(c, field.name) == field.default
-            require(is_own, field.name, "left alone for distill, whose loss has neither rewards nor a ratio")
+        check_left_alone(c, require, NOT_IN_DISTILL, "whose loss has neither rewards nor a ratio")
         for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
             require(getattr(c, name) == off, name, f"{off} for distill, whose teacher has a say on every token")
     else:
@@ -211,14 +209,19 @@ def check_adapter(c: SafeConfig, require: Require) -> None:
     require(c.lora_target_modules != [], "lora_target_modules", "null for all linear layers, or some of their names")
 
 
+def check_left_alone(c: SafeConfig, require: Require, names: Sequence[str], reason: str) -> None:
+    preset = ALGORITHMS[c.algorithm].preset
+    for field in dataclasses.fields(c):
+        if field.name in names:
+            default = preset.get(field.name, field.default)
+            require(getattr(c, field.name) == default, field.name, f"left alone for {c.algorithm}, {reason}")
+
+
 def check_paper(c: SafeConfig, require: Require) -> None:
     preset = ALGORITHMS[c.algorithm].preset
     for name in ("critic", "controller"):
         require(getattr(c, name) == preset[name], name, f"{preset[name]} for {c.algorithm}")
-    for field in dataclasses.fields(c):
-        if field.name in NOT_IN_PAPER:
-            default = preset.get(field.name, field.default)
-            require(getattr(c, field.name) == default, field.name, f"left alone for {c.algorithm}, which fixes it")
+    check_left_alone(c, require, NOT_IN_PAPER, "which fixes it")
     if c.algorithm == "ppo_paper":
         require(not c.normalize_rewards, "normalize_rewards", "false for ppo_paper")
         require(c.entropy_coef == 0, "entropy_coef", "0 for ppo_paper")
