@@ -106,6 +106,9 @@ class SafeConfig:
     reward_timeout: float = option(60.0, "seconds to wait for each answer of a reward server")
     reward_retries: int = option(5, "further attempts, ever later, when a reward server is down or busy")
     async_reward_timeout: float = option(600.0, "seconds that an async reward has for its share of a rollout")
+    prefix_rewards: int = option(
+        0, "every so many tokens, reward what a completion begins with: a token is credited with what it adds (0: off)"
+    )
     shuffle_advantages: bool = option(False, "control experiment: rewards are permuted across completions")
 
     option = group("Model")

@@ -199,7 +199,8 @@ class PaperTrainer(SafeTrainer):
         """Advantages reward - value, whitened over the sequences; the reward is the value's target."""
         advantages = []
         for micro in experience:
-            boundaries, own_B = micro.batch.response_cu_seqlens, reward_B[micro.indices]
+            boundaries = micro.batch.response_cu_seqlens
+            own_B = reward_B[micro.indices].float().to(self.device)
             values_KB = self.values(micro.batch)[1][:, : len(own_B)]
             advantages.append(own_B - self.soft_min(values_KB))
             if micro.indices:

@@ -40,6 +40,7 @@ from safe_train.models.teacher import Teaches
 from safe_train.randomness import fingerprint, guest, own_random_numbers, seed_of, seeded
 from safe_train.rewards.calls import RewardFunction
 from safe_train.rewards.groups import learned_from, refilled, warn_if_unscored, without_spread
+from safe_train.rewards.prefixes import scored
 from safe_train.rewards.rewards import Scores
 from safe_train.run import events, start
 from safe_train.run.evaluation import Evaluation, evaluate
@@ -200,6 +201,7 @@ class SafeTrainer:
                     experience = Experience(self.policy, self.critic, rollout, args, self.device, session.teacher)
                 check_sampler_gap(experience, self.policy.compute_dtype, args)
             control = self.update_controller(experience, rewards["reward"])
+            experience.prefix_BK = None if rewards.prefix_BK is None else self.normalised(rewards.prefix_BK)
             self.compute_advantages(experience, self.training_rewards(learned_from(rewards, args), rollout), control)
             with self.timed("update"):
                 update = self.update(experience, control)
@@ -248,7 +250,7 @@ class SafeTrainer:
                 own = sample()
         with self.timed("reward"), parallel.together(f"the rewards of step {step + 1}"):
             with guest(self.args.seed, step, REWARDS, *again):
-                scores = self.rewards(*own.for_rewards())
+                scores = scored(own, self.rewards, self.tokenizer, self.args)
         return gathered(own), scores.gathered()
 
     def sample(self, step: int) -> Rollout:
@@ -293,17 +295,16 @@ class SafeTrainer:
         credit(experience, reward_B, control, self.args)
 
     def training_rewards(self, reward_B: Tensor, rollout: Rollout) -> Tensor:
-        """Rewards as the advantages see them: normalised, charged for not ending, permuted in the control run.
+        """Rewards as the advantages see them: normalised, charged for not ending, permuted in the control run."""
+        reward_B = self.normalised(reward_B) - self.args.missing_eos_penalty * (~torch.tensor(rollout.ended)).double()
+        return reward_B[torch.randperm(len(reward_B))] if self.args.shuffle_advantages else reward_B
 
-        In float64, on the CPU, where the differences within a group are still to be taken.
-        """
-        reward_B = reward_B.double()
+    def normalised(self, reward: Tensor) -> Tensor:
+        """By the running moments; in float64, on the CPU, where differences are still to be taken."""
+        reward = reward.double()
         if self.args.normalize_rewards and self.args.multi_objective_aggregation != "normalize_then_sum":
-            reward_B = (reward_B - self.reward_moments.mean) / (self.reward_moments.std or 1.0)
-        reward_B = reward_B - self.args.missing_eos_penalty * (~torch.tensor(rollout.ended)).double()
-        if self.args.shuffle_advantages:
-            reward_B = reward_B[torch.randperm(len(reward_B))]
-        return reward_B if self.critic is None else reward_B.float().to(self.device)
+            reward = (reward - self.reward_moments.mean) / (self.reward_moments.std or 1.0)
+        return reward
 
     def update(self, experience: Experience, control: Control) -> dict[str, float]:
         """Inner epochs over the rollout, one optimizer step a minibatch. Returns means over those steps."""

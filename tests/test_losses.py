@@ -189,7 +189,13 @@ def test_value_clip_stops_the_gradient_of_a_value_that_moved_far_toward_the_retu
 
 def test_rewards_arrive_on_the_last_token():
     batch = TokenBatch.pack([[1]] * 3, [[2, 3], [], [4, 5, 6]])
-    assert advantages.token_rewards(torch.tensor([1.0, 9.0, 3.0]), batch).tolist() == [0.0, 1.0, 0.0, 0.0, 3.0]
+    assert advantages.token_rewards(torch.tensor([1.0, 9.0, 3.0]), batch.response_cu_seqlens).tolist() == [
+        0.0,
+        1.0,
+        0.0,
+        0.0,
+        3.0,
+    ]
 
 
 def test_group_advantages_compare_with_the_group_and_vanish_for_equal_rewards():

@@ -199,7 +199,7 @@ def test_the_loss_and_its_gradient_equal_the_formulas_from_logits(algorithm, tmp
     rollout, rewards = run.collect(0)
     experience = Experience(run.policy, run.critic, rollout, run.args, run.device)
     control = run.update_controller(experience, rewards["reward"])
-    reward = run.training_rewards(rewards["reward"], rollout)
+    reward = run.training_rewards(rewards["reward"], rollout).float()
     run.compute_advantages(experience, reward, control)
     old = naive_loss(run, rollout, reward, None)[1]
     run.update(experience, control)  # so that neither ratio nor value are what they were

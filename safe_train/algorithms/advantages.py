@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from safe_train.algorithms.grpo import std
 from safe_train.algorithms.registry import ALGORITHMS
-from safe_train.algorithms.returns import charge_later_kl, gae
+from safe_train.algorithms.returns import charge_later_kl, gae, mean_of_others
 
 if TYPE_CHECKING:
     from safe_train.algorithms.controller import Control
     from safe_train.algorithms.critic import Critic
     from safe_train.config import SafeConfig
-    from safe_train.data.batches import MicroBatch, TokenBatch
+    from safe_train.data.batches import MicroBatch
     from safe_train.sampling.experience import Experience
 
 
@@ -26,10 +27,14 @@ def credit(experience: Experience, reward_B: Tensor, control: Control, args: Saf
 
     A completion whose reward is nan has no advantage from it, is no target of the critic, and is left out of what
     others are compared with. The KL's part is neither whitened nor divided by a standard deviation of the rewards.
+
+    `reward_B`, as `experience.prefix_BK`, is in float64 on the CPU, where differences are still to be taken.
     """
     of_groups = ALGORITHMS[args.algorithm].advantages
     if of_groups is None:
         credit_tokens(experience, reward_B, args)
+    elif experience.prefix_BK is not None:
+        credit_what_follows(experience, reward_B, args)
     else:
         advantage_B = of_groups(reward_B, args).float().to(experience.device)
         for micro in experience:
@@ -45,16 +50,50 @@ def credit_tokens(experience: Experience, reward_B: Tensor, args: SafeConfig) ->
     for micro in experience:
         if not micro.indices:
             continue
-        own_B, boundaries = reward_B[micro.indices], micro.batch.response_cu_seqlens
-        rewards_L = token_rewards(own_B.nan_to_num(), micro.batch)
+        rewards_L = earned(experience, micro, reward_B, args)
         micro.advantage_L, micro.returns_L = value_targets(experience.critic, micro, rewards_L, args)
-        micro.is_scored_L = per_token(~own_B.isnan(), boundaries)
+        micro.is_scored_L = is_scored(micro, reward_B)
     scored = experience.tokens("advantage_L")[experience.tokens("is_scored_L")]
     if len(scored):
         mean, variance = scored.mean(), scored.var(correction=0)
     for micro in experience:
         whitened_L = whiten(micro.advantage_L, mean, variance) if len(scored) else micro.advantage_L
         micro.advantage_L = whitened_L.masked_fill(~micro.is_scored_L, 0.0)
+
+
+def credit_what_follows(experience: Experience, reward_B: Tensor, args: SafeConfig) -> None:
+    """By the prefixes' rewards: what a token and those behind it add, less what was added there in other completions.
+
+    What is added n tokens later counts lambda^n, as in GAE. The advantages are scaled as `scale_rewards` says.
+    """
+    micros = [micro for micro in experience if micro.indices]
+    for micro in micros:
+        added_L = earned(experience, micro, reward_B, args)
+        none_L = torch.zeros_like(added_L)
+        follows_L = gae(none_L, none_L, added_L, micro, args).advantage
+        micro.advantage_L = follows_L.masked_fill(~is_scored(micro, reward_B), torch.nan)
+    advantage_BT = experience.table("advantage_L")
+    advantage_BT = advantage_BT - mean_of_others(advantage_BT)
+    if args.scale_rewards != "none":
+        groups = 1 if args.scale_rewards == "batch" else len(advantage_BT) // args.completions_per_prompt
+        std_P1 = std(advantage_BT.view(groups, -1))
+        advantage_BT = advantage_BT / (std_P1.repeat_interleave(len(advantage_BT) // groups, dim=0) + 1e-4)
+    for micro in micros:
+        micro.advantage_L = advantage_BT[tuple(micro.place_L)].nan_to_num().float()
+
+
+def earned(experience: Experience, micro: MicroBatch, reward_B: Tensor, args: SafeConfig) -> Tensor:
+    """The reward of each token."""
+    own_B, prefix_BK = reward_B[micro.indices].nan_to_num(), experience.prefix_BK
+    own_BK = None if prefix_BK is None else prefix_BK[micro.indices]
+    rewards_L = token_rewards(own_B, micro.batch.response_cu_seqlens.cpu(), own_BK, args.prefix_rewards)
+    return rewards_L.float().to(experience.device)
+
+
+def is_scored(micro: MicroBatch, reward_B: Tensor) -> Tensor:
+    """bool [L]: whether a reward applies to the token's completion."""
+    is_known_B = ~reward_B[micro.indices].isnan().to(micro.advantage_L.device)
+    return per_token(is_known_B, micro.batch.response_cu_seqlens)
 
 
 def value_targets(critic: Critic, micro: MicroBatch, rewards_L: Tensor, args: SafeConfig) -> tuple[Tensor, Tensor]:
@@ -69,11 +108,29 @@ def value_targets(critic: Critic, micro: MicroBatch, rewards_L: Tensor, args: Sa
     return online.advantage, target.returns
 
 
-def token_rewards(reward_B: Tensor, batch: TokenBatch) -> Tensor:
-    """The sequence's reward on its last token, 0 on the others. Empty responses get nothing."""
-    lives = batch.response_cu_seqlens.diff() > 0
-    last = batch.response_cu_seqlens[1:][lives].long() - 1
-    return reward_B.new_zeros(len(batch.targets_L)).index_copy(0, last, reward_B[lives])
+def token_rewards(
+    reward_B: Tensor, response_cu_seqlens: Tensor, prefix_BK: Tensor | None = None, every: int = 0
+) -> Tensor:
+    """The sequence's reward on its last token, 0 on the others. Empty responses get nothing.
+
+    Given the rewards of its first 0, `every`, 2 `every`, ... tokens, the last token of each such part gets what the
+    part adds: they sum to the reward less that of no token. A prefix whose reward is nan stands where the one before it
+    does, and the first at 0.
+    Source: potential-based shaping (Ng, Harada and Russell 1999), the potential being the reward of the text so far.
+    """
+    starts_B1, lengths_B1 = response_cu_seqlens[:-1, None].long(), response_cu_seqlens.diff()[:, None].long()
+    if prefix_BK is None:
+        prefix_BK, every = torch.zeros_like(reward_B)[:, None], max(1, int(response_cu_seqlens[-1]))
+    part_BK = torch.arange(prefix_BK.shape[1]).expand_as(prefix_BK)
+    known_BK = part_BK.masked_fill(prefix_BK.isnan(), -1).cummax(1).values
+    before_BK = prefix_BK.gather(1, known_BK.clamp(min=0)).masked_fill(known_BK < 0, 0.0)
+    after_BK = torch.cat([before_BK[:, 1:], reward_B[:, None]], dim=1)
+    is_last_BK = (part_BK + 1) * every >= lengths_B1
+    after_BK = torch.where(is_last_BK, reward_B[:, None], after_BK)
+    end_BK = starts_B1 + ((part_BK + 1) * every).minimum(lengths_B1) - 1
+    is_part_BK = part_BK * every < lengths_B1
+    total = reward_B.new_zeros(int(response_cu_seqlens[-1]))
+    return total.index_copy(0, end_BK[is_part_BK], (after_BK - before_BK)[is_part_BK])
 
 
 def per_token(values_B: Tensor, response_cu_seqlens: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Scores(Mapping[str, Tensor]):
     extra: dict[tuple[str, str], list[Any]] = field(default_factory=dict)  # of log_extra, by reward and column
     metrics: dict[str, list[float]] = field(default_factory=dict)  # values of log_metric, one a call
     seconds: dict[str, float] = field(default_factory=dict)
+    prefix_BK: Tensor | None = None  # of "reward", for what the completions begin with; nan from their ends on
 
     def __getitem__(self, name: str) -> Tensor:
         return self.by_name[name]
@@ -55,7 +56,9 @@ class Scores(Mapping[str, Tensor]):
         for _, _, own in found:
             for name, values in own.items():
                 metrics[name] += values
-        return Scores(dict(zip(self.by_name, stacked, strict=True)), self.weights, extra, metrics, self.seconds)
+        by_name = dict(zip(self.by_name, stacked, strict=True))
+        prefix_BK = None if self.prefix_BK is None else parallel.gather(self.prefix_BK.T).T
+        return Scores(by_name, self.weights, extra, metrics, self.seconds, prefix_BK)
 
     def joined(self, more: Scores) -> Scores:
         """Those of two rollouts, one behind the other."""
@@ -72,12 +75,14 @@ class Scores(Mapping[str, Tensor]):
                 for name in {**self.metrics, **more.metrics}
             },
             {name: seconds + more.seconds.get(name, 0.0) for name, seconds in self.seconds.items()},
+            None if self.prefix_BK is None or more.prefix_BK is None else torch.cat([self.prefix_BK, more.prefix_BK]),
         )
 
     def take(self, order: Sequence[int]) -> Scores:
         by_name = {name: x_B[list(order)] for name, x_B in self.by_name.items()}
         extra = {key: [x[i] for i in order] for key, x in self.extra.items()}
-        return replace(self, by_name=by_name, extra=extra)
+        prefix_BK = None if self.prefix_BK is None else self.prefix_BK[list(order)]
+        return replace(self, by_name=by_name, extra=extra, prefix_BK=prefix_BK)
 
     def columns(self, taken: Iterable[str]) -> dict[str, list[Any]]:
         """What rewards logged of each completion, under other names where those are taken."""

@@ -41,6 +41,7 @@ class Experience:
         is_update: bool = True,
     ):
         self.args, self.critic, self.device = args, critic, device
+        self.prefix_BK: Tensor | None = None  # with `prefix_rewards`, in the units of the rewards that are trained on
         count = self.count = len(rollout.completions)
         size = args.minibatch_size or count
         order, kept_head = torch.randperm(count).tolist(), trained_head(policy, args) if is_update else None

@@ -48,11 +48,11 @@ NOT_IN_PAPER = """
 beta kl_estimator kl_gradient kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef entropy_gate gate_min
 gate_max phases window value_level gamma gae_lambda minibatch_size importance_cap warmup_steps lr_scheduler_type
 loss_aggregation importance_sampling_level top_p min_p
-trust_region_kl trust_region_tv trust_region_level
+trust_region_kl trust_region_tv trust_region_level prefix_rewards
 """.split()
 
 # What acts through a reward or a ratio, and distill has neither in its loss.
-NOT_IN_DISTILL = "clip_low clip_high importance_cap missing_eos_penalty shuffle_advantages".split()
+NOT_IN_DISTILL = "clip_low clip_high importance_cap missing_eos_penalty prefix_rewards shuffle_advantages".split()
 
 # Of the mean over a rollout, in nats: 3e-6 was measured in float32, and 0.04 in bfloat16. vLLM rounds in its own way.
 LARGEST_SAMPLER_GAP = {"float32": 0.01, "bfloat16": 0.15, "vllm": 0.3}
@@ -84,7 +84,8 @@ BOUNDS = (
         lambda x: x >= 0,
         "entropy_coef beta kl_penalty_coef kl_excess_coef kl_momentum_coef kl_integral_coef lora_r eval_every "
         "weight_decay value_coef clip_low clip_high pid_kp pid_ki pid_kd missing_eos_penalty gate_min entropy_floor "
-        "kl_threshold kl_threshold_min dynamic_sampling reward_retries reward_variance_coef top_k warmup_steps stop_kl",
+        "kl_threshold kl_threshold_min dynamic_sampling reward_retries reward_variance_coef top_k warmup_steps stop_kl "
+        "prefix_rewards",
     ),
     (f"from 0 to {2**32 - 1}, as NumPy's seeds are", lambda x: 0 <= x < 2**32, "seed"),
     (
@@ -156,6 +157,18 @@ def check(c: SafeConfig) -> None:
         "scale_rewards",
         "group with normalize_then_sum, which scales each reward within its group",
     )
+    if c.prefix_rewards > 0:
+        require(not c.shuffle_advantages, "shuffle_advantages", "false with prefix_rewards, which tell tokens apart")
+        require(
+            c.multi_objective_aggregation != "normalize_then_sum",
+            "multi_objective_aggregation",
+            "sum_then_normalize, min or mean_minus_variance with prefix_rewards",
+        )
+        require(
+            c.importance_sampling_level == "token",
+            "importance_sampling_level",
+            "token with prefix_rewards, whose advantages differ within a completion",
+        )
     size = c.completions_per_step
     require(c.minibatch_size is None or c.minibatch_size <= size, "minibatch_size", f"at most the {size} of a rollout")
     if compares:
