@@ -1,0 +1,60 @@
+"""Part four of the study: its plan, and what two of its arms do to iterates and gradients."""
+
+import tiny
+import torch
+
+from bench.study import per_nat, rewards
+from safe_train.config import SafeConfig
+
+
+def test_every_setting_is_one_and_all_arms_take_as_many_completions():
+    args = per_nat.parser().parse_args(["--stages", "small", "smollm2", "--seeds", "2"])
+    args.overrides = {}
+    specs = per_nat.planned(args)
+    assert len({spec.key for spec in specs}) == len(specs)
+    completions = {"small": set(), "smollm2": set()}
+    for spec in specs:
+        found = SafeConfig.from_dict(spec.base | spec.settings | {"reward": [f"{rewards.__file__}:{spec.reward}"]})
+        completions[spec.stage].add(found.completions_per_step * spec.steps)
+        assert found.kl_budget == per_nat.BUDGET and found.beta == 0
+    assert completions == {"small": {7680}, "smollm2": {3840}}
+
+
+def with_own(cls, folder, **changes):
+    args = tiny.settings(folder, algorithm="grpo", **changes)
+    return cls(tiny.model(), tiny.good_words, args, tiny.PROMPTS, processing_class=tiny.tokenizer())
+
+
+def test_the_policy_ends_as_the_average_of_its_iterates(tmp_path):
+    iterates = []
+    trainer = with_own(per_nat.Averaged, tmp_path)
+    trainer.callbacks = [lambda trainer, _: iterates.append([p.detach().clone() for p in trainer.trainable])]
+    trainer.train()
+    assert len(iterates) == 3
+    for first, second, third, found in zip(*iterates, trainer.trainable, strict=True):
+        torch.testing.assert_close(found, 0.64 * first + 0.16 * second + 0.2 * third)
+        assert not torch.equal(found, third)
+
+
+def test_the_gradient_of_a_factor_is_taken_in_the_metric_of_the_other(tmp_path, monkeypatch):
+    trainer = with_own(per_nat.Preconditioned, tmp_path)
+    trainer.train()  # B is no longer 0
+    layer = next(m for m in trainer.policy.modules() if getattr(m, "lora_A", None))
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    for module in (m for m in trainer.policy.modules() if getattr(m, "lora_A", None)):
+        for factors in (module.lora_A, module.lora_B):
+            factors["default"].weight.grad = torch.randn_like(factors["default"].weight)
+    before = a.grad.clone(), b.grad.clone()
+    monkeypatch.setattr(trainer.engine, "step", lambda: None)
+    trainer.take_step()
+    metric_a = (b.T @ b).detach() + per_nat.DAMPING * (b.T @ b).diag().mean().detach() * torch.eye(4)
+    metric_b = (a @ a.T).detach() + per_nat.DAMPING * (a @ a.T).diag().mean().detach() * torch.eye(4)
+    torch.testing.assert_close(metric_a @ a.grad, before[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(b.grad @ metric_b, before[1], rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_nat_bought_by_hand():
+    row = {"before": {"reward": 0.1}, "after": {"reward": 0.4, "kl": 0.09}, "base": {"max_new_tokens": 16}}
+    assert round(per_nat.bought_by(row), 6) == 0.25  # 0.3 / sqrt(1.44)
+    other = {**row, "after": {"reward": 0.1, "kl": 0.09}}
+    assert round(per_nat.bought([row, other]), 6) == 0.125 and round(per_nat.spread([row, other]), 6) == 0.25
