@@ -197,6 +197,8 @@ class PaperTrainer(SafeTrainer):
     @torch.no_grad()
     def compute_advantages(self, experience: Experience, reward_B: Tensor, control: Control) -> None:
         """Advantages reward - value, whitened over the sequences; the reward is the value's target."""
+        if self.args.shuffle_advantages:
+            reward_B = reward_B[torch.randperm(len(reward_B))]
         advantages = []
         for micro in experience:
             boundaries = micro.batch.response_cu_seqlens

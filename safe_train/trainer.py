@@ -295,9 +295,9 @@ class SafeTrainer:
         credit(experience, reward_B, control, self.args)
 
     def training_rewards(self, reward_B: Tensor, rollout: Rollout) -> Tensor:
-        """Rewards as the advantages see them: normalised, charged for not ending, permuted in the control run."""
-        reward_B = self.normalised(reward_B) - self.args.missing_eos_penalty * (~torch.tensor(rollout.ended)).double()
-        return reward_B[torch.randperm(len(reward_B))] if self.args.shuffle_advantages else reward_B
+        """Rewards as the advantages see them: normalised, and charged for not ending."""
+        missing_B = (~torch.tensor(rollout.ended)).double()
+        return self.normalised(reward_B) - self.args.missing_eos_penalty * missing_B
 
     def normalised(self, reward: Tensor) -> Tensor:
         """By the running moments; in float64, on the CPU, where differences are still to be taken."""

@@ -229,7 +229,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     ("changes", "message"),
     [
         ({"prefix_rewards": -1}, "prefix_rewards must be at least 0"),
-        ({"prefix_rewards": 1, "shuffle_advantages": True}, "shuffle_advantages must be false with prefix_rewards"),
         (
             {**GROUPS, "prefix_rewards": 1, "multi_objective_aggregation": "normalize_then_sum"},
             "multi_objective_aggregation must be sum_then_normalize, min or mean_minus_variance with prefix_rewards",

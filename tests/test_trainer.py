@@ -227,15 +227,33 @@ def test_variants_run(settings, tmp_path):
     assert all(math.isfinite(row["policy_loss"]) for row in tiny.trainer(tmp_path, **settings).train())
 
 
-def test_missing_end_is_charged_and_control_run_permutes(tmp_path):
+def test_a_missing_end_is_charged(tmp_path):
     trainer = tiny.trainer(tmp_path, missing_eos_penalty=2.0, normalize_rewards=False)
     rollout = trainer.sample(0)
     rewards = torch.arange(8.0)
     charged = trainer.training_rewards(rewards, rollout)
     assert charged.tolist() == [r - (0.0 if ended else 2.0) for r, ended in zip(range(8), rollout.ended, strict=True)]
-    trainer.args.shuffle_advantages, trainer.args.missing_eos_penalty = True, 0.0
-    shuffled = trainer.training_rewards(rewards, rollout)
-    assert not torch.equal(shuffled, rewards) and torch.equal(shuffled.sort().values, rewards)
+
+
+@pytest.mark.parametrize("prefix_rewards", [0, 1])
+def test_the_control_run_permutes_rewards_among_the_completions(prefix_rewards, tmp_path):
+    """In one group of eight, whose advantages are then the same numbers in another order; of a first token alone, which
+    every completion has."""
+    changes = {"algorithm": "grpo", "prompts_per_step": 1, "completions_per_prompt": 8, "minibatch_size": None}
+    changes |= {"normalize_rewards": False, "scale_rewards": "none", "gae_lambda": 1.0}
+    found = []
+    for shuffle in (False, True):
+        trainer = tiny.trainer(
+            tmp_path / str(shuffle), **changes, prefix_rewards=prefix_rewards, shuffle_advantages=shuffle
+        )
+        rollout, scores = trainer.collect(0)
+        experience = Experience(trainer.policy, None, rollout, trainer.args, trainer.device)
+        experience.prefix_BK = scores.prefix_BK
+        control = trainer.update_controller(experience, scores["reward"])
+        credit(experience, torch.arange(8.0).double(), control, trainer.args)
+        found.append(experience.table("advantage_L")[:, 0])
+    assert not torch.equal(*found)
+    torch.testing.assert_close(found[0].sort().values, found[1].sort().values)
 
 
 def test_non_finite_gradients_never_reach_the_weights(tmp_path):

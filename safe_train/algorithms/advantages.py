@@ -28,8 +28,14 @@ def credit(experience: Experience, reward_B: Tensor, control: Control, args: Saf
     A completion whose reward is nan has no advantage from it, is no target of the critic, and is left out of what
     others are compared with. The KL's part is neither whitened nor divided by a standard deviation of the rewards.
 
-    `reward_B`, as `experience.prefix_BK`, is in float64 on the CPU, where differences are still to be taken.
+    `reward_B`, as `experience.prefix_BK`, is in float64 on the CPU, where differences are still to be taken. In the
+    control run both are permuted across the completions.
     """
+    if args.shuffle_advantages:
+        order_B = torch.randperm(len(reward_B))
+        reward_B = reward_B[order_B]
+        if experience.prefix_BK is not None:
+            experience.prefix_BK = experience.prefix_BK[order_B]
     of_groups = ALGORITHMS[args.algorithm].advantages
     if of_groups is None:
         credit_tokens(experience, reward_B, args)

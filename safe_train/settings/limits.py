@@ -158,7 +158,6 @@ def check(c: SafeConfig) -> None:
         "group with normalize_then_sum, which scales each reward within its group",
     )
     if c.prefix_rewards > 0:
-        require(not c.shuffle_advantages, "shuffle_advantages", "false with prefix_rewards, which tell tokens apart")
         require(
             c.multi_objective_aggregation != "normalize_then_sum",
             "multi_objective_aggregation",
