@@ -223,7 +223,13 @@ def run_settings(arguments: argparse.Namespace) -> SafeConfig:
 
 
 # Its rewards are only logged; what the budget held is in the teacher.
-DISTILLED = ("algorithm=distill", "kl_budget=null", "lr_scheduler_type=linear", "output_dir=runs/demo-distill")
+DISTILLED = (
+    "algorithm=distill",
+    "kl_budget=null",
+    "prefix_rewards=0",
+    "lr_scheduler_type=linear",
+    "output_dir=runs/demo-distill",
+)
 
 
 def demo_policy(chosen: Sequence[str]) -> Path:
