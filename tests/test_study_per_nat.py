@@ -1,4 +1,4 @@
-"""Part four of the study: its plan, and what two of its arms do to iterates and gradients."""
+"""What buys more reward for each nat: the plan, and what two of its arms do to iterates and gradients."""
 
 import tiny
 import torch
