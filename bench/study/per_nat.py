@@ -1,4 +1,4 @@
-"""Part two of the study, its frontier: what buys more reward for each nat, one change at a time under a KL budget of 0.1.
+"""Part two of the study: what buys more reward for each nat, one change at a time under a KL budget of 0.1.
 
     python bench/study/per_nat.py --jobs 1 --seeds 3               # a million parameters: two minutes a run
     python bench/study/per_nat.py --stages smollm2 --jobs 1        # SmolLM2-135M, 40 rollouts of 96: an hour a run
@@ -233,7 +233,7 @@ TITLES = {"small": "## A model of a million parameters", "smollm2": "## SmolLM2-
 
 
 def report(rows: Sequence[Row]) -> str:
-    parts = ["# What buys more reward for each nat", "Written by `python bench/study/per_nat.py --report` from its rows."]
+    parts = ["# What buys more reward for each nat", "By `python bench/study/per_nat.py --report`, from its rows."]
     for stage, title in TITLES.items():
         own = [row for row in rows if row["stage"] == stage]
         arms = {name: [row for row in own if row["name"] == name] for name in ARMS[stage]}
