@@ -31,6 +31,7 @@ PAGES = {
         "bench/results/study",
         "bench/results/budget",
         "bench/results/updates",
+        "bench/results/per_nat",
     ],
     "Project": ["docs/architecture", "docs/versions", "CONTRIBUTING", "CHANGELOG"],
 }

@@ -229,7 +229,7 @@ class SafeConfig:
     value_level: str = option("token", "token: V at the state predicting each token | sequence: V at the prompt's end")
     alpha: float = option(0.3, "soft-min temperature, in units of normalised rewards")
     gamma: float = option(1.0, "discount of rewards, and of later KL with kl_gradient return")
-    gae_lambda: float | None = option(None, "GAE lambda (default: 1 - 1/max_new_tokens)")
+    gae_lambda: float | None = option(None, "GAE lambda (default: 1 - 1/max_new_tokens, 1 without a critic)")
     polyak: float = option(0.05, "step of the target heads toward the online heads")
     value_coef: float = option(0.5, "weight of the value loss, as critic_max_grad_norm sees it; Adam undoes the rest")
     value_clip: float = option(0.2, "clip of the value change, in units of normalised rewards")

@@ -92,10 +92,11 @@ def naive(trainer, rollout, prefix_BK, reward_B):
         added = {end - 1: b - a for end, a, b in zip(marks[1:], values, values[1:], strict=False)}
         lam = args.gae_lambda
         follows.append([sum(lam ** (s - t) * x for s, x in added.items() if s >= t) for t in range(len(tokens))])
-    centred = []
+    centred, count = [], args.completions_per_prompt
     for i, own in enumerate(follows):
-        others = [x for j, x in enumerate(follows) if j != i]
-        at = [[x[t] for x in others if len(x) > t] for t in range(len(own))]
+        same = [args.scale_rewards != "group" or j // count == i // count for j in range(len(follows))]
+        others = [x for j, x in enumerate(follows) if j != i and same[j]]
+        at = [[x[min(t, len(x) - 1)] for x in others if x] for t in range(len(own))]
         centred.append([x - (sum(there) / len(there) if there else 0.0) for x, there in zip(own, at, strict=True)])
     size = {"group": args.completions_per_prompt, "batch": len(centred), "none": len(centred)}[args.scale_rewards]
     found = []
@@ -125,6 +126,16 @@ def test_the_advantages_of_grpo_are_the_formula(scale, every, tmp_path):
         for micro in experience:
             own_L = torch.tensor([x for i in micro.indices for x in expected[i]])
             torch.testing.assert_close(micro.advantage_L, own_L, rtol=1e-4, atol=1e-5)  # sums in float32
+
+
+def test_groups_in_which_all_is_equal_teach_nothing():
+    """One of right answers alone, one of wrong ones, of several lengths: the default lambda is 1."""
+    args = settings(scale_rewards="group", prefix_rewards=1, gae_lambda=None)
+    responses = [(1, 2, 3), (1, 0), (2, 2, 2), (3, 0)]
+    experience = Experience(Toy(), None, rollout_of(responses), args, torch.device("cpu"))
+    experience.prefix_BK = torch.zeros(4, LENGTH, dtype=torch.float64)
+    credit(experience, torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64), CONTROL, args)
+    assert experience.tokens("advantage_L").eq(0).all()
 
 
 def test_a_critic_learns_what_is_still_to_come(tmp_path):
@@ -229,6 +240,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     ("changes", "message"),
     [
         ({"prefix_rewards": -1}, "prefix_rewards must be at least 0"),
+        ({"prefix_rewards": 1, "gamma": 0.9}, "gamma must be 1 with prefix_rewards"),
         (
             {**GROUPS, "prefix_rewards": 1, "multi_objective_aggregation": "normalize_then_sum"},
             "multi_objective_aggregation must be sum_then_normalize, min or mean_minus_variance with prefix_rewards",

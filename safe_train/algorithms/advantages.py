@@ -70,7 +70,9 @@ def credit_tokens(experience: Experience, reward_B: Tensor, args: SafeConfig) ->
 def credit_what_follows(experience: Experience, reward_B: Tensor, args: SafeConfig) -> None:
     """By the prefixes' rewards: what a token and those behind it add, less what was added there in other completions.
 
-    What is added n tokens later counts lambda^n, as in GAE. The advantages are scaled as `scale_rewards` says.
+    What is added n tokens later counts lambda^n, as in GAE. Both the others and the spread that `scale_rewards` divides
+    by are those of the group, or of the whole rollout: a group in which all is equal gets 0. Behind its end another
+    completion counts as at its last token.
     """
     micros = [micro for micro in experience if micro.indices]
     for micro in micros:
@@ -79,11 +81,13 @@ def credit_what_follows(experience: Experience, reward_B: Tensor, args: SafeConf
         follows_L = gae(none_L, none_L, added_L, micro, args).advantage
         micro.advantage_L = follows_L.masked_fill(~is_scored(micro, reward_B), torch.nan)
     advantage_BT = experience.table("advantage_L")
-    advantage_BT = advantage_BT - mean_of_others(advantage_BT)
+    if advantage_BT.shape[1] == 0:
+        return
+    size = args.completions_per_prompt if args.scale_rewards == "group" else len(advantage_BT)
+    parts = [part_GT - mean_of_others(carried(part_GT)) for part_GT in advantage_BT.split(size)]
     if args.scale_rewards != "none":
-        groups = 1 if args.scale_rewards == "batch" else len(advantage_BT) // args.completions_per_prompt
-        std_P1 = std(advantage_BT.view(groups, -1))
-        advantage_BT = advantage_BT / (std_P1.repeat_interleave(len(advantage_BT) // groups, dim=0) + 1e-4)
+        parts = [part_GT / (std(part_GT.view(1, -1)) + 1e-4) for part_GT in parts]
+    advantage_BT = torch.cat(parts)
     for micro in micros:
         micro.advantage_L = advantage_BT[tuple(micro.place_L)].nan_to_num().float()
 
@@ -128,8 +132,7 @@ def token_rewards(
     if prefix_BK is None:
         prefix_BK, every = torch.zeros_like(reward_B)[:, None], max(1, int(response_cu_seqlens[-1]))
     part_BK = torch.arange(prefix_BK.shape[1]).expand_as(prefix_BK)
-    known_BK = part_BK.masked_fill(prefix_BK.isnan(), -1).cummax(1).values
-    before_BK = prefix_BK.gather(1, known_BK.clamp(min=0)).masked_fill(known_BK < 0, 0.0)
+    before_BK = carried(prefix_BK).nan_to_num()
     after_BK = torch.cat([before_BK[:, 1:], reward_B[:, None]], dim=1)
     is_last_BK = (part_BK + 1) * every >= lengths_B1
     after_BK = torch.where(is_last_BK, reward_B[:, None], after_BK)
@@ -137,6 +140,12 @@ def token_rewards(
     is_part_BK = part_BK * every < lengths_B1
     total = reward_B.new_zeros(int(response_cu_seqlens[-1]))
     return total.index_copy(0, end_BK[is_part_BK], (after_BK - before_BK)[is_part_BK])
+
+
+def carried(x_BT: Tensor) -> Tensor:
+    """What stands before it in its row, in the place of a nan."""
+    place_BT = torch.arange(x_BT.shape[1], device=x_BT.device).expand_as(x_BT)
+    return x_BT.gather(1, place_BT.masked_fill(x_BT.isnan(), 0).cummax(1).values)
 
 
 def per_token(values_B: Tensor, response_cu_seqlens: Tensor) -> Tensor:

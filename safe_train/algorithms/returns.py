@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 
 
 def gae(v1_L: Tensor, v2_L: Tensor, rewards_L: Tensor, micro: MicroBatch, args: SafeConfig) -> ValueTargets:
-    """Advantages and returns of rewards under the soft-min of two values."""
-    lam = 1 - 1 / args.max_new_tokens if args.gae_lambda is None else args.gae_lambda
+    """Advantages and returns of rewards under the soft-min of two values.
+
+    Without a critic lambda is 1 unless it is set: less would discount what a whole completion earns by its length.
+    """
+    default = 1.0 if args.critic == "none" else 1 - 1 / args.max_new_tokens
+    lam = default if args.gae_lambda is None else args.gae_lambda
     boundaries = micro.batch.response_cu_seqlens
     return soft_min_gae(v1_L, v2_L, rewards_L, None, gamma=args.gamma, lam=lam, alpha=args.alpha, cu_seqlens=boundaries)
 

@@ -41,5 +41,5 @@ def prefixes(rollout: Rollout, places: list[tuple[int, int]], tokenizer: Any, ar
         completions=tokens,
         texts=tokenizer.batch_decode(tokens, skip_special_tokens=args.reward_skip_special_tokens),
         ended=[False] * len(places),
-        sampler_logprobs=[rollout.sampler_logprobs[i][:n] for i, n in places],
+        sampler_logprobs=[[] for _ in places],  # which no reward sees
     )

@@ -158,6 +158,7 @@ def check(c: SafeConfig) -> None:
         "group with normalize_then_sum, which scales each reward within its group",
     )
     if c.prefix_rewards > 0:
+        require(c.gamma == 1, "gamma", "1 with prefix_rewards, whose sum is then the reward")
         require(
             c.multi_objective_aggregation != "normalize_then_sum",
             "multi_objective_aggregation",
