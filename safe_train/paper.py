@@ -23,7 +23,7 @@ from torch.nn.functional import huber_loss
 from safe_kernels import soft_min
 from safe_train import parallel
 from safe_train.algorithms import losses
-from safe_train.algorithms.advantages import per_token
+from safe_train.algorithms.advantages import per_token, permuted
 from safe_train.algorithms.controller import EMA_LONG, EMA_SHORT, PHASE_SCALE, PID_DECAY, Control, clip
 from safe_train.algorithms.critic import Critic
 from safe_train.config import ConfigError, SafeConfig
@@ -197,8 +197,7 @@ class PaperTrainer(SafeTrainer):
     @torch.no_grad()
     def compute_advantages(self, experience: Experience, reward_B: Tensor, control: Control) -> None:
         """Advantages reward - value, whitened over the sequences; the reward is the value's target."""
-        if self.args.shuffle_advantages:
-            reward_B = reward_B[torch.randperm(len(reward_B))]
+        reward_B = permuted(experience, reward_B) if self.args.shuffle_advantages else reward_B
         advantages = []
         for micro in experience:
             boundaries = micro.batch.response_cu_seqlens

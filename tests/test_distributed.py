@@ -134,6 +134,11 @@ CASES = {
     "grpo, KL as a return, one rank got no response token": {
         "algorithm": "grpo", "kl_gradient": "return", "learning_rate": 1e-3, "kind": "one rank got no response token"
     },
+    "the reward of each token, one rank got no response token": {
+        "algorithm": "grpo", "prefix_rewards": 1, "gae_lambda": 0.5, "learning_rate": 1e-3,
+        "kind": "one rank got no response token"
+    },
+    "FSDP2, the reward of every second token": {"environment": FSDP, "prefix_rewards": 2},
     "tokens drawn from a part of the vocabulary": {"algorithm": "grpo", "filtered": True, "top_p": 0.9},
     "FSDP2, tokens drawn from a part, one rank got none": {
         "environment": FSDP, "filtered": True, "top_k": 4, "kind": "one rank got no response token"

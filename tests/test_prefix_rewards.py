@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_kl_gradient import ENDING, LENGTH, Toy, rollout_of, settings
+from test_reward_model import at_the_last_token, llama, saved
 
 from safe_train.algorithms import losses
 from safe_train.algorithms.advantages import credit, earned, token_rewards
@@ -189,6 +190,18 @@ def test_rewards_see_the_texts_that_the_completions_begin_with(tmp_path):
         assert n == 0 or scores.prefix_BK[i, n // 2] == len(text.split())
     assert scores.metrics == {"called": [8.0]}  # and nothing of the prefixes
     assert [len(values) for values in scores.extra.values()] == [8]
+
+
+def test_a_classifier_scores_what_completions_begin_with(tmp_path):
+    classifier, plain = llama(), tiny.tokenizer()
+    trainer = tiny.trainer(tmp_path / "run", saved(tmp_path / "model", classifier), **GROUPS, prefix_rewards=2)
+    rollout, scores = trainer.collect(0)
+    for i, tokens in enumerate(rollout.completions):
+        for n in range(0, len(tokens), 2):
+            text = rollout.prompts[i].text + plain.decode(tokens[:n], skip_special_tokens=True)
+            expected = at_the_last_token(classifier, text)
+            assert scores.prefix_BK[i, n // 2].item() == pytest.approx(expected, abs=1e-4)
+    assert len(trainer.train()) == 3
 
 
 def test_a_completion_without_a_reward_is_left_out(tmp_path):

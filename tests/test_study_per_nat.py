@@ -3,7 +3,9 @@
 import tiny
 import torch
 
-from bench.study import per_nat, rewards
+from bench.measurement.machine import RESULTS
+from bench.study import per_nat, rewards, updates
+from bench.study.report import read_rows
 from safe_train.config import SafeConfig
 
 
@@ -55,6 +57,12 @@ def test_the_gradient_of_a_factor_is_taken_in_the_metric_of_the_other(tmp_path, 
 
 def test_what_a_nat_bought_by_hand():
     row = {"before": {"reward": 0.1}, "after": {"reward": 0.4, "kl": 0.09}, "base": {"max_new_tokens": 16}}
-    assert round(per_nat.bought_by(row), 6) == 0.25  # 0.3 / sqrt(1.44)
     other = {**row, "after": {"reward": 0.1, "kl": 0.09}}
-    assert round(per_nat.bought([row, other]), 6) == 0.125 and round(per_nat.spread([row, other]), 6) == 0.25
+    assert round(updates.bought([row]), 6) == 0.25  # 0.3 / sqrt(1.44)
+    assert round(updates.bought([row, other]), 6) == 0.125
+
+
+def test_the_report_has_the_tables_of_the_rows():
+    rows = read_rows(RESULTS / "per_nat.jsonl")
+    assert per_nat.report(rows) == (RESULTS / "per_nat.md").read_text()
+    assert {row["name"] for row in rows} <= set(per_nat.CHANGES)

@@ -10,6 +10,7 @@ import torch
 
 from bench.measurement.machine import RESULTS, ROOT
 from bench.study import rewards, updates
+from bench.study.report import read_rows
 from safe_train.config import SafeConfig
 from safe_train.sampling.experience import Experience
 
@@ -72,7 +73,7 @@ def test_the_loss_is_the_cross_entropy_of_the_best(trained):
 
 
 def test_the_report_and_the_page_have_the_tables_of_the_rows(tmp_path):
-    rows = updates.read_rows(Path(shutil.copy(RESULTS / "updates.jsonl", tmp_path)))
+    rows = read_rows(Path(shutil.copy(RESULTS / "updates.jsonl", tmp_path)))
     written = (RESULTS / "updates.md").read_text()
     assert updates.report(rows) == written
     tables = re.findall(r"(?:^\|.*\n)+", (ROOT / "docs/study.md").read_text(), re.MULTILINE)

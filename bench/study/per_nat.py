@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -24,13 +23,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout that is not installed
 
-from bench.measurement.machine import ROOT
 from bench.study import run
 from bench.study.arms import BASE, FRESH, Settings, Spec
 from bench.study.budget_report import Measure, made, table
-from bench.study.design import LONG, SMALL_MODEL
-from bench.study.report import Row, read_rows
-from bench.study.small_model import make_small_model
+from bench.study.design import LONG
+from bench.study.report import Row
+from bench.study.updates import after, bought, gain_per_nat, spread
 from safe_train.config import SafeConfig
 from safe_train.run.evaluation import Evaluation
 from safe_train.run.frontier import ruler
@@ -91,15 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     if args.worker:
         return work(args.worker)
-    run.prepare(args)
-    done = {row["key"] for row in read_rows(args.results)}
-    specs = [] if args.report else [spec for spec in planned(args) if spec.key not in done]
-    if specs and "small" in args.stages:
-        make_small_model(ROOT / SMALL_MODEL)
-    failed = run.make(specs, args)
-    args.results.with_suffix(".md").write_text(report(read_rows(args.results)))
-    print(args.results.with_suffix(".md").read_text())
-    return 1 if failed else 0
+    return 1 if run.make_and_report(lambda: planned(args), args, report) else 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -154,10 +144,8 @@ class Preconditioned(SafeTrainer):
                 for name in getattr(module, "lora_A", {}):
                     a, b = module.lora_A[name].weight, module.lora_B[name].weight
                     if a.grad is not None and b.grad is not None:
-                        a.grad, b.grad = (
-                            torch.linalg.solve(damped(b.T @ b), a.grad),
-                            (torch.linalg.solve(damped(a @ a.T), b.grad.T).T.contiguous()),
-                        )
+                        a.grad = torch.linalg.solve(damped(b.T @ b), a.grad)
+                        b.grad = torch.linalg.solve(damped(a @ a.T), b.grad.T).T.contiguous()
         super().take_step()
 
 
@@ -194,40 +182,15 @@ def last_third(name: str) -> Callable[[Sequence[Row]], float]:
     return lambda rows: statistics.fmean(map(mean, rows))
 
 
-def after(name: str) -> Callable[[Sequence[Row]], float]:
-    return lambda rows: statistics.fmean(row["after"][name] for row in rows)
-
-
-def per_root(gain: float, kl: float, tokens: int) -> float:
-    """Reward per sqrt(nat) of a completion of so many tokens."""
-    return gain / math.sqrt(kl * tokens) if kl > 0 else math.nan
-
-
-def bought(rows: Sequence[Row]) -> float:
-    return statistics.fmean(bought_by(row) for row in rows)
-
-
-def bought_by(row: Row) -> float:
-    """By the held-out completions."""
-    gain = row["after"]["reward"] - row["before"]["reward"]
-    return per_root(gain, row["after"]["kl"], row["base"]["max_new_tokens"])
-
-
-def spread(rows: Sequence[Row]) -> float:
-    """The largest less the smallest of the seeds."""
-    found = [bought_by(row) for row in rows]
-    return max(found) - min(found)
-
-
 MEASURES: tuple[Measure, ...] = (
     ("seeds", len, "d"),
     ("reward, last third", last_third("reward"), ".3f"),
     ("KL, last third", last_third("kl"), ".3f"),
     ("held-out reward", after("reward"), ".3f"),
+    ("seeds apart", spread, ".3f"),
     ("gold", after("gold"), ".3f"),
     ("held-out KL", after("kl"), ".3f"),
-    ("reward bought per sqrt(nat)", bought, ".3f"),
-    ("seeds apart", spread, ".3f"),
+    ("gain per sqrt(nat)", bought, ".3f"),
 )
 TITLES = {"small": "## A model of a million parameters", "smollm2": "## SmolLM2-135M"}
 
@@ -244,14 +207,11 @@ def report(rows: Sequence[Row]) -> str:
 
 
 def ruler_line(row: Row) -> str:
-    before, tokens = row["before"]["reward"], row["base"]["max_new_tokens"]
-    best = []
-    for n in (2, 4, 8, 16):
-        reward, kl = (row["ruler"][n - 1][name] for name in ("reward", "kl"))
-        best.append(f"n = {n}: {reward:.2f} at {kl:.3f}, {per_root(reward - before, kl, tokens):.2f}")
+    points = [(n, row["ruler"][n - 1]) for n in (2, 4, 8, 16)]
+    best = [f"n = {n}: {at['reward']:.2f} at {at['kl']:.3f}, {gain_per_nat(row, at):.2f}" for n, at in points]
     return (
-        f"Before: {before:.3f}. The best of n samples of the reference, with the KL that it costs at most and the "
-        f"reward that it buys per sqrt(nat): {'; '.join(best)}."
+        f"Before: {row['before']['reward']:.3f}. The best of n samples of the reference, with the KL that it costs at "
+        f"most and the gain per sqrt(nat): {'; '.join(best)}."
     )
 
 

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout t
 from bench.measurement.machine import RESULTS, ROOT
 from bench.study import arms, rewards
 from bench.study.arms import ARMS, BASE, BY_REWARD, CHANGES, Settings, Spec, base_of
+from bench.study.design import SMALL_MODEL
 from bench.study.report import Row, best, read_rows, write_report
+from bench.study.small_model import make_small_model
 from safe_train.config import SafeConfig, parse
 from safe_train.run.evaluation import Evaluation
 from safe_train.run.report import read_metrics
@@ -135,6 +137,22 @@ def changes(stage: str, reward: str, rows: dict[str, Row], args: argparse.Namesp
         return {name: chosen(name) for name in (args.arms if stage == "main" else arms.PUBLISHED)}
     wanted = {name: change for name, change in CHANGES[stage].items() if re.search(args.only, name)}
     return {name: chosen(base_of(name)) | change for name, change in wanted.items()}
+
+
+def make_and_report(
+    specs: Callable[[], list[Spec]], args: argparse.Namespace, report: Callable[[list[Row]], str]
+) -> int:
+    """Makes the runs that have no row yet, and writes the tables beside the rows. Returns how many failed."""
+    prepare(args)
+    done = {row["key"] for row in read_rows(args.results)}
+    left = [] if args.report else [spec for spec in specs() if spec.key not in done]
+    if any(spec.base["model"] == SMALL_MODEL for spec in left):
+        make_small_model(ROOT / SMALL_MODEL)
+    failed = make(left, args)
+    text = report(read_rows(args.results))
+    args.results.with_suffix(".md").write_text(text)
+    print(text)
+    return failed
 
 
 def make(specs: list[Spec], args: argparse.Namespace) -> int:

@@ -27,13 +27,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for a checkout that is not installed
 
-from bench.measurement.machine import ROOT
 from bench.study import run
 from bench.study.arms import Settings, Spec
 from bench.study.budget_report import Measure, made, table
-from bench.study.design import LONG, SMALL_MODEL
-from bench.study.report import Row, read_rows
-from bench.study.small_model import make_small_model
+from bench.study.design import LONG
+from bench.study.report import Row
 from safe_kernels import PolicyLoss, linear_token_stats
 from safe_train.algorithms import losses
 from safe_train.algorithms.advantages import per_token
@@ -63,15 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     if args.worker:
         return work(args.worker)
-    run.prepare(args)
-    done = {row["key"] for row in read_rows(args.results)}
-    specs = [] if args.report else [spec for spec in planned(args) if spec.key not in done]
-    if specs:
-        make_small_model(ROOT / SMALL_MODEL)
-    failed = run.make(specs, args)
-    args.results.with_suffix(".md").write_text(report(read_rows(args.results)))
-    print(args.results.with_suffix(".md").read_text())
-    return 1 if failed else 0
+    return 1 if run.make_and_report(lambda: planned(args), args, report) else 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -150,14 +140,14 @@ def after(name: str) -> Callable[[Sequence[Row]], float]:
     return lambda rows: statistics.fmean(row["after"][name] for row in rows)
 
 
-def gain_per_nat(gain: float, kl: float) -> float:
-    """Reward per sqrt(nat) of a completion of the full length."""
-    return gain / math.sqrt(kl * COMMON["max_new_tokens"]) if kl > 0 else math.nan
+def gain_per_nat(row: Row, at: Row) -> float:
+    """Reward above that of the reference per sqrt(nat) of a completion of the full length."""
+    nats = at["kl"] * row["base"]["max_new_tokens"]
+    return (at["reward"] - row["before"]["reward"]) / math.sqrt(nats) if nats > 0 else math.nan
 
 
 def bought(rows: Sequence[Row]) -> float:
-    gains = (row["after"]["reward"] - row["before"]["reward"] for row in rows)
-    return statistics.fmean(gain_per_nat(gain, row["after"]["kl"]) for gain, row in zip(gains, rows, strict=True))
+    return statistics.fmean(gain_per_nat(row, row["after"]) for row in rows)
 
 
 def spread(rows: Sequence[Row]) -> float:
@@ -193,7 +183,7 @@ def report(rows: Sequence[Row]) -> str:
         if not arms:
             continue
         best, before = own[0]["best_of_n"], own[0]["before"]["reward"]
-        of_best = gain_per_nat(best["reward"] - before, best["kl"])
+        of_best = gain_per_nat(own[0], best)
         parts += [title, made(arms), table(arms, (*UPDATES, *SHARED) if stage == "trust_region" else SHARED, "arm")]
         parts += [
             f"The best of {N} samples of the reference: reward {best['reward']:.3f} ({best['error']:.3f}), KL at most "

@@ -31,11 +31,7 @@ def credit(experience: Experience, reward_B: Tensor, control: Control, args: Saf
     `reward_B`, as `experience.prefix_BK`, is in float64 on the CPU, where differences are still to be taken. In the
     control run both are permuted across the completions.
     """
-    if args.shuffle_advantages:
-        order_B = torch.randperm(len(reward_B))
-        reward_B = reward_B[order_B]
-        if experience.prefix_BK is not None:
-            experience.prefix_BK = experience.prefix_BK[order_B]
+    reward_B = permuted(experience, reward_B) if args.shuffle_advantages else reward_B
     of_groups = ALGORITHMS[args.algorithm].advantages
     if of_groups is None:
         credit_tokens(experience, reward_B, args)
@@ -48,6 +44,14 @@ def credit(experience: Experience, reward_B: Tensor, control: Control, args: Saf
                 micro.advantage_L = per_token(advantage_B[micro.indices], micro.batch.response_cu_seqlens)
     if args.kl_gradient == "return":
         charge_later_kl(experience, control, args)
+
+
+def permuted(experience: Experience, reward_B: Tensor) -> Tensor:
+    """The rewards of other completions for each, and with them those of their prefixes."""
+    order_B = torch.randperm(len(reward_B))
+    if experience.prefix_BK is not None:
+        experience.prefix_BK = experience.prefix_BK[order_B]
+    return reward_B[order_B]
 
 
 def credit_tokens(experience: Experience, reward_B: Tensor, args: SafeConfig) -> None:

@@ -69,7 +69,9 @@ class Batch:
             "completions": self.completions,
             "completion_ids": self.completion_ids,
         }
-        found = {name: copies(given[name]) for name in taken(function, given)}
+        found = {name: copies(given[name]) for name in taken(function, given) if name != "completion_ids"}
+        if taken(function, ("completion_ids",)):  # of numbers, which are not copied one by one
+            found["completion_ids"] = [[*ids] for ids in self.completion_ids]
         services = {"trainer_state": own_copy(self.trainer_state), **log}
         return found | {name: services[name] for name in taken(function, services)}
 
