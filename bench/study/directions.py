@@ -1,6 +1,6 @@
 """How much reward a nat buys in what an adapter may train, from samples of the reference alone.
 
-    python bench/study/directions.py [--layers K] [--rollouts N] [setting=value ...]    # half an hour on one core
+    python bench/study/directions.py [--layers K] [--rollouts N] [setting=value ...]
 
 Half of the rollouts gives a direction d: the trainer's own advantages times the gradients of the log-probs in lora_B,
 or the signs of that sum, which is a first step of Adam. So `prefix_rewards=1 gae_lambda=0.5` shows the direction that
