@@ -1,11 +1,12 @@
-"""What buys more reward for each nat: the plan, and what two of its arms do to iterates and gradients."""
+"""What buys more reward for each nat: the plan, what two arms do to iterates and gradients, and a shift's direction."""
 
 import tiny
 import torch
 
 from bench.measurement.machine import RESULTS
-from bench.study import per_nat, rewards, updates
+from bench.study import directions, per_nat, rewards, shift, updates
 from bench.study.report import read_rows
+from safe_train import SafeTrainer
 from safe_train.config import SafeConfig
 
 
@@ -53,6 +54,48 @@ def test_the_gradient_of_a_factor_is_taken_in_the_metric_of_the_other(tmp_path, 
     metric_b = (a @ a.T).detach() + per_nat.DAMPING * (a @ a.T).diag().mean().detach() * torch.eye(4)
     torch.testing.assert_close(metric_a @ a.grad, before[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(b.grad @ metric_b, before[1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_shift_follows_the_reward_in_the_metric_of_the_kl(tmp_path):
+    halves = []
+    for name in ("one", "two"):  # the same rollout in both
+        trainer = with_own(SafeTrainer, tmp_path / name, scale_rewards="none", completions_per_prompt=4)
+        halves.append(shift.measured(trainer, 0) if name == "one" else directions.sampled(trainer, 0))
+    half, (experience, reward_B) = halves
+    weight_VH = trainer.policy.head()["weight"].double()
+    states = [(m, trainer.policy(m.batch).detach().double()) for m in experience]
+    tokens = sum(len(m.batch.targets_L) for m in experience)
+    own_B = directions.beside_others(reward_B, 4).double()
+
+    def kl(vector_H):
+        moved = [(((h + vector_H) @ weight_VH.T).log_softmax(-1), (h @ weight_VH.T).log_softmax(-1)) for _, h in states]
+        return sum((q.exp() * (q - p)).sum() for q, p in moved) / tokens
+
+    def earned(vector_H, of):
+        scores = [(m, ((h + vector_H) @ weight_VH.T).log_softmax(-1)) for m, h in states]
+        return sum((of(m) * x.gather(-1, m.batch.targets_L[:, None])[:, 0]).sum() for m, x in scores) / len(reward_B)
+
+    start_H = torch.zeros(weight_VH.shape[1], dtype=torch.float64)
+    curvature_HH = torch.autograd.functional.hessian(kl, start_H)
+    torch.testing.assert_close(half.metric_HH.double(), curvature_HH, rtol=1e-4, atol=1e-6)
+    gradients = {
+        "credit": (half.credit_H, lambda m: m.advantage_L.double()),
+        "reward": (half.reward_H, lambda m: own_B[m.indices].repeat_interleave(m.batch.response_cu_seqlens.diff())),
+    }
+    for found_H, of in gradients.values():
+        wanted_H = torch.autograd.functional.jacobian(lambda vector_H, of=of: earned(vector_H, of), start_H)
+        assert wanted_H.norm() > 0
+        torch.testing.assert_close(found_H.double(), wanted_H, rtol=1e-4, atol=1e-6)
+
+
+def test_the_reference_is_not_shifted(tmp_path):
+    trainer = with_own(SafeTrainer, tmp_path)
+    batch = next(iter(directions.sampled(trainer, 0)[0])).batch
+    before, reference = trainer.policy(batch), trainer.policy.reference(batch)
+    moved = shift.Shift(trainer)
+    moved.vector_H = torch.randn(before.shape[1])
+    torch.testing.assert_close(trainer.policy(batch), before + moved.vector_H)
+    assert torch.equal(trainer.policy.reference(batch), reference)
 
 
 def test_what_a_nat_bought_by_hand():

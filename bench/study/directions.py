@@ -104,12 +104,8 @@ def sampled(trainer: SafeTrainer, step: int) -> tuple[Experience, Tensor]:
 def add_gradients(
     trainer: SafeTrainer, experience: Experience, reward_B: Tensor, trained: dict[str, nn.Parameter], half: Half
 ) -> None:
-    """Adds sum_t A_t grad log p(token t): with the trainer's A, and with one A a completion.
-
-    The latter is the reward less the mean of the K - 1 other completions of the prompt.
-    """
-    reward_KG = reward_B.unflatten(0, (-1, trainer.args.completions_per_prompt)).T
-    advantage_B = (reward_KG - mean_of_others(reward_KG)).T.flatten().float()
+    """Adds sum_t A_t grad log p(token t): with the trainer's A, and with one A a completion."""
+    advantage_B = beside_others(reward_B, trainer.args.completions_per_prompt)
     for micro in experience:
         of_reward_L = per_token(advantage_B[micro.indices], micro.batch.response_cu_seqlens)
         hidden_LH, head = trainer.policy(micro.batch), trainer.policy.head()
@@ -118,6 +114,12 @@ def add_gradients(
             found = torch.autograd.grad((advantage_L * logprob_L).sum(), list(trained.values()), retain_graph=True)
             for sum_, gradient in zip(total.values(), found, strict=True):
                 sum_ += gradient
+
+
+def beside_others(reward_B: Tensor, size: int) -> Tensor:
+    """The reward of a completion less the mean of the `size` - 1 others of its prompt."""
+    reward_KG = reward_B.unflatten(0, (-1, size)).T
+    return (reward_KG - mean_of_others(reward_KG)).T.flatten().float()
 
 
 def per_nat(
