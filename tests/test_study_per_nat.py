@@ -1,10 +1,12 @@
 """What buys more reward for each nat: the plan, what two arms do to iterates and gradients, and a shift's direction."""
 
+import math
+
 import tiny
 import torch
 
 from bench.measurement.machine import RESULTS
-from bench.study import directions, per_nat, rewards, shift, updates
+from bench.study import directions, lookahead, per_nat, rewards, shift, updates
 from bench.study.report import read_rows
 from safe_train import SafeTrainer
 from safe_train.config import SafeConfig
@@ -96,6 +98,25 @@ def test_the_reference_is_not_shifted(tmp_path):
     moved.vector_H = torch.randn(before.shape[1])
     torch.testing.assert_close(trainer.policy(batch), before + moved.vector_H)
     assert torch.equal(trainer.policy.reference(batch), reference)
+
+
+def test_the_lookahead_tilts_by_what_a_token_adds(tmp_path, monkeypatch):
+    trainer = with_own(SafeTrainer, tmp_path)
+    monkeypatch.setattr(lookahead, "CANDIDATES", 5)
+    monkeypatch.setattr(lookahead, "scores", lambda texts: [float(len(text)) for text in texts])
+    size = len(trainer.policy.head()["weight"])
+    ids_BT, logp_BV = torch.tensor([[3, 4], [5, 6]]), torch.randn(2, size).log_softmax(-1)
+    found_BV = lookahead.gains(trainer, ids_BT, logp_BV)
+    read = lambda ids: trainer.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
+    for ids, logp_V, found_V in zip(ids_BT.tolist(), logp_BV, found_BV, strict=True):
+        likeliest = set(logp_V.argsort(descending=True)[:5].tolist())
+        added = [len(read([*ids, token])) - len(read(ids)) for token in range(size)]
+        assert found_V.tolist() == [float(n) if token in likeliest else 0.0 for token, n in enumerate(added)]
+    assert found_BV.any()
+    prompt = trainer.prompts.at(0, 1)[0].ids
+    texts, kl = lookahead.complete(trainer, prompt, math.inf, 3)
+    assert len(texts) == 3 and abs(kl) < 1e-7
+    assert lookahead.complete(trainer, prompt, 1.0, 3)[1] > 0
 
 
 def test_what_a_nat_bought_by_hand():

@@ -76,16 +76,15 @@ def tilted(trainer: SafeTrainer, tau: float, completions: int, before: float) ->
 @torch.no_grad()
 def complete(trainer: SafeTrainer, prompt: list[int], tau: float, count: int) -> tuple[list[str], float]:
     """Texts, and the mean KL of a token. Completions go on to their full length: an end is a token as any other."""
-    model, ids_BT = trainer.policy.causal_lm, torch.empty(count, 0, dtype=torch.long)
-    new_BN, cache, kls = torch.tensor([prompt]).expand(count, -1), None, []
-    for _ in range(trainer.args.max_new_tokens):
-        found = model(new_BN, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, logp_BV = found.past_key_values, found.logits[:, -1].float().log_softmax(-1)
+    model, prompt_BN = trainer.policy.causal_lm, torch.tensor([prompt]).expand(count, -1)
+    ids_BT, kls = prompt_BN[:, :0], []
+    for _ in range(trainer.args.max_new_tokens):  # without a cache: VADER takes the time
+        logits_B1V = model(torch.cat([prompt_BN, ids_BT], dim=1), use_cache=False, logits_to_keep=1).logits
+        logp_BV = logits_B1V[:, -1].float().log_softmax(-1)
         tilt_BV = gains(trainer, ids_BT, logp_BV) / tau if math.isfinite(tau) else torch.zeros_like(logp_BV)
         logq_BV = (logp_BV + tilt_BV).log_softmax(-1)
         kls.append((logq_BV.exp() * (logq_BV - logp_BV)).sum(-1).mean().item())
-        new_BN = logq_BV.exp().multinomial(1)
-        ids_BT = torch.cat([ids_BT, new_BN], dim=1)
+        ids_BT = torch.cat([ids_BT, logq_BV.exp().multinomial(1)], dim=1)
     return texts_of(trainer, ids_BT), statistics.fmean(kls)
 
 
