@@ -49,7 +49,8 @@ SIZES = {
              "mamba_d_ssm index_topk"),
         (48, "intermediate_size ffn_dim d_inner n_inner dim_ff dff mlp_dim decoder_ffn_dim encoder_ffn_dim "
              "feed_forward_size"),
-        (32, "hidden_size d_model n_embd emb_dim word_embed_proj_dim embedding_size decoder_hidden_size lru_width"),
+        (32, "hidden_size d_model n_embd emb_dim word_embed_proj_dim embedding_size decoder_hidden_size lru_width "
+             "input_embedding_size output_embedding_size"),
         (16, "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size q_lora_rank "
              "shared_intermediate_size expert_hidden_size expert_ffn_hidden_size kv_lora_rank mamba_d_head "
              "mamba_head_dim mamba_headdim"),
