@@ -143,7 +143,7 @@ def judge(trainer: SafeTrainer, halves: list[Half], kls: list[float]) -> None:
         found = trainer.evaluate()
         gain = (found.reward - before.reward) / math.sqrt(found.kl * length)
         line = f"{found.reward:.3f} ({found.reward_error:.3f}) | {found.kl:.4f} | {gain:.3f}"
-        print(f"| moved to {kl:g} | {line} |", flush=True)
+        print(f"| aimed at {kl:g} | {line} |", flush=True)
 
 
 if __name__ == "__main__":
